@@ -1,0 +1,141 @@
+"""The command line: the only file that knows Hydra. Compose, convert, check, run."""
+
+import itertools
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from rsotrain.config import SCHEMAS, Config
+from rsotrain.errors import TrainingError, UserError
+from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+USER_ERROR_STATUS = 2
+FAILED_STATUS = 1
+
+
+def conf_dir() -> Path:
+    """The folder of YAML groups: inside the installed package, else at the top of the repository."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"no conf/config.yaml beside {package}: the installation is incomplete")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_")
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed YAML as typed dataclasses; ``DictConfig`` stops here.
+
+    Raises UserError for a value that is missing or a key that ``+key=`` smuggled past the schema.
+    """
+    known = set(known_keys())
+    for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
+        if key not in known:
+            raise UserError(f"unknown key {key}{did_you_mean(key, sorted(known))}")
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value; give it with {error.full_key}=…") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def list_groups() -> str:
+    """The groups and their options, one group a line, for ``--help``."""
+    folders = [conf_dir()]
+    for flag, value in itertools.pairwise(sys.argv):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value))
+    options: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            options.setdefault(file.parent.name, set()).add(file.stem)
+    return "\n".join(f"  {group}: {', '.join(sorted(names))}" for group, names in sorted(options.items()))
+
+
+_wants_traceback = os.environ.get(FULL_ERROR) == "1"
+# Worst exit status of the runs of this process; a refused member does not end a multirun.
+_status = 0
+
+
+def run(composed: DictConfig) -> Any:
+    """One run, as Hydra calls it. A mistake or a failed training prints its sentence and sets the status."""
+    global _status
+    try:
+        from rsotrain.validation import validate
+
+        config = to_config(composed)
+        validate(config)
+        from rsotrain.run import run_mode  # torch is imported from here on
+
+        return run_mode(config)
+    except (UserError, TrainingError) as error:
+        if _wants_traceback:
+            raise
+        print(f"rsotrain: {error}", file=sys.stderr)
+        _status = max(_status, USER_ERROR_STATUS if isinstance(error, UserError) else FAILED_STATUS)
+        return None
+
+
+def explain(error: Exception) -> str:
+    """One sentence for a mistake in the command line or in a YAML file."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if error.options is None:
+            return " ".join(str(error).split("\n\n")[0].split())
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in error.options if not o.startswith("schema")]
+        near = did_you_mean(option, options)
+        return f"{group}={option} does not exist{near} (there are: {', '.join(options)})"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} is not of the form key=value"
+            " (quote values that contain spaces, commas, brackets or '=' as key=\"'…'\")"
+        )
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
+        return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause).split("\n")[0]
+    key = getattr(cause, "full_key", None)
+    if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
+        key = key or unknown[1] or unknown[2]
+        return f"unknown key {key}{did_you_mean(key, known_keys())}"
+    return f"{key}: {text}" if key else " ".join(text.split())
+
+
+def main() -> None:
+    """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
+    register_schemas()
+    OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
+    sys.argv[1:] = normalise(sys.argv[1:])
+    os.environ[FULL_ERROR] = "1"  # makes Hydra raise; else it prints and exits by itself
+    application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
+    try:
+        application()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if _wants_traceback:
+            raise
+        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    sys.exit(_status)

@@ -1,0 +1,319 @@
+"""The typed configuration: what the YAML files fill in and what the constructors receive.
+
+Imports neither torch nor Hydra, so that ``rsotrain --help`` stays quick and every class of the
+package can be built from a notebook. Ranges and cross-field rules are in ``validation.py``.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Mode(Enum):
+    train = "train"
+
+
+class Precision(Enum):
+    """bf16_mixed: fp32 weights, bf16 compute. bf16: weights in bf16 too. fp32: everything fp32."""
+
+    bf16_mixed = "bf16_mixed"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ActivationCheckpointing(Enum):
+    """What is recomputed in the backward pass instead of kept."""
+
+    none = "none"
+    mlp = "mlp"
+    block = "block"
+
+
+class OnRefresh(Enum):
+    """What happens to the moments when the basis changes."""
+
+    keep = "keep"
+    reset = "reset"
+    transport = "transport"
+
+
+class StateDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+# --- model -------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``."""
+
+    name: str = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int | None = None  # null: as many as attention heads
+    max_position_embeddings: int = 1024
+    vocab_size: int | None = None  # null: the tokenizer's
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+
+# --- optimizer ---------------------------------------------------------------------------------
+
+
+@dataclass
+class OptimizerConfig:
+    """What every optimizer has.
+
+    ``lr`` drives the rest (embedding, head, norms); the linears that ``block_parameters`` names get
+    ``lr * scale``. ``block_parameters`` are regular expressions searched for in parameter names.
+    """
+
+    name: str = MISSING
+    lr: float = MISSING
+    scale: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    state_dtype: StateDtype = StateDtype.float32
+    block_parameters: list[str] = field(
+        default_factory=lambda: [
+            r"\.self_attn\.[qkvo]_proj\.weight$",
+            r"\.mlp\.(gate|up|down)_proj\.weight$",
+        ]
+    )
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """AdamW, torch's fused kernel."""
+
+
+@dataclass
+class SubspaceConfig(OptimizerConfig):
+    """What every optimizer with a low-rank basis has.
+
+    ``rank``: an integer, or a fraction (0 < rank < 1.0, written with a point) of the projected
+    dimension of each matrix. ``update_proj_gap``: T, optimizer steps between two refreshes.
+    ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once.
+    """
+
+    rank: int | float = 0.25
+    update_proj_gap: int = 200
+    on_refresh: OnRefresh = OnRefresh.keep
+    staggered: bool = False
+
+
+@dataclass
+class GaLoreConfig(SubspaceConfig):
+    """GaLore (arXiv 2403.03507)."""
+
+
+# --- sampler -----------------------------------------------------------------------------------
+
+
+@dataclass
+class SamplerConfig:
+    name: str = MISSING
+
+
+@dataclass
+class NoSamplerConfig(SamplerConfig):
+    """For optimizers without a subspace."""
+
+
+@dataclass
+class SvdConfig(SamplerConfig):
+    """The dominant singular vectors."""
+
+
+# --- data and tokenizer ------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+
+
+@dataclass
+class EmbeddedDataConfig(DataConfig):
+    """The corpus that ships with the package."""
+
+
+@dataclass
+class FilesDataConfig(DataConfig):
+    """JSON-lines files (.json, .jsonl, also .gz): one document an object, its text in ``text_field``."""
+
+    path: str = MISSING
+    validation_path: str = MISSING
+    text_field: str = "text"
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = MISSING
+
+
+@dataclass
+class TrainedTokenizerConfig(TokenizerConfig):
+    """A SentencePiece BPE model with byte fallback, trained once on the training documents."""
+
+    vocab_size: int = 4096
+    character_coverage: float = 0.9995
+    max_training_bytes: int = 20_000_000
+
+
+# --- the rest ----------------------------------------------------------------------------------
+
+
+@dataclass
+class LRSchedulerConfig:
+    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
+
+    name: str = MISSING
+    warmup_fraction: float = 0.1
+    warmup_steps: int | None = None
+
+
+@dataclass
+class ConstantConfig(LRSchedulerConfig):
+    """The peak rate to the end."""
+
+
+@dataclass
+class CosineConfig(LRSchedulerConfig):
+    """A half cosine down to ``min_ratio`` of the peak at the last step."""
+
+    min_ratio: float = 0.1
+
+
+@dataclass
+class LinearConfig(LRSchedulerConfig):
+    """A straight line down to ``min_ratio`` of the peak at the last step."""
+
+    min_ratio: float = 0.0
+
+
+@dataclass
+class WSDConfig(LRSchedulerConfig):
+    """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
+
+    decay_fraction: float = 0.2
+    min_ratio: float = 0.0
+
+
+class Strategy(Enum):
+    single = "single"
+
+
+@dataclass
+class ParallelismConfig:
+    strategy: Strategy = Strategy.single
+
+
+class WandbMode(Enum):
+    """auto: online when an API key is there, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Progress(Enum):
+    """auto: a live display in a terminal, plain lines otherwise."""
+
+    auto = "auto"
+    live = "live"
+    plain = "plain"
+
+
+@dataclass
+class LoggerConfig:
+    """``metrics.jsonl`` and ``train.log`` are always written; this adds Weights & Biases and a display."""
+
+    name: str = MISSING
+    wandb: bool = False
+    wandb_mode: WandbMode = WandbMode.auto
+    wandb_project: str = "rsotrain"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_init_timeout_seconds: float = 30.0
+    progress: Progress = Progress.auto
+
+
+@dataclass
+class EvaluationConfig:
+    """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation."""
+
+    max_tokens: int | None = 10_000_000
+    micro_batch_size: int | None = None  # null: the training micro-batch
+
+
+@dataclass
+class Config:
+    """One run. Sizes are in sequences, tokens, optimizer steps, seconds or bytes, as the names say.
+
+    The groups' defaults are the base classes: Hydra lets a file replace a schema by a subclass only.
+    """
+
+    mode: Mode = Mode.train
+    steps: int = MISSING
+    batch_size: int = MISSING  # sequences per optimizer step, all ranks
+    micro_batch_size: int | None = None  # sequences per forward pass and rank; null: batch_size
+    seq_len: int = MISSING
+    seed: int = 0
+    device: Device = Device.auto
+    precision: Precision = Precision.bf16_mixed
+    grad_clip: float | None = None  # largest global gradient norm; null: no clipping
+    compile: bool = False
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    eval_every: int | None = None  # steps; null: only at the end
+    save_every: int | None = None  # steps; null: only at the end
+    log_every: int = 10  # steps
+    keep_checkpoints: int = 2  # newest checkpoints kept
+    max_seconds: float | None = None
+    run_name: str | None = None  # null: made from the settings
+    output_dir: str = "outputs"
+    cache_dir: str | None = None  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
+    overwrite: bool = False
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# Group -> the schema that each file of conf/<group>/ names in its defaults list.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"llama": ModelConfig},
+    "optimizer": {"adam": AdamConfig, "galore": GaLoreConfig},
+    "sampler": {"none": NoSamplerConfig, "svd": SvdConfig},
+    "data": {"embedded": EmbeddedDataConfig, "files": FilesDataConfig},
+    "tokenizer": {"trained": TrainedTokenizerConfig},
+    "lr_scheduler": {
+        "constant": ConstantConfig,
+        "cosine": CosineConfig,
+        "linear": LinearConfig,
+        "wsd": WSDConfig,
+    },
+    "parallelism": {"parallelism": ParallelismConfig},
+    "logger": {"logger": LoggerConfig},
+}

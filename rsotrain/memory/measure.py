@@ -1,0 +1,41 @@
+"""Live bytes of a training step, by part."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class SavedBytes:
+    total: int = 0
+
+
+def tensors_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the elements of ``tensors``; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@contextmanager
+def saved_activation_bytes(model: nn.Module) -> Iterator[SavedBytes]:
+    """Count what autograd keeps for the backward pass of the forward pass inside the block.
+
+    Each storage is counted once however many views of it are saved; parameters are not counted,
+    casts of parameters are.
+    """
+    saved = SavedBytes()
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[torch.UntypedStorage] = []  # keeps addresses from being used again while we count
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept.append(storage)
+            saved.total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

@@ -1,0 +1,136 @@
+"""A run is a folder with a deterministic name: the same command again resumes it."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rsotrain.config import Config, NoSamplerConfig
+from rsotrain.errors import UserError
+from rsotrain.overrides import flatten
+
+# What can change between two starts of one run, since the weights do not depend on it.
+OPERATIONAL_KEYS = (
+    "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
+    "save_every", "log_every", "logger",
+)  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums and tuples as what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of the settings that make a run what it is."""
+    settings = {k: v for k, v in plain(config).items() if k not in OPERATIONAL_KEYS}
+    return dict(flatten(settings))
+
+
+def run_name(config: Config) -> str:
+    """``run_name``, or model-optimizer-sampler-seed and a hash of the settings."""
+    if config.run_name is not None:
+        return config.run_name
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    parts = [config.model.name, config.optimizer.name]
+    if not isinstance(config.sampler, NoSamplerConfig):
+        parts.append(config.sampler.name)
+    return "-".join([*parts, f"seed{config.seed}", digest])
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    run_id: str  # stable over restarts; W&B's id
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that reached its last step, else None."""
+        if not self.summary.is_file():
+            return None
+        summary = json.loads(self.summary.read_text())
+        return summary if summary.get("finished") else None
+
+
+def _clear(path: Path) -> None:
+    """Forget an earlier run in ``path``, and nothing else that may lie there."""
+    import shutil
+
+    for name in ("checkpoints", "wandb"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "run.json"):
+        (path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFolder]:
+    """Create or re-open the run's folder and hold its lock.
+
+    Raises UserError if it cannot be written, if another process is at work in it, or if it holds a
+    run with other settings and ``overwrite`` is not set.
+    """
+    path = Path(config.output_dir) / run_name(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115: opened here for its error, closed below
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work in {path}; give this one a run_name") from error
+        if config.overwrite:
+            _clear(path)
+        _settle_config(config, path)
+        yield RunFolder(path, _settle_run_id(path, run_id))
+
+
+def _settle_config(config: Config, path: Path) -> None:
+    file = path / "config.yaml"
+    if file.is_file():
+        saved = yaml.safe_load(file.read_text())
+        old = dict(flatten({k: v for k, v in saved.items() if k not in OPERATIONAL_KEYS}))
+        new = identity(config)
+        differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if differing:
+            shown = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in differing[:3])
+            raise UserError(
+                f"{path} holds a run with other settings ({shown});"
+                " choose another run_name, or overwrite=true to discard it"
+            )
+    file.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def _settle_run_id(path: Path, given: str | None) -> str:
+    file = path / "run.json"
+    if given is None and file.is_file():
+        return json.loads(file.read_text())["run_id"]
+    run_id = given or secrets.token_hex(6)
+    file.write_text(json.dumps({"run_id": run_id}) + "\n")
+    return run_id

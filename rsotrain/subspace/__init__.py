@@ -1,0 +1,1 @@
+"""Low-rank subspaces: which side is projected, and how a basis is drawn."""

@@ -1,0 +1,180 @@
+"""Ranges and cross-field rules: everything that can be refused before any work is done."""
+
+import math
+import os
+from pathlib import Path
+
+from rsotrain.config import (
+    Config,
+    FilesDataConfig,
+    LRSchedulerConfig,
+    ModelConfig,
+    NoSamplerConfig,
+    OptimizerConfig,
+    SubspaceConfig,
+    TrainedTokenizerConfig,
+)
+from rsotrain.errors import UserError
+from rsotrain.overrides import flatten
+from rsotrain.run_folder import plain
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _positive(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{prefix}{name}={value} must be positive")
+
+
+def validate(config: Config) -> None:
+    """Raise UserError with one sentence for the first rule that ``config`` breaks."""
+    for key, value in flatten(plain(config)):
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, f"{key}={value} must be a finite number")
+    _positive(
+        config, "", "steps", "batch_size", "micro_batch_size", "seq_len", "grad_clip", "eval_every",
+        "save_every", "log_every", "keep_checkpoints", "max_seconds",
+    )  # fmt: skip
+    _require(config.seed >= 0, f"seed={config.seed} must not be negative")
+    micro = config.micro_batch_size
+    _require(
+        micro is None or config.batch_size % micro == 0,
+        f"batch_size={config.batch_size} is not divisible by micro_batch_size={micro}; change one of them",
+    )
+    _positive(config.evaluation, "evaluation.", "max_tokens", "micro_batch_size")
+    _validate_model(config.model, config.seq_len)
+    _validate_optimizer(config.optimizer)
+    _validate_subspace(config)
+    _validate_lr_scheduler(config.lr_scheduler, config.steps)
+    _validate_data(config)
+    _positive(config.logger, "logger.", "wandb_init_timeout_seconds")
+    name = config.run_name
+    _require(
+        name is None or (name not in ("", ".", "..") and Path(name).name == name),
+        f"run_name={name} must be the name of one folder, without a slash",
+    )
+    _validate_output(Path(config.output_dir))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _require(
+        world_size == 1,
+        f"parallelism=single is for one process, but {world_size} were started; start one",
+    )
+
+
+def _validate_model(model: ModelConfig, seq_len: int) -> None:
+    _positive(
+        model, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "vocab_size", "rope_theta", "rms_norm_eps",
+    )  # fmt: skip
+    _require(
+        model.initializer_range >= 0,
+        f"model.initializer_range={model.initializer_range} must not be negative",
+    )
+    _require(
+        seq_len <= model.max_position_embeddings,
+        f"seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings};"
+        " shorten the sequences or raise the model's maximum",
+    )
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    _require(
+        model.hidden_size % (2 * heads) == 0,
+        f"model.hidden_size={model.hidden_size} does not split into model.num_attention_heads={heads}"
+        " heads of an even size",
+    )
+    _require(
+        kv_heads is None or heads % kv_heads == 0,
+        f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={kv_heads}",
+    )
+
+
+def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+    _require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
+    _require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
+    _positive(optimizer, "optimizer.", "eps")
+    _require(
+        len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+        f"optimizer.betas={list(optimizer.betas)} must be two numbers in [0, 1)",
+    )
+    _require(
+        optimizer.weight_decay >= 0,
+        f"optimizer.weight_decay={optimizer.weight_decay} must not be negative",
+    )
+
+
+def _validate_subspace(config: Config) -> None:
+    optimizer, sampler = config.optimizer, config.sampler
+    if not isinstance(optimizer, SubspaceConfig):
+        _require(
+            isinstance(sampler, NoSamplerConfig),
+            f"optimizer={optimizer.name} has no subspace, so sampler={sampler.name} has no effect;"
+            " leave it out",
+        )
+        return
+    _positive(optimizer, "optimizer.", "rank", "update_proj_gap")
+    model = config.model
+    kv_size = model.hidden_size // model.num_attention_heads * (
+        model.num_key_value_heads or model.num_attention_heads
+    )
+    smallest = min(model.hidden_size, model.intermediate_size, kv_size)
+    _require(
+        optimizer.rank <= smallest,
+        f"optimizer.rank={optimizer.rank} is larger than the smallest dimension ({smallest}) of a block's"
+        " matrices; give a smaller rank, or a fraction such as optimizer.rank=0.25",
+    )
+    _require(
+        not isinstance(sampler, NoSamplerConfig),
+        f"optimizer={optimizer.name} needs a sampler; sampler=none is for optimizers without a subspace",
+    )
+
+
+def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
+    for name in ("warmup_fraction", "min_ratio", "decay_fraction"):
+        value = getattr(schedule, name, 0.0)
+        _require(0 <= value <= 1, f"lr_scheduler.{name}={value} must lie in [0, 1]")
+    warmup = schedule.warmup_steps
+    _require(
+        warmup is None or 0 <= warmup <= steps,
+        f"lr_scheduler.warmup_steps={warmup} must lie between 0 and steps={steps}",
+    )
+    decay = getattr(schedule, "decay_fraction", 0.0)
+    fraction = schedule.warmup_fraction if warmup is None else warmup / steps
+    _require(
+        fraction + decay <= 1,
+        f"warm-up ({fraction:.3g}) and lr_scheduler.decay_fraction={decay} take more than all the steps",
+    )
+
+
+def _validate_data(config: Config) -> None:
+    data, tokenizer = config.data, config.tokenizer
+    if isinstance(data, FilesDataConfig):
+        for key in ("path", "validation_path"):
+            path = Path(getattr(data, key))
+            _require(path.is_file(), f"data.{key}={path} is not a file")
+            _require(path.stat().st_size > 0, f"data.{key}={path} is empty")
+    if isinstance(tokenizer, TrainedTokenizerConfig):
+        _require(
+            tokenizer.vocab_size >= 300,
+            f"tokenizer.vocab_size={tokenizer.vocab_size} is too small; byte fallback alone takes 259 pieces",
+        )
+        _require(
+            0.9 <= tokenizer.character_coverage <= 1,
+            f"tokenizer.character_coverage={tokenizer.character_coverage} must lie in [0.9, 1]",
+        )
+        _positive(tokenizer, "tokenizer.", "max_training_bytes")
+        needed, given = tokenizer.vocab_size, config.model.vocab_size
+        _require(
+            given is None or given >= needed,
+            f"model.vocab_size={given} is smaller than the tokenizer's {needed} pieces; leave it null",
+        )
+
+
+def _validate_output(output_dir: Path) -> None:
+    existing = output_dir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    _require(existing.is_dir(), f"output_dir={output_dir}: {existing} is not a folder")
+    _require(os.access(existing, os.W_OK | os.X_OK), f"output_dir={output_dir}: {existing} is not writable")

@@ -1,0 +1,75 @@
+"""Checkpoints on disk: whole or absent, pruned, and never executed."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import rsotrain.checkpoint as checkpoint
+from rsotrain.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    weight = torch.full((3, 2), float(step), dtype=torch.bfloat16)
+    return save_checkpoint(
+        folder, step, {"w": weight, "v": weight.t()}, {"w.exp_avg": weight.float()}, {"step": step}, keep=keep
+    )
+
+
+def test_round_trip_keeps_dtype_and_bits(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    assert path.name == "step_00000100"
+    model, optimizer, record = load_checkpoint(path, CPU)
+    assert model["w"].dtype == torch.bfloat16
+    assert model["v"].shape == (2, 3)
+    assert optimizer["w.exp_avg"].eq(100).all()
+    assert record == {"step": 100}
+
+
+def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial-step_00000001").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
+
+
+def test_a_failure_while_writing_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
+    monkeypatch.undo()
+    save(tmp_path, 2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
+
+
+def test_a_pickle_in_disguise_is_not_executed(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (Path(tmp_path / "executed"),))  # type: ignore[return-value]
+
+    path = save(tmp_path, 1)
+    (path / "model.safetensors").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(SafetensorError):
+        load_checkpoint(path, CPU)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "optimizer.safetensors").unlink()
+    with pytest.raises(OSError, match="No such file"):
+        load_checkpoint(path, CPU)

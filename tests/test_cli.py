@@ -1,0 +1,165 @@
+"""The command line: help, composition, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Cli
+
+from rsotrain.overrides import did_you_mean, known_keys, normalise
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def test_help_lists_every_group_and_imports_nothing_heavy(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.returncode == 0
+    for group in ("model", "optimizer", "sampler", "data", "tokenizer", "lr_scheduler", "logger"):
+        assert f"  {group}: {', '.join(options(group))}" in result.stdout
+    assert "schema" not in result.stdout
+    code = (
+        "import sys; sys.argv = ['rsotrain', '--help']\n"
+        "from rsotrain.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'wandb', 'datasets', 'transformers') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines()[-1] == "[]"
+
+
+def test_import_of_the_package_is_quick() -> None:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import rsotrain"], check=True)
+    with_package = time.perf_counter() - start
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    # A ratio to a bare interpreter, with slack for a loaded machine: torch alone would add two seconds.
+    assert with_package < (time.perf_counter() - start) + 1.0
+
+
+MISTAKES = [
+    (["optimizer.lrr=3"], "unknown key optimizer.lrr; did you mean optimizer.lr"),
+    (["foo=1"], "unknown key foo"),
+    (["+foo=1"], "unknown key foo"),
+    (["+optimizer.foo=1"], "unknown key optimizer.foo"),
+    (["modle=llama_9m"], "unknown key modle; did you mean mode, model"),
+    (["optimizer=adm"], "optimizer=adm does not exist; did you mean adam"),
+    (["model=llama_61m"], "model=llama_61m does not exist; did you mean llama_"),
+    (["steps=abc"], "steps: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["steps=10.5"], "steps: Value '10.5' of type 'float' could not be converted to Integer"),
+    (["device=tpu"], "device: Invalid value 'tpu', expected one of [auto, cpu, cuda]"),
+    (["run_name=a=b"], "'run_name=a=b' is not of the form key=value"),
+    (["steps=0"], "steps=0 must be positive"),
+    (["optimizer.lr=-1"], "optimizer.lr=-1.0 must not be negative"),
+    (["optimizer.lr=nan"], "optimizer.lr=nan must be a finite number"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers in [0, 1)"),
+    (["seq_len=2048"], "seq_len=2048 is longer than model.max_position_embeddings=1024"),
+    (["batch_size=16", "micro_batch_size=3"], "batch_size=16 is not divisible by micro_batch_size=3"),
+    (["optimizer=galore", "optimizer.rank=900"], "optimizer.rank=900 is larger than the smallest dimension (256)"),
+    (["optimizer=galore", "sampler=none"], "optimizer=galore needs a sampler"),
+    (["optimizer=adam", "sampler=svd"], "optimizer=adam has no subspace"),
+    (["data=files"], "data.path has no value; give it with data.path="),
+    (["data=files", "data.path=/n/a", "data.validation_path=/n/a"], "data.path=/n/a is not a file"),
+    (["lr_scheduler.warmup_fraction=1.5"], "lr_scheduler.warmup_fraction=1.5 must lie in [0, 1]"),
+    (["lr_scheduler=wsd", "lr_scheduler.decay_fraction=0.95"], "take more than all the steps"),
+    (["model.num_attention_heads=5"], "does not split into model.num_attention_heads=5 heads"),
+    (["model.vocab_size=100"], "model.vocab_size=100 is smaller than the tokenizer's 4096 pieces"),
+    (["output_dir=/proc/here"], "output_dir=/proc/here cannot be written"),
+    (["run_name=a/b"], "run_name=a/b must be the name of one folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_gets_one_sentence_and_status_2(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rsotrain import cli
+
+    # In this process: a new one for each mistake would spend most of its time importing.
+    status = call_main(cli, [f"output_dir={tmp_path}", *arguments])
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.startswith("rsotrain: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def call_main(cli: object, arguments: list[str]) -> int:
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    before = sys.argv
+    sys.argv = ["rsotrain", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()  # type: ignore[attr-defined]
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+    return int(stopped.value.code or 0)
+
+
+def test_a_mistake_in_a_process_of_its_own(cli: Cli) -> None:
+    result = cli("steps=0")
+    assert (result.returncode, result.stderr) == (2, "rsotrain: steps=0 must be positive\n")
+    assert "Traceback" in cli("steps=0", HYDRA_FULL_ERROR="1").stderr
+
+
+def test_several_processes_are_refused_by_parallelism_single(cli: Cli) -> None:
+    result = cli("steps=1", WORLD_SIZE="2")
+    assert result.returncode == 2
+    assert "parallelism=single is for one process, but 2 were started" in result.stderr
+
+
+def test_broken_yaml_names_file_and_line(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "model"
+    folder.mkdir(parents=True)
+    (folder / "broken.yaml").write_text("name: x\n  hidden_size: [1\n")
+    result = cli("--config-dir", "mine", "model=broken")
+    assert result.returncode == 2
+    assert "broken.yaml, line 2: not valid YAML" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_dir_adds_a_group_option(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    folder = tmp_path / "mine" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mini.yaml").write_text("defaults: [llama_tiny]\nname: mini\nnum_hidden_layers: 1\n")
+    overrides = [o for o in tiny if not o.startswith(("model=", "steps="))]
+    assert "model: llama_130m" in cli("--config-dir", "mine", "--help").stdout.replace("llama_1b, ", "")
+    result = cli("--config-dir", "mine", "model=mini", "steps=1", "run_name=r", *overrides)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load((tmp_path / "outputs/r/config.yaml").read_text())["model"]["num_hidden_layers"] == 1
+
+
+def test_values_as_other_programs_write_them() -> None:
+    given = [
+        "steps=1000000000.0", "batch_size=1e1,2e1", "grad_clip=None", "optimizer.lr=1.0", "run_name='None'",
+        "optimizer.rank=1.0", "optimizer.betas=[0.9, 0.99]", "-m",
+    ]  # fmt: skip
+    assert normalise(given) == [
+        "steps=1000000000", "batch_size=10,20", "grad_clip=null", "optimizer.lr=1.0", "run_name='None'",
+        "optimizer.rank=1.0", "optimizer.betas=[0.9, 0.99]", "-m",
+    ]  # fmt: skip
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("optimizer.learning", known_keys()).startswith("; did you mean ")
+    assert did_you_mean("zzzzqqq", known_keys()) == ""
+
+
+def test_multirun_goes_on_after_a_refused_member(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    result = cli("-m", "optimizer.lr=-1,0.01", "steps=1", *[o for o in tiny if not o.startswith("steps=")])
+    assert result.returncode == 2
+    assert "optimizer.lr=-1.0 must not be negative" in result.stderr
+    summaries = list((tmp_path / "outputs").glob("*/summary.json"))
+    assert [json.loads(p.read_text())["finished"] for p in summaries] == [True]

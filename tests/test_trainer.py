@@ -1,0 +1,183 @@
+"""The training loop against its promises: one clock, accumulation, clipping, evaluation, exact resume."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from rsotrain.cli import conf_dir, register_schemas, to_config
+from rsotrain.config import Config
+from rsotrain.data.build import Data, build_data
+from rsotrain.trainer import NonFiniteError, Trainer
+
+OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+
+
+def compose(overrides: list[str]) -> Config:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return to_config(hydra_compose("config", overrides))
+
+
+def load_data(config: Config, cache_dir: Path) -> Data:
+    return build_data(
+        config.data, config.tokenizer, seq_len=config.seq_len, cache_dir=cache_dir, notify=lambda _: None
+    )
+
+
+def trainer(overrides: list[str], cache_dir: Path) -> Trainer:
+    config = compose(overrides)
+    return Trainer(config, load_data(config, cache_dir))
+
+
+def weights(trained: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_micro_batches_give_the_update_of_one_batch(
+    optimizer: str, tiny: list[str], cache_dir: Path
+) -> None:
+    # eps is raised since Adam's first steps are sign(g): a gradient entry that is zero but for rounding
+    # would be amplified to a full step. The bound is then fp32 rounding through three updates.
+    shared = [*tiny, f"optimizer={optimizer}", "optimizer.eps=1e-4", "grad_clip=0.5"]
+    whole, parts = trainer(shared, cache_dir), trainer([*shared, "micro_batch_size=1"], cache_dir)
+    for _ in range(3):
+        a, b = whole.train_step(), parts.train_step()
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.tokens == b.tokens == 4 * 32
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-3, atol=2e-5)
+    assert whole.step == parts.step == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_mixed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    optimizer: str, precision: str, tiny: list[str], cache_dir: Path
+) -> None:
+    gap = ["optimizer.update_proj_gap=2"] if hasattr(compose([f"optimizer={optimizer}"]).optimizer, "rank") else []
+    overrides = [*tiny, f"optimizer={optimizer}", f"precision={precision}", *gap]
+    straight = trainer(overrides, cache_dir)
+    losses = [straight.train_step().loss for _ in range(6)]
+    first = trainer(overrides, cache_dir)
+    for _ in range(3):
+        first.train_step()
+    saved = first.state_dict()
+    copied = {part: {k: v.clone() for k, v in saved[part].items()} for part in ("model", "optimizer")}
+    second = trainer([*overrides, "seed=0"], cache_dir)
+    second.load_state_dict({**copied, "trainer": saved["trainer"]})
+    assert [second.train_step().loss for _ in range(3)] == losses[3:]
+    for name, weight in weights(straight).items():
+        assert torch.equal(weights(second)[name], weight), name
+    for name, value in straight.optimizer.state_dict().items():
+        assert torch.equal(second.optimizer.state_dict()[name], value), name
+
+
+def test_clipping_bounds_the_global_norm_of_the_accumulated_gradient(
+    tiny: list[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped = trainer([*tiny, "grad_clip=0.01", "micro_batch_size=2"], cache_dir)
+    seen: list[float] = []
+
+    def step() -> None:
+        norms = [p.grad.norm() for p in clipped.parameters if p.grad is not None]
+        seen.append(torch.stack(norms).norm().item())
+
+    monkeypatch.setattr(clipped.optimizer, "step", step)
+    result = clipped.train_step()
+    assert result.grad_norm > 0.01  # what is reported is the norm before clipping
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(
+    where: str, tiny: list[str], cache_dir: Path
+) -> None:
+    broken = trainer(tiny, cache_dir)
+    norm = broken.model.model.norm.weight
+    if where == "weight":
+        norm.data[0] = math.nan
+    else:
+        norm.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(broken)
+    with pytest.raises(NonFiniteError, match="step 1: the loss is"):
+        broken.train_step()
+    for name, weight in weights(broken).items():
+        assert torch.equal(weight, before[name]) or weight.isnan().any()
+    assert (broken.step, broken.tokens) == (0, 0)
+    assert all(v.isfinite().all() for v in broken.optimizer.state_dict().values())
+
+
+def test_evaluation_is_the_same_for_every_batch_size(tiny: list[str], cache_dir: Path) -> None:
+    results = [
+        trainer([*tiny, f"evaluation.micro_batch_size={size}"], cache_dir).evaluate() for size in (1, 3, 16)
+    ]
+    # Sums in float64 of fp32 losses; a matrix product may round differently for another batch size.
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-6)
+    assert results[0]["val/perplexity"] == pytest.approx(math.exp(results[0]["val/loss"]))
+    assert results[0]["val/loss"] == pytest.approx(math.log(300), rel=0.05)  # untrained: near uniform
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_documents(tiny: list[str], cache_dir: Path) -> None:
+    measured = trainer(tiny, cache_dir)
+    metrics, validation = measured.evaluate(), measured.data.validation
+    bits = metrics["val/loss"] * validation.num_tokens / math.log(2)
+    assert metrics["val/bits_per_byte"] == pytest.approx(bits / validation.num_bytes)
+
+
+def test_batches_are_a_function_of_seed_and_step_alone(tiny: list[str], cache_dir: Path) -> None:
+    one, other = trainer(tiny, cache_dir), trainer([*tiny, "seed=1"], cache_dir)
+    split = trainer([*tiny, "micro_batch_size=2"], cache_dir)
+    for step in (0, 5, 3):
+        one.step = other.step = split.step = step
+        (inputs, _), = one._micro_batches()
+        assert torch.equal(torch.cat([i for i, _ in split._micro_batches()]), inputs)
+        assert not torch.equal(next(other._micro_batches())[0], inputs)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "galore"])
+def test_compile_trains_as_eager_does(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
+    shared = [*tiny, f"optimizer={optimizer}", "optimizer.eps=1e-4"]
+    eager, compiled = trainer(shared, cache_dir), trainer([*shared, "compile=true"], cache_dir)
+    for _ in range(3):
+        # The compiler fuses and reorders fp32 arithmetic: equal to rounding, not bitwise.
+        assert compiled.train_step().loss == pytest.approx(eager.train_step().loss, rel=1e-4)
+    assert set(weights(compiled)) == set(weights(eager))
+    assert compiled.evaluate()["val/loss"] == pytest.approx(eager.evaluate()["val/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["mlp", "block"])
+def test_activation_checkpointing_changes_nothing_but_memory(
+    what: str, tiny: list[str], cache_dir: Path
+) -> None:
+    kept = trainer(tiny, cache_dir)
+    recomputed = trainer([*tiny, f"activation_checkpointing={what}"], cache_dir)
+    for _ in range(2):
+        assert kept.train_step() == recomputed.train_step()
+    memory = "memory/saved_activations_bytes"
+    assert recomputed.memory()[memory] < kept.memory()[memory]
+
+
+def test_memory_is_what_the_tensors_take(tiny: list[str], cache_dir: Path) -> None:
+    measured = trainer(tiny, cache_dir)
+    measured.train_step()
+    elements = sum(p.numel() for p in measured.model.parameters())
+    memory = measured.memory()
+    assert memory["memory/parameters_bytes"] == memory["memory/gradients_bytes"] == 4 * elements
+    state = measured.optimizer.state_dict()
+    assert memory["memory/optimizer_state_bytes"] == sum(v.numel() * v.element_size() for v in state.values())
+    assert 8 * elements <= memory["memory/optimizer_state_bytes"] <= 8 * elements + 4 * len(state)
+
+
+def test_the_whole_vocabulary_of_the_tokenizer_must_fit(tiny: list[str], cache_dir: Path) -> None:
+    assert trainer([*tiny, "model.vocab_size=320"], cache_dir).train_step().loss == pytest.approx(
+        math.log(320), rel=0.05
+    )
