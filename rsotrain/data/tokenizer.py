@@ -1,0 +1,127 @@
+"""SentencePiece: training a model on documents, and text <-> ids without loss."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import sentencepiece
+
+from rsotrain.config import TrainedTokenizerConfig
+from rsotrain.errors import UserError
+
+PIECE_CHARACTERS = 4096  # longest string shown to the trainer
+SPACE_MARK = "\u2581"  # SentencePiece writes a space so, and would read the character itself as a space
+
+
+class Tokenizer:
+    """A serialised SentencePiece model in use.
+
+    With a model of ``train_tokenizer``, ``decode(encode([text])[0]) == text`` for every text.
+
+    Attributes:
+        model: the serialised model, for keeping beside the weights.
+        vocab_size, bos_id, eos_id: as the model has them.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the serialised model, in hexadecimal."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    @cached_property
+    def _space_mark_ids(self) -> np.ndarray:
+        pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+        return np.array([self._processor.piece_to_id(piece) for piece in pieces], np.int32)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, without bos or eos: int32, on all cores."""
+        ids = self._processor.encode(texts, return_type="numpy")
+        for i, text in enumerate(texts):
+            if SPACE_MARK in text:
+                ids[i] = self._encode_space_marks(text)
+        return ids
+
+    def _encode_space_marks(self, text: str) -> np.ndarray:
+        """As ``encode``, with each character U+2581 as its three bytes."""
+        first, *rest = self._processor.encode(text.split(SPACE_MARK), return_type="numpy")
+        return np.concatenate([first, *(ids for part in rest for ids in (self._space_mark_ids, part))])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids; bos and eos are dropped."""
+        return self._processor.decode([int(i) for i in ids])
+
+
+def _pieces(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Lines, the long ones in parts, until ``max_bytes`` of UTF-8 are reached.
+
+    By lines, so that a line break is a byte of its own and never part of a longer piece; in parts, because
+    SentencePiece drops what is longer than its limit.
+    """
+    num_bytes = 0
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), PIECE_CHARACTERS):
+                piece = line[start : start + PIECE_CHARACTERS]
+                num_bytes += len(piece.encode())
+                if num_bytes > max_bytes:
+                    return
+                yield piece
+
+
+def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> bytes:
+    """A serialised BPE model with byte fallback; the same one for the same texts and settings.
+
+    unk 0, bos 1, eos 2, then the 256 bytes; digits are split; nothing is normalised, no space is added or
+    removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(texts, config.max_training_bytes),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=4 * PIECE_CHARACTERS,  # bytes
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # written into the model: the machine must not change the fingerprint
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "sentences_.empty()" in str(error):
+            raise UserError(
+                f"tokenizer.max_training_bytes={config.max_training_bytes} leaves no text to train on;"
+                " raise it, or give other documents"
+            ) from error
+        if "too high" in str(error):
+            largest = re.search(r"<= (\d+)", str(error))
+            at_most = f" (at most {largest[1]})" if largest else ""
+            raise UserError(
+                f"tokenizer.vocab_size={config.vocab_size} is more than the training text can fill{at_most};"
+                " give a smaller one, or more text"
+            ) from error
+        if "required_chars" in str(error):
+            raise UserError(
+                f"tokenizer.vocab_size={config.vocab_size} is too small for the characters of the training"
+                " text; raise it, or lower tokenizer.character_coverage"
+            ) from error
+        raise
+    return model.getvalue()
