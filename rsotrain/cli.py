@@ -138,4 +138,7 @@ def main() -> None:
             raise
         print(f"rsotrain: {explain(error)}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
+    finally:
+        if not _wants_traceback:
+            del os.environ[FULL_ERROR]
     sys.exit(_status)

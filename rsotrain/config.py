@@ -118,7 +118,72 @@ class SubspaceConfig(OptimizerConfig):
 
 @dataclass
 class GaLoreConfig(SubspaceConfig):
-    """GaLore (arXiv 2403.03507)."""
+    """Adam in the subspace, nothing outside (GaLore, arXiv 2403.03507; I3S, OSD with their samplers)."""
+
+
+@dataclass
+class SNConfig(OptimizerConfig):
+    """Full momentum, subset-norm second moment (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
+
+    ``subset_size``: entries that share one second moment, neighbours in the smaller dimension, which it
+    divides; null: a whole row (or column, if there are fewer rows than columns).
+    """
+
+    subset_size: int | None = None
+
+
+@dataclass
+class SNSMConfig(SubspaceConfig):
+    """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
+
+    subset_size: int | None = None
+
+
+@dataclass
+class FiraConfig(SubspaceConfig):
+    """GaLore plus the scaled residual (arXiv 2410.01623).
+
+    ``max_growth``: the most that the residual's norm grows in one step.
+    """
+
+    max_growth: float = 1.01
+
+
+@dataclass
+class FrugalConfig(SubspaceConfig):
+    """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
+
+    free_scale: float = 1.0
+
+
+@dataclass
+class ApolloConfig(SubspaceConfig):
+    """Gradient scaled per channel, or by one factor ``per_tensor`` (arXiv 2412.05270).
+
+    ``max_growth``: the most that the norm of the update grows in one step.
+    """
+
+    per_tensor: bool = False
+    max_growth: float = 1.01
+
+
+@dataclass
+class LDAdamConfig(SubspaceConfig):
+    """A new basis every step, projection-aware moments, error feedback (arXiv 2410.16103).
+
+    ``rho``: weight of the momentum, against the gradient, in what the basis is drawn from.
+    """
+
+    rho: float = 0.908
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
 
 
 # --- sampler -----------------------------------------------------------------------------------
@@ -134,9 +199,83 @@ class NoSamplerConfig(SamplerConfig):
     """For optimizers without a subspace."""
 
 
+class SvdSolver(Enum):
+    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, signs included."""
+
+    gram = "gram"
+    full = "full"
+
+
 @dataclass
 class SvdConfig(SamplerConfig):
     """The dominant singular vectors."""
+
+    solver: SvdSolver = SvdSolver.gram
+
+
+@dataclass
+class ImportanceConfig(SamplerConfig):
+    """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
+
+    power: float = 1.0
+
+
+@dataclass
+class RandomizedSvdConfig(SamplerConfig):
+    """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
+
+    rounds: int = 2
+
+
+@dataclass
+class HaarConfig(SamplerConfig):
+    """A uniformly random orthonormal basis."""
+
+
+@dataclass
+class GaussianConfig(SamplerConfig):
+    """Independent N(0, 1/rank) entries: not orthonormal, E[PPᵀ] = I."""
+
+
+@dataclass
+class CoordinateConfig(SamplerConfig):
+    """Random axes."""
+
+
+@dataclass
+class TopkNormConfig(SamplerConfig):
+    """The axes along which the gradient is largest."""
+
+
+@dataclass
+class SRHTConfig(SamplerConfig):
+    """Random columns of a randomly signed Hadamard (times cosine) matrix; orthonormal."""
+
+
+class PCASolver(Enum):
+    adam = "adam"
+    sgd = "sgd"
+
+
+@dataclass
+class OnlinePCAConfig(SamplerConfig):
+    """A step of online PCA at each refresh, after the weights' (OSD, arXiv 2408.12857).
+
+    ``lr``: peak rate of the basis, on the run's schedule. ``penalty``: λ, of ‖PᵀP − I‖_F².
+    ``orthonormalize``: also orthonormalise the basis after each step, as the paper does not.
+    """
+
+    lr: float = 0.005
+    penalty: float = 0.1
+    solver: PCASolver = PCASolver.adam
+    orthonormalize: bool = False
+
+
+@dataclass
+class GoLoreConfig(SamplerConfig):
+    """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""
+
+    random_fraction: float = 0.2
 
 
 # --- data and tokenizer ------------------------------------------------------------------------
@@ -304,8 +443,30 @@ class Config:
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optimizer": {"adam": AdamConfig, "galore": GaLoreConfig},
-    "sampler": {"none": NoSamplerConfig, "svd": SvdConfig},
+    "optimizer": {
+        "adam": AdamConfig,
+        "apollo": ApolloConfig,
+        "fira": FiraConfig,
+        "frugal": FrugalConfig,
+        "galore": GaLoreConfig,
+        "ldadam": LDAdamConfig,
+        "muon": MuonConfig,
+        "sn": SNConfig,
+        "sn_sm": SNSMConfig,
+    },
+    "sampler": {
+        "none": NoSamplerConfig,
+        "coordinate": CoordinateConfig,
+        "gaussian": GaussianConfig,
+        "golore": GoLoreConfig,
+        "haar": HaarConfig,
+        "importance": ImportanceConfig,
+        "online_pca": OnlinePCAConfig,
+        "randomized_svd": RandomizedSvdConfig,
+        "srht": SRHTConfig,
+        "svd": SvdConfig,
+        "topk_norm": TopkNormConfig,
+    },
     "data": {"embedded": EmbeddedDataConfig, "files": FilesDataConfig},
     "tokenizer": {"trained": TrainedTokenizerConfig},
     "lr_scheduler": {

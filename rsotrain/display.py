@@ -277,11 +277,11 @@ class ParameterRow(Protocol):
     @property
     def group(self) -> str: ...
     @property
-    def num_parameters(self) -> int: ...
+    def num_elements(self) -> int: ...
     @property
     def num_tensors(self) -> int: ...
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float | None: ...
     @property
     def rank(self) -> int | str | None: ...
     @property
@@ -297,16 +297,16 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
     for row in rows:
         table.add_row(
             row.group,
-            f"{row.num_parameters:,}",
+            f"{row.num_elements:,}",
             str(row.num_tensors),
-            f"{row.lr:.3g}",
+            "-" if row.lr is None else f"{row.lr:.3g}",
             "-" if row.rank is None else str(row.rank),
             format_bytes(row.state_bytes),
         )
     table.add_section()
     table.add_row(
         "total",
-        f"{sum(row.num_parameters for row in rows):,}",
+        f"{sum(row.num_elements for row in rows):,}",
         str(sum(row.num_tensors for row in rows)),
         "",
         "",

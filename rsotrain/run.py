@@ -58,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
             summary = TrainingRun(config, folder, display).run()
         finally:
             display.close()
-        print_closing_table(summary, _files(folder))
+        print_closing_table(summary, _files(folder), folder.path / "train.log")
         return summary
 
 
@@ -89,7 +89,7 @@ class TrainingRun:
         self.record: dict[str, float | int | str] = {}
         self.earlier_seconds = 0.0  # of earlier starts of this run
         resumed = self._resume()
-        print_parameter_table(self.trainer.optimizer.table())
+        print_parameter_table(self.trainer.optimizer.table(), folder.path / "train.log")
         self.matmul_rate = matmul_flops_per_second(self.trainer.device, compute_dtype(config.precision))
         self.loggers = build_loggers(
             config.logger,
@@ -232,7 +232,8 @@ class TrainingRun:
         median = self.timer.median()
         if median is not None:
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}
-        summary["val/unigram_perplexity"] = perplexity(unigram_loss(self.data.train, self.data.validation))
+        unigram = unigram_loss(self.data.train, self.data.validation, self.config.evaluation.max_tokens)
+        summary["val/unigram_perplexity"] = perplexity(unigram)
         return {
             "finished": True,
             "run": self.folder.path.name,

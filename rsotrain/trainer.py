@@ -162,7 +162,7 @@ class Trainer:
             self.model,
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.device,
-            bytes_per_token=validation.num_bytes / validation.num_tokens,
+            bytes_per_token=validation.bytes_per_token,
         )
 
     def memory(self) -> dict[str, int]:

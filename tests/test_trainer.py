@@ -44,8 +44,13 @@ def test_micro_batches_give_the_update_of_one_batch(
     optimizer: str, tiny: list[str], cache_dir: Path
 ) -> None:
     # eps is raised since Adam's first steps are sign(g): a gradient entry that is zero but for rounding
-    # would be amplified to a full step. The bound is then fp32 rounding through three updates.
+    # would be amplified to a full step. What is left is fp32 rounding through three updates, relative to
+    # how far the weights moved. A basis amplifies it by the reciprocal of the gaps in the spectrum, and
+    # Muon orthogonalises its update in bf16 (3 significant digits): 1e-2 and 5e-2, where a wrong
+    # normalisation by the number of micro-batches would show as 3.
+    bound = 5e-2 if optimizer == "muon" else 1e-2
     shared = [*tiny, f"optimizer={optimizer}", "optimizer.eps=1e-4", "grad_clip=0.5"]
+    start = weights(trainer(shared, cache_dir))
     whole, parts = trainer(shared, cache_dir), trainer([*shared, "micro_batch_size=1"], cache_dir)
     for _ in range(3):
         a, b = whole.train_step(), parts.train_step()
@@ -53,7 +58,9 @@ def test_micro_batches_give_the_update_of_one_batch(
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
         assert a.tokens == b.tokens == 4 * 32
     for name, weight in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-3, atol=2e-5)
+        difference, moved = weights(parts)[name] - weight, weight - start[name]
+        assert 0 < moved.norm(), name
+        assert difference.norm() <= bound * moved.norm(), name
     assert whole.step == parts.step == 3
 
 
@@ -129,7 +136,7 @@ def test_evaluation_is_the_same_for_every_batch_size(tiny: list[str], cache_dir:
 def test_bits_per_byte_counts_the_bytes_of_the_documents(tiny: list[str], cache_dir: Path) -> None:
     measured = trainer(tiny, cache_dir)
     metrics, validation = measured.evaluate(), measured.data.validation
-    bits = metrics["val/loss"] * validation.num_tokens / math.log(2)
+    bits = metrics["val/loss"] * (validation.num_tokens - 1) / math.log(2)  # the first is given
     assert metrics["val/bits_per_byte"] == pytest.approx(bits / validation.num_bytes)
 
 
@@ -172,9 +179,9 @@ def test_memory_is_what_the_tensors_take(tiny: list[str], cache_dir: Path) -> No
     elements = sum(p.numel() for p in measured.model.parameters())
     memory = measured.memory()
     assert memory["memory/parameters_bytes"] == memory["memory/gradients_bytes"] == 4 * elements
-    state = measured.optimizer.state_dict()
+    state = {k: v for k, v in measured.optimizer.state_dict().items() if k != "step"}
     assert memory["memory/optimizer_state_bytes"] == sum(v.numel() * v.element_size() for v in state.values())
-    assert 8 * elements <= memory["memory/optimizer_state_bytes"] <= 8 * elements + 4 * len(state)
+    assert memory["memory/optimizer_state_bytes"] == 8 * elements
 
 
 def test_the_whole_vocabulary_of_the_tokenizer_must_fit(tiny: list[str], cache_dir: Path) -> None:
