@@ -1,0 +1,105 @@
+"""From the configuration to an initialised model, by way of the meta device."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from rsotrain.config import ActivationCheckpointing, ModelConfig, Precision
+from rsotrain.errors import UserError
+from rsotrain.models.llama import Llama, RMSNorm
+
+PARAMETER_DTYPE = {
+    Precision.bf16_mixed: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp32: torch.float32,
+}
+COMPUTE_DTYPE = {
+    Precision.bf16_mixed: torch.bfloat16,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp32: torch.float32,
+}
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    precision: Precision,
+    device: torch.device,
+    seed: int,
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+) -> Llama:
+    """The model on ``device``, initialised; on the meta device it has shapes and dtypes only.
+
+    Raises UserError where the sizes do not fit together.
+    """
+    check_model_config(config, vocab_size)
+    with torch.device("meta"):
+        model = Llama(
+            config,
+            vocab_size=vocab_size,
+            compute_dtype=COMPUTE_DTYPE[precision],
+            activation_checkpointing=activation_checkpointing,
+        ).to(PARAMETER_DTYPE[precision])
+        model.tie_weights()
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()
+        initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: Llama, seed: int) -> None:
+    """Gains 1, every other weight normal with standard deviation ``initializer_range``.
+
+    Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU: its
+    values depend neither on the order of construction, nor on the precision or the device.
+    """
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(parameter)
+            elif module is not model.lm_head or not model.config.tie_word_embeddings:
+                generator = torch.Generator().manual_seed(_seed_of(f"{name}.{parameter_name}", seed))
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                values.normal_(0.0, model.config.initializer_range, generator=generator)
+                parameter.copy_(values)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Number of parameters in closed form; a tied head is counted once."""
+    hidden = config.hidden_size
+    heads = config.num_attention_heads
+    kv_size = hidden // heads * (config.num_key_value_heads or heads)
+    attention = 2 * hidden * hidden + 2 * hidden * kv_size
+    mlp = 3 * hidden * config.intermediate_size
+    block = attention + mlp + 2 * hidden
+    embeddings = vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return config.num_hidden_layers * block + embeddings + hidden
+
+
+def check_model_config(config: ModelConfig, vocab_size: int) -> None:
+    """Raise UserError for sizes that no model can have."""
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    sizes = {f"model.{key}": getattr(config, key) for key in keys} | {"the vocabulary size": vocab_size}
+    for key, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{key} is {size}; it must be at least 1")
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if hidden % (2 * heads):
+        raise UserError(
+            f"model.hidden_size={hidden} does not split into model.num_attention_heads={heads} heads"
+            " of an even size, which rotary positions need; choose a number of heads that does"
+        )
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise UserError(
+            f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={kv_heads};"
+            " choose a divisor, or null for one per head"
+        )

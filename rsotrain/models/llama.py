@@ -1,0 +1,186 @@
+"""A LLaMA decoder whose parameter names and numbers equal Hugging Face's LlamaForCausalLM."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rsotrain.config import ActivationCheckpointing, ModelConfig
+from rsotrain.models.functional import rms_norm, rotary, rotary_tables, shared_input_linear, swiglu
+from rsotrain.models.loss import linear_cross_entropy
+
+RotaryTables = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that keeps only its input for the backward pass."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """x Wᵀ without bias, in x's dtype whatever the weight's."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shared_input_linear(x, self.weight)[0]
+
+    @staticmethod
+    def apply_shared(layers: Sequence["Linear"], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of several linears that read the same input, which is kept once."""
+        return shared_input_linear(x, *(layer.weight for layer in layers))
+
+
+def apply_shared(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """``layer(x)`` for each, through their class's way to share what they keep of x."""
+    return type(layers[0]).apply_shared(layers, x)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.grouped = kv_heads != config.num_attention_heads
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, tables: RotaryTables) -> Tensor:
+        query, key, value = (
+            out.unflatten(-1, (-1, self.head_dim))
+            for out in apply_shared(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(
+            rotary(query, *tables).transpose(1, 2),
+            rotary(key, *tables).transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = apply_shared(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: ActivationCheckpointing) -> None:
+        super().__init__()
+        # Registered in Hugging Face's order, which optimizer states are listed in.
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = activation_checkpointing
+
+    def forward(self, x: Tensor, tables: RotaryTables) -> Tensor:
+        if self.activation_checkpointing is ActivationCheckpointing.block:
+            return _recomputed(self._layer, x, tables)
+        return self._layer(x, tables)
+
+    def _layer(self, x: Tensor, tables: RotaryTables) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), tables)
+        if self.activation_checkpointing is ActivationCheckpointing.mlp:
+            return x + _recomputed(self._mlp, x)
+        return x + self._mlp(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    # Nothing in the model draws random numbers, so there is no generator state to restore.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class LlamaModel(nn.Module):
+    """The trunk: tokens (batch, seq_len) -> normalised hidden states (batch, seq_len, hidden_size)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        compute_dtype: torch.dtype,
+        activation_checkpointing: ActivationCheckpointing,
+    ) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.rope_theta = config.rope_theta
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, activation_checkpointing) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        tables = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
+        for layer in self.layers:
+            x = layer(x, tables)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """LLaMA with its LM head.
+
+    ``forward(tokens)`` gives the logits (batch, seq_len, vocab_size) in the compute dtype;
+    ``forward(tokens, targets)`` gives the sum of the cross-entropy over the targets (batch, seq_len) that
+    are not −100, an fp32 scalar: position i is scored against ``targets[:, i]``, so targets are the
+    tokens moved left by one. The caller divides by the number of scored tokens of the whole batch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocab_size: int,
+        compute_dtype: torch.dtype,
+        activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing)
+        self.lm_head = Linear(config.hidden_size, vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding again where the configuration ties them (after ``to_empty``)."""
+        if self.config.tie_word_embeddings:
+            embedding = self.model.embed_tokens.weight
+            assert isinstance(embedding, nn.Parameter)
+            self.lm_head.weight = embedding
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        hidden = self.model(tokens)
+        if targets is None:
+            return self.lm_head(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
