@@ -1,0 +1,120 @@
+"""What every optimizer part shares: claimed parameters, eager tensor state, a step on local tensors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.optim.functional import Betas
+from rsotrain.optim.rounding import stochastic_round_
+from rsotrain.subspace.seeding import generator
+
+# Elements that one batch of matrices may hold in temporaries of each kind: 32 MiB in float32.
+BUCKET_ELEMENTS = 1 << 23
+
+Item = TypeVar("Item")
+
+
+def buckets(
+    items: Iterable[Item], size: Callable[[Item], int], limit: int = BUCKET_ELEMENTS
+) -> list[list[Item]]:
+    """``items`` in order, in runs of at most ``limit`` elements (or of a single item)."""
+    result: list[list[Item]] = []
+    filled = 0
+    for item in items:
+        if not result or filled + size(item) > limit:
+            result.append([])
+            filled = 0
+        result[-1].append(item)
+        filled += size(item)
+    return result
+
+
+def gradient_of(name: str, parameter: nn.Parameter) -> Tensor:
+    """The gradient; RuntimeError if the backward pass left none."""
+    if parameter.grad is None:
+        raise RuntimeError(f"{name} has no gradient: it took no part in the loss")
+    return parameter.grad
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that moments are computed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class StateKeeper:
+    """Moments kept in float32 or bfloat16 and always computed in float32 (float64 for float64 weights).
+
+    bfloat16 moments are rounded stochastically, from a generator seeded by (run seed, state name, step).
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
+        self.seed = seed
+
+    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        dtype = self.dtype if self.dtype is torch.bfloat16 else work_dtype(like.dtype)
+        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+
+    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors themselves where they are wide enough, wide copies otherwise."""
+        return [t.to(work_dtype(t.dtype)) for t in tensors]
+
+    def write(
+        self, tensors: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[str], step: int
+    ) -> None:
+        """Store what ``read`` gave, after it was changed in place. ``labels`` name each tensor."""
+        for tensor, value, label in zip(tensors, values, labels, strict=True):
+            if value is not tensor:
+                random = generator(self.seed, "rounding", label, step, device=tensor.device)
+                stochastic_round_(tensor, value, random)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every part has. ``weight_decay``: decoupled, W ← (1 − η·weight_decay)W."""
+
+    keeper: StateKeeper
+    betas: Betas = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class Part(ABC):
+    """A rule, the parameters it updates, and one dictionary of state tensors for each.
+
+    ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
+    """
+
+    def __init__(
+        self, label: str, parameters: dict[str, nn.Parameter], peak_lr: float, settings: Settings
+    ) -> None:
+        self.label = label
+        self.parameters = parameters
+        self.peak_lr = peak_lr
+        self.settings = settings
+        self.keeper = settings.keeper
+        self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+
+    @abstractmethod
+    def update(self, step: int, lr_factor: float) -> None:
+        """Apply the gradients. ``step``: 1-based; the learning rate is ``peak_lr * lr_factor``."""
+
+    def decay_(self, weight: Tensor, lr: float) -> None:
+        """Decoupled weight decay, in place."""
+        if self.settings.weight_decay:
+            weight.mul_(1.0 - lr * self.settings.weight_decay)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last refresh; reads device tensors, so it may synchronise."""
+        return {}
+
+    def describe_rank(self) -> str:
+        """For the table of claims."""
+        return "full"
+
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())

@@ -1,0 +1,204 @@
+"""Configuration -> optimizer: the only place where names of methods and samplers meet classes."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from rsotrain import config as c
+from rsotrain.errors import UserError
+from rsotrain.optim.adamw import AdamW
+from rsotrain.optim.base import Part, Settings, StateKeeper
+from rsotrain.optim.composite import CompositeOptimizer
+from rsotrain.optim.galore import GaLore
+from rsotrain.optim.muon import Muon
+from rsotrain.optim.param_groups import claim_parameters
+from rsotrain.optim.residuals import Apollo, Fira, Frugal, LDAdam
+from rsotrain.optim.sn_sm import SubsetNorm, SubspaceMomentum
+from rsotrain.optim.subspace_part import Subspace
+from rsotrain.subspace import online_pca, samplers
+from rsotrain.subspace.samplers import Sampler
+
+# optimizer without a subspace -> (class, its own settings)
+_FULL: dict[type[c.OptimizerConfig], tuple[Callable[..., Part], tuple[str, ...]]] = {
+    c.AdamConfig: (AdamW, ()),
+    c.SNConfig: (SubsetNorm, ("subset_size",)),
+    c.MuonConfig: (Muon, ("momentum", "nesterov", "ns_steps")),
+}
+# optimizer with a subspace -> (class, its own settings, does it need orthonormal bases?)
+_LOW_RANK: dict[type[c.OptimizerConfig], tuple[Callable[..., Part], tuple[str, ...], bool]] = {
+    c.GaLoreConfig: (GaLore, (), False),
+    c.SNSMConfig: (SubspaceMomentum, ("subset_size",), True),
+    c.FiraConfig: (Fira, ("max_growth",), True),
+    c.FrugalConfig: (Frugal, ("free_scale",), True),
+    c.ApolloConfig: (Apollo, ("per_tensor", "max_growth"), False),
+    c.LDAdamConfig: (LDAdam, ("rho",), True),
+}
+
+
+def build_sampler(config: c.SamplerConfig) -> Sampler:
+    """Raises UserError for a setting out of range, and for NoSamplerConfig."""
+    name = config.name
+    match config:
+        case c.SvdConfig():
+            draw = samplers.full_svd if config.solver is c.SvdSolver.full else samplers.svd
+            return Sampler(name, draw, informed=True)
+        case c.ImportanceConfig():
+            _require(config.power > 0, f"sampler.power={config.power} must be positive")
+            return Sampler(name, partial(samplers.importance, power=config.power), informed=True)
+        case c.RandomizedSvdConfig():
+            _require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
+            return Sampler(name, partial(samplers.randomized_svd, rounds=config.rounds), informed=True)
+        case c.TopkNormConfig():
+            return Sampler(name, samplers.topk_norm, informed=True)
+        case c.HaarConfig():
+            return Sampler(name, samplers.haar)
+        case c.CoordinateConfig():
+            return Sampler(name, samplers.coordinate)
+        case c.SRHTConfig():
+            return Sampler(name, samplers.srht)
+        case c.GaussianConfig():
+            hint = "use sampler=haar, which is its orthonormal form"
+            return Sampler(name, samplers.gaussian, orthonormal=False, hint=hint)
+        case c.OnlinePCAConfig():
+            return _online_pca(config)
+        case c.GoLoreConfig():
+            fraction = config.random_fraction
+            _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
+            return Sampler(name, partial(samplers.golore, random_fraction=fraction), informed=True)
+    raise UserError(f"sampler={name} draws no basis")
+
+
+def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
+    for key in ("lr", "penalty"):
+        value = getattr(config, key)
+        _require(value >= 0, f"sampler.{key}={value} must not be negative")
+    use_adam = config.solver is c.PCASolver.adam
+    return Sampler(
+        config.name,
+        partial(
+            online_pca.online_pca,
+            lr=config.lr,
+            penalty=config.penalty,
+            use_adam=use_adam,
+            orthonormalize=config.orthonormalize,
+        ),
+        orthonormal=config.orthonormalize,
+        informed=True,
+        lagged=True,
+        hint="set sampler.orthonormalize=true",
+        state_shapes=online_pca.adam_state if use_adam else samplers.no_state,
+    )
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal: bool) -> None:
+    pair = f"optimizer={config.name} with sampler={sampler.name}"
+    transports = config.on_refresh is c.OnRefresh.transport
+    needs = needs_orthonormal or transports
+    what = "optimizer.on_refresh=transport" if not needs_orthonormal else f"optimizer={config.name}"
+    _require(
+        sampler.orthonormal or not needs,
+        f"{pair}: {what} needs orthonormal bases, which this sampler's are not; {sampler.hint}",
+    )
+    if isinstance(config, c.LDAdamConfig):
+        _require(
+            transports,
+            f"optimizer={config.name} is defined by transported moments; set optimizer.on_refresh=transport",
+        )
+        _require(
+            not sampler.lagged,
+            f"{pair}: error feedback needs the new basis before the update, and this sampler's comes after;"
+            " use another sampler, such as randomized_svd",
+        )
+
+
+def _build_blocks(
+    config: c.OptimizerConfig,
+    sampler: c.SamplerConfig,
+    parameters: dict[str, nn.Parameter],
+    settings: Settings,
+    subspace: dict[str, Any],
+) -> Part:
+    peak_lr = config.lr * config.scale
+    kind = type(config)
+    if kind in _FULL:
+        full, keys = _FULL[kind]
+        _require(
+            isinstance(sampler, c.NoSamplerConfig),
+            f"optimizer={config.name} has no subspace, so sampler={sampler.name} would do nothing;"
+            " use sampler=none",
+        )
+        own = {key: getattr(config, key) for key in keys}
+        return full(config.name, parameters, peak_lr, settings, **own)
+    assert isinstance(config, c.SubspaceConfig), f"{kind.__name__} is not in the tables of this file"
+    low_rank, keys, needs_orthonormal = _LOW_RANK[kind]
+    _require(
+        not isinstance(sampler, c.NoSamplerConfig),
+        f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
+    )
+    _require(
+        config.update_proj_gap >= 1,
+        f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
+    )
+    built = build_sampler(sampler)
+    _refuse_pairs(config, built, needs_orthonormal)
+    if isinstance(config, c.FrugalConfig):
+        subspace["compute_dtype"] = None  # it takes signs of differences: see the class
+    chosen = Subspace(
+        sampler=built,
+        rank=config.rank,
+        gap=config.update_proj_gap,
+        on_refresh=config.on_refresh,
+        staggered=config.staggered,
+        **subspace,
+    )
+    own = {key: getattr(config, key) for key in keys}
+    return low_rank(config.name, parameters, peak_lr, settings, chosen, **own)
+
+
+def build_optimizer(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    config: c.OptimizerConfig,
+    sampler: c.SamplerConfig,
+    *,
+    precision: c.Precision = c.Precision.fp32,
+    seed: int,
+    total_steps: int,
+) -> CompositeOptimizer:
+    """The method of ``config`` for the block linears, AdamW for the rest.
+
+    ``model``: a module, or pairs of name and parameter. ``precision``: unless fp32, projections run in
+    bfloat16. ``seed``: the run's; ``total_steps``: of the run. Raises UserError if the patterns do not
+    fit the model, the rank does not fit a matrix, or the pair of optimizer and sampler makes no sense.
+    """
+    _require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
+    _require(
+        config.betas[1] < 1.0 or isinstance(config, c.SNConfig | c.SNSMConfig),
+        f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
+    )
+    claims = claim_parameters(model, config.block_parameters)
+    reduced = config.state_dtype is c.StateDtype.bfloat16
+    settings = Settings(
+        keeper=StateKeeper(torch.bfloat16 if reduced else torch.float32, seed),
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    compute_dtype = None if precision is c.Precision.fp32 else torch.bfloat16
+    subspace = {"seed": seed, "total_steps": total_steps, "compute_dtype": compute_dtype}
+    parts = []
+    if claims.blocks:
+        parts.append(_build_blocks(config, sampler, claims.blocks, settings, subspace))
+    if claims.rest:
+        if settings.betas[1] == 1.0:  # AdaGrad in the blocks; the rest is Adam all the same
+            settings = replace(settings, betas=(settings.betas[0], 0.999))
+        parts.append(AdamW("rest: adam", claims.rest, config.lr, settings))
+    return CompositeOptimizer(parts, claims)

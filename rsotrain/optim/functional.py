@@ -1,0 +1,138 @@
+"""Pure update rules on local tensors: the equations of the papers, no bookkeeping.
+
+``t`` is the 1-based step, A an oriented gradient (M×k), Q its basis (k×r), R = A Q.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Betas = tuple[float, float]
+
+
+def fused_adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: Betas,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW (Loshchilov & Hutter), one pass over memory: torch's fused kernel, bitwise torch.optim.AdamW's.
+
+    M ← β₁M + (1−β₁)G;  V ← β₂V + (1−β₂)G²;  W ← (1−ηλ)W − η (M/(1−β₁ᵗ)) / (√(V/(1−β₂ᵗ)) + ε).
+    All of one dtype; ``steps`` are 0-d float32 and already count this step.
+    """
+    torch._fused_adamw_(
+        list(weights),
+        list(gradients),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        list(steps),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def adam_descent(
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    betas: Betas,
+    eps: float,
+    corrected_eps: bool = True,
+) -> list[Tensor]:
+    """−N for each gradient, N = M̂ / (√V̂ + ε): the fused kernel on a zero weight with a rate of 1.
+
+    ``corrected_eps=False`` divides by √V + ε before the bias correction instead, as GaLore's code does;
+    all ``steps`` must then be equal, and reading them synchronises with the device.
+    """
+    if not corrected_eps:
+        # (√V + ε)/√(1−β₂ᵗ) = √V̂ + ε/√(1−β₂ᵗ)
+        eps = eps / (1.0 - betas[1] ** float(steps[0])) ** 0.5
+    descents = [torch.zeros_like(g) for g in gradients]
+    fused_adamw_(
+        descents, gradients, exp_avgs, exp_avg_sqs, steps, lr=1.0, betas=betas, eps=eps, weight_decay=0.0
+    )
+    return descents
+
+
+def transport_momentum_(exp_avg: Tensor, transition: Tensor) -> None:
+    """M ← M Cᵀ with C = Q_newᵀ Q_old (r×r): the momentum's part in the new subspace, in its axes."""
+    exp_avg.copy_(exp_avg.to(transition.dtype) @ transition.T)
+
+
+def transport_adam_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, transition: Tensor, step: Tensor, betas: Betas
+) -> None:
+    """Projection-aware moments (LDAdam, arXiv 2410.16103, equations of its algorithm 1).
+
+    m̂ ← C m̂;  v̂ ← |C² (v̂ − m̂²) + (C m̂)²|, C² elementwise; C as in ``transport_momentum_``. ``step``
+    counts the gradients in the moments and is at least 1.
+    """
+    count = step.to(torch.float64)
+    correction1 = (1.0 - betas[0] ** count).to(exp_avg.dtype)
+    correction2 = (1.0 - betas[1] ** count).to(exp_avg.dtype)
+    mean = exp_avg / correction1
+    variance = (exp_avg_sq / correction2).addcmul_(mean, mean, value=-1.0)
+    moved = mean @ transition.T
+    exp_avg.copy_(moved * correction1)
+    exp_avg_sq.copy_((variance @ transition.square().T).addcmul_(moved, moved).abs_() * correction2)
+
+
+def channel_scales(descent: Tensor, projected: Tensor) -> Tensor:
+    """‖N_j‖/‖R_j‖ for each row j, M×1; 0 where R_j is 0. ``descent``: ±N, M×r; ``projected``: R, M×r."""
+    norms = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
+    scales = torch.linalg.vector_norm(descent, dim=1, keepdim=True) / norms
+    return scales.where(norms > 0, 0.0)
+
+
+def limit_norm_growth_(update: Tensor, previous_norm: Tensor, max_growth: float) -> None:
+    """Norm-growth limiter (Fira, arXiv 2410.01623): ‖U_t‖ ≤ γ‖U_{t−1}‖, γ = ``max_growth``.
+
+    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting; while it is 0 nothing is limited.
+    """
+    norm = torch.linalg.vector_norm(update).to(previous_norm.dtype)
+    allowed = torch.where(previous_norm > 0, max_growth * previous_norm, norm)
+    factor = torch.where(norm > allowed, allowed / norm, 1.0)
+    update.mul_(factor.to(update.dtype))
+    previous_norm.copy_(norm * factor)
+
+
+def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
+    """s = Σ A² over runs of ``subset_size`` entries of a row (SN, arXiv 2411.07120): M×(k/subset_size)."""
+    return torch.linalg.vector_norm(gradient.unflatten(1, (-1, subset_size)), dim=2).square_()
+
+
+def subset_norm_descent_(
+    numerator: Tensor, subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float
+) -> None:
+    """numerator ← −√(1−β₂ᵗ)/(1−β₁ᵗ) · numerator / (√V + ε), after V ← β₂V + (1−β₂)s (SN, algorithm 1).
+
+    β₂ = 1 is AdaGrad: V ← V + s, without its bias correction. ``numerator``: M×k; ``subset_sq``: V and
+    ``sums``: s, M×(number of subsets in a row).
+    """
+    beta1, beta2 = betas
+    if beta2 == 1.0:
+        subset_sq.add_(sums)
+        correction2 = 1.0
+    else:
+        subset_sq.lerp_(sums, 1.0 - beta2)
+        correction2 = 1.0 - beta2**step
+    scale = -(correction2**0.5) / (1.0 - beta1**step)
+    factors = subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
+    subsets = numerator.unflatten(1, (subset_sq.shape[1], -1))
+    subsets.mul_(factors.unsqueeze(2))

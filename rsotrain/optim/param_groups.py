@@ -1,0 +1,78 @@
+"""Which parameters a method gets: each claimed exactly once, by regular expressions on its name."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from rsotrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Claims:
+    """``blocks``: what the patterns name; ``rest``: all others; ``frozen``: names that are not trained."""
+
+    patterns: tuple[str, ...]
+    blocks: dict[str, nn.Parameter]
+    rest: dict[str, nn.Parameter]
+    frozen: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One line of the table printed at start. ``lr`` is the peak rate, None where nothing is trained."""
+
+    group: str
+    pattern: str
+    num_tensors: int
+    num_elements: int
+    lr: float | None
+    rank: str
+    state_bytes: int
+
+
+def claim_parameters(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]], patterns: Iterable[str]
+) -> Claims:
+    """Divide the parameters; a tied one counts once, under its first name.
+
+    Raises UserError for a pattern that is no regular expression or matches nothing trainable, and for a
+    matched parameter that is not a matrix.
+    """
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    unique: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        unique.setdefault(id(parameter), (name, parameter))
+
+    patterns = tuple(patterns)
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise UserError(
+            f"optimizer.block_parameters holds {error.pattern!r}, which is no regular expression ({error})"
+        ) from error
+
+    blocks: dict[str, nn.Parameter] = {}
+    rest: dict[str, nn.Parameter] = {}
+    frozen: dict[str, nn.Parameter] = {}
+    used: set[str] = set()
+    for name, parameter in unique.values():
+        if not parameter.requires_grad:
+            frozen[name] = parameter
+            continue
+        matched = [regex.pattern for regex in compiled if regex.search(name)]
+        used.update(matched)
+        if matched and parameter.ndim != 2:
+            raise UserError(
+                f"optimizer.block_parameters: {matched[0]!r} matches {name}, which is not a matrix;"
+                " narrow the pattern"
+            )
+        (blocks if matched else rest)[name] = parameter
+    for pattern in patterns:
+        if pattern not in used:
+            raise UserError(
+                f"optimizer.block_parameters: {pattern!r} matches no trainable parameter"
+                f" (names look like {next(iter(unique.values()))[0]!r}); remove or correct it"
+            )
+    return Claims(patterns, blocks, rest, frozen)

@@ -1,0 +1,223 @@
+"""Slow, readable transcriptions of the methods, for one matrix in float64.
+
+Each function takes W (m×n), the gradients of t = 1, 2, … (m×n each) and returns W after all of them. They
+share no code with the optimizers that they are there to check. ``lr`` is the matrix' own rate (lr·scale).
+``draw(t, A, rank, old)`` gives the basis Q (k×r) of a refresh; A is oriented (M×k, k ≤ M) and ``old`` None
+at t = 1. Refreshes are at t = 1, 1+T, 1+2T, … with T = ``gap``.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Draw = Callable[[int, Tensor, int, Tensor | None], Tensor]
+Betas = tuple[float, float]
+
+
+def _orient(weight: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], bool]:
+    """Float64 copies with the larger dimension first; was it a transposition?"""
+    turn = weight.shape[0] < weight.shape[1]
+    matrices = [(x.T if turn else x).double().clone() for x in (weight, *gradients)]
+    return matrices[0], matrices[1:], turn
+
+
+def dominant(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+    """The top right singular vectors, signs chosen to point the way of the old ones."""
+    basis = torch.linalg.svd(gradient)[2][:rank].T
+    if old is not None:
+        for i in range(rank):
+            if torch.dot(basis[:, i], old[:, i]) < 0:
+                basis[:, i] = -basis[:, i]
+    return basis
+
+
+def one_power_round(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+    """orth(AᵀA Q_old), the R factor's diagonal positive; the SVD's basis at t = 1."""
+    if old is None:
+        return dominant(t, gradient, rank, None)
+    q, r = torch.linalg.qr(gradient.T @ (gradient @ old))
+    return q * torch.sign(torch.diagonal(r))
+
+
+def adam(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, betas: Betas, eps: float,
+    weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    W = weight.double().clone()
+    M, V = torch.zeros_like(W), torch.zeros_like(W)
+    for t, G in enumerate(gradients, start=1):
+        G = G.double()
+        M = betas[0] * M + (1 - betas[0]) * G
+        V = betas[1] * V + (1 - betas[1]) * G**2
+        N = (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
+        W = (1 - lr * weight_decay) * W - lr * N
+    return W
+
+
+def _limited(update: Tensor, previous: float, growth: float) -> Tensor:
+    norm = float(update.norm())
+    if previous > 0 and norm > growth * previous:
+        return update * (growth * previous / norm)
+    return update
+
+
+def galore(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
+    eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", draw: Draw = dominant,
+    corrected_eps: bool = True, outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01,
+) -> Tensor:  # fmt: skip
+    """GaLore; with ``outside="fira"`` or ``"frugal"`` those methods, which differ in the residual only."""
+    W, gradients, turned = _orient(weight, gradients)
+    M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    Q, count, residual_norm = None, 0, 0.0
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            old, Q = Q, draw(t, A, rank, Q)
+            if old is not None and on_refresh == "reset":
+                M, V, count = torch.zeros_like(M), torch.zeros_like(V), 0
+            if old is not None and on_refresh == "transport":
+                C = Q.T @ old
+                m, v = M / (1 - betas[0] ** count), V / (1 - betas[1] ** count)
+                v = (((v - m**2) @ (C**2).T) + (m @ C.T) ** 2).abs()
+                M, V = m @ C.T * (1 - betas[0] ** count), v * (1 - betas[1] ** count)
+        assert Q is not None
+        R = A @ Q
+        count += 1
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        correction1, correction2 = 1 - betas[0] ** count, 1 - betas[1] ** count
+        if corrected_eps:
+            N = (M / correction1) / ((V / correction2).sqrt() + eps)
+        else:
+            N = M / (V.sqrt() + eps) * correction2**0.5 / correction1
+        W = (1 - lr * weight_decay) * W - lr * N @ Q.T
+        residual = A - R @ Q.T
+        if outside == "fira" and rank < W.shape[1]:
+            residual = residual * (N.norm(dim=1) / R.norm(dim=1))[:, None]
+            residual = _limited(residual, residual_norm, max_growth)
+            residual_norm = float(residual.norm())
+            W = W - lr * residual
+        if outside == "frugal" and rank < W.shape[1]:
+            W = W - lr * free_scale * torch.sign(residual)
+    return W.T if turned else W
+
+
+def apollo(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
+    eps: float, draw: Draw, per_tensor: bool = False, max_growth: float = 1.01, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """APOLLO; ``draw`` gives a P with E[PPᵀ] = I. Moments are kept when it changes."""
+    W, gradients, turned = _orient(weight, gradients)
+    M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    P, update_norm = None, 0.0
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            P = draw(t, A, rank, P)
+        assert P is not None
+        R = A @ P
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        N = (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
+        scales = N.norm() / R.norm() if per_tensor else (N.norm(dim=1) / R.norm(dim=1))[:, None]
+        update = _limited(A * scales, update_norm, max_growth)
+        update_norm = float(update.norm())
+        W = (1 - lr * weight_decay) * W - lr * update
+    return W.T if turned else W
+
+
+def osd(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
+    basis_lr: float, penalty: float, use_adam: bool = True,
+) -> Tensor:  # fmt: skip
+    """Online subspace descent: P starts from the first SVD; from t = 2 on it steps after the weight did.
+
+    (At t = 1 the loss' gradient is zero: the SVD's basis minimises it.) The gradient is autograd's.
+    """
+    W, gradients, turned = _orient(weight, gradients)
+    M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    Q = dominant(1, gradients[0], rank, None).requires_grad_()
+    solver: torch.optim.Optimizer = torch.optim.Adam([Q], lr=basis_lr)
+    if not use_adam:
+        solver = torch.optim.SGD([Q], lr=basis_lr)
+    for t, A in enumerate(gradients, start=1):
+        with torch.no_grad():
+            R = A @ Q
+            M = betas[0] * M + (1 - betas[0]) * R
+            V = betas[1] * V + (1 - betas[1]) * R**2
+            N = (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
+            W = W - lr * N @ Q.T
+        if t > 1:
+            unit = A / A.norm()
+            identity = torch.eye(rank, dtype=Q.dtype)
+            loss = ((unit @ Q @ Q.T - unit) ** 2).sum() + penalty * ((Q.T @ Q - identity) ** 2).sum()
+            solver.zero_grad()
+            loss.backward()
+            solver.step()
+    return W.T if turned else W
+
+
+def sn_sm(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int | None, gap: int, betas: Betas,
+    eps: float, subset_size: int, on_refresh: str = "reset", draw: Draw = dominant, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Subset norm with subspace momentum; with full momentum (SN alone) if ``rank`` is None."""
+    W, gradients, turned = _orient(weight, gradients)
+    rows, size = W.shape
+    M = torch.zeros(rows, size if rank is None else rank, dtype=W.dtype)
+    V = torch.zeros(rows, size // subset_size, dtype=W.dtype)
+    Q = None
+    for t, A in enumerate(gradients, start=1):
+        if rank is None:
+            M = betas[0] * M + (1 - betas[0]) * A
+            numerator = M
+        else:
+            if (t - 1) % gap == 0:
+                old, Q = Q, draw(t, A, rank, Q)
+                if old is not None and on_refresh == "reset":
+                    M = torch.zeros_like(M)
+                if old is not None and on_refresh == "transport":
+                    M = M @ (Q.T @ old).T
+            assert Q is not None
+            R = A @ Q
+            M = betas[0] * M + (1 - betas[0]) * R
+            numerator = M @ Q.T + (A - R @ Q.T)
+        sums = (A**2).reshape(rows, -1, subset_size).sum(2)
+        V = V + sums if betas[1] == 1 else betas[1] * V + (1 - betas[1]) * sums
+        correction2 = 1.0 if betas[1] == 1 else 1 - betas[1] ** t
+        denominator = (V.sqrt() + eps).repeat_interleave(subset_size, dim=1)
+        step_size = lr * correction2**0.5 / (1 - betas[0] ** t)
+        W = (1 - lr * weight_decay) * W - step_size * numerator / denominator
+    return W.T if turned else W
+
+
+def ldadam(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
+    rho: float, draw: Draw = one_power_round, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """LDAdam with a new basis every step."""
+    W, gradients, turned = _orient(weight, gradients)
+    M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    E = torch.zeros_like(W)
+    Q = None
+    for t, G in enumerate(gradients, start=1):
+        A = G + E
+        if Q is None:
+            Q = draw(t, A, rank, None)
+            R = A @ Q
+            E = A - R @ Q.T
+        else:
+            correction1, correction2 = 1 - betas[0] ** (t - 1), 1 - betas[1] ** (t - 1)
+            old = Q
+            Q = draw(t, rho * (M / correction1) @ old.T + (1 - rho) * A, rank, old)
+            C = Q.T @ old
+            R = A @ Q
+            E = A - R @ Q.T + betas[0] / (1 - betas[0]) * (M @ old.T - M @ C.T @ Q.T)
+            m, v = M / correction1, V / correction2
+            V = correction2 * (((v - m**2) @ (C**2).T) + (m @ C.T) ** 2).abs()
+            M = M @ C.T
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        N = (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
+        W = (1 - lr * weight_decay) * W - lr * N @ Q.T
+    return W.T if turned else W

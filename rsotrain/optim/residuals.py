@@ -1,0 +1,187 @@
+"""Methods that run GaLore's Adam in the subspace and do something with the gradient outside it."""
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.optim.base import Settings, work_dtype
+from rsotrain.optim.functional import channel_scales, limit_norm_growth_
+from rsotrain.optim.galore import GaLore
+from rsotrain.optim.subspace_part import Matrix, Subspace
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.projection import add_lifted_
+
+
+class Fira(GaLore):
+    """GaLore plus the residual, each row scaled as Adam scales it inside (Fira, arXiv 2410.01623).
+
+    W ← (1 − ηλ)W − η (lift(N) + limit(φ ⊙ (A − lift(R)))), φ_j = ‖N_j‖/‖R_j‖. The authors' code takes
+    A − α·lift(R) for the residual; this is the paper's. At full rank the residual is left out.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        subspace: Subspace,
+        *,
+        max_growth: float,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings, subspace)
+        self.max_growth = max_growth
+
+    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
+        norm = torch.zeros((), device=matrix.parameter.device)
+        return super().initial_state(matrix) | {"residual_norm": norm}
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        descents = self.descend(bucket, projected, step)
+        for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
+            self.decay_(m.weight, lr)
+            add_lifted_(m.weight, descent, self.bases[m.name], lr)
+            if m.rank < m.size:
+                residual = a.to(r.dtype, copy=True)
+                add_lifted_(residual, r, self.bases[m.name], -1.0)
+                residual.mul_(channel_scales(descent, r))
+                limit_norm_growth_(residual, self.state[m.name]["residual_norm"], self.max_growth)
+                m.weight.add_(residual, alpha=-lr)
+
+
+class Frugal(GaLore):
+    """Adam in the subspace, signSGD outside it (FRUGAL, arXiv 2411.07837).
+
+    W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
+    too, so this method projects in float32 at least, whatever the run's precision. At full rank there is
+    no outside.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        subspace: Subspace,
+        *,
+        free_scale: float,
+    ) -> None:
+        assert subspace.compute_dtype is None
+        super().__init__(label, parameters, peak_lr, settings, subspace)
+        self.free_scale = free_scale
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        descents = self.descend(bucket, projected, step)
+        for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
+            self.decay_(m.weight, lr)
+            add_lifted_(m.weight, descent, self.bases[m.name], lr)
+            if m.rank < m.size:
+                residual = a.to(r.dtype, copy=True)
+                add_lifted_(residual, r, self.bases[m.name], -1.0)
+                m.weight.add_(residual.sign_(), alpha=-lr * self.free_scale)
+
+
+class Apollo(GaLore):
+    """The gradient itself, scaled as Adam scales its random projection (APOLLO, arXiv 2412.05270).
+
+    W ← (1 − ηλ)W − η·limit(s ⊙ A), s_j = ‖N_j‖/‖R_j‖ for each row, or s = ‖N‖_F/‖R‖_F for the whole
+    matrix (``per_tensor``, APOLLO-Mini). The paper's random P has E[PPᵀ] = I; orthonormal bases are scaled
+    by √(k/r) to match, so that one learning rate serves every sampler. The paper's factor √scale belongs
+    to the learning rate.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        subspace: Subspace,
+        *,
+        per_tensor: bool,
+        max_growth: float,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings, subspace)
+        self.per_tensor, self.max_growth = per_tensor, max_growth
+
+    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
+        norm = torch.zeros((), device=matrix.parameter.device)
+        return super().initial_state(matrix) | {"update_norm": norm}
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        if self.subspace.sampler.orthonormal:
+            torch._foreach_mul_(projected, [(m.size / m.rank) ** 0.5 for m in bucket])
+        descents = self.descend(bucket, projected, step)
+        for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
+            if self.per_tensor:
+                scales = channel_scales(descent.reshape(1, -1), r.reshape(1, -1))
+            else:
+                scales = channel_scales(descent, r)
+            update = a * scales
+            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth)
+            self.decay_(m.weight, lr)
+            m.weight.add_(update, alpha=-lr)
+
+
+class LDAdam(GaLore):
+    """Low-dimensional Adam with error feedback (LDAdam, arXiv 2410.16103, algorithm 1).
+
+    With the error E of the steps before: A = G + E; the basis is drawn from ρ·lift_old(M̂) + (1−ρ)A; the
+    moments are transported; then GaLore's step, and
+    E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
+    E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        subspace: Subspace,
+        *,
+        rho: float,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings, subspace)
+        self.rho = rho
+
+    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
+        error = torch.zeros_like(matrix.weight, dtype=work_dtype(matrix.parameter.dtype))
+        return super().initial_state(matrix) | {"error": error}
+
+    def gradient(self, matrix: Matrix) -> Tensor:
+        return self.state[matrix.name]["error"].add_(super().gradient(matrix))
+
+    def sampled_gradient(self, matrix: Matrix, gradient: Tensor, step: int) -> Tensor:
+        if step == 1:
+            return gradient
+        state = self.state[matrix.name]
+        correction = 1.0 - self.settings.betas[0] ** (step - 1)
+        mixed = gradient * (1.0 - self.rho)
+        momentum = state["exp_avg"].to(mixed.dtype) / correction
+        add_lifted_(mixed, momentum, self.bases[matrix.name], self.rho)
+        return mixed
+
+    def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
+        state = self.state[matrix.name]
+        error = state["error"]
+        old = state["exp_avg"].to(error.dtype)
+        beta1 = self.settings.betas[0]
+        # orthogonal to the new basis, so it may be added before A is projected
+        add_lifted_(error, old, change.old, beta1 / (1.0 - beta1))
+        moved = old @ change.transition.T
+        add_lifted_(error, moved, self.bases[matrix.name], -beta1 / (1.0 - beta1))
+        super().basis_changed(matrix, change, step)
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        for m, a, r in zip(bucket, gradients, projected, strict=True):
+            add_lifted_(a, r, self.bases[m.name], -1.0)  # a is the error's memory
+        super().apply(bucket, gradients, projected, step, lr)

@@ -1,0 +1,126 @@
+"""Subset-norm and subspace-momentum (Nguyen & Nguyen, ICML 2025, arXiv 2411.07120)."""
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.config import OnRefresh
+from rsotrain.errors import UserError
+from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
+from rsotrain.optim.functional import subset_norm_descent_, subset_sums, transport_momentum_
+from rsotrain.optim.subspace_part import Matrix, Subspace, SubspacePart
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.projection import add_lifted_, oriented, side_of
+
+
+def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
+    """Entries in a subset of a row of ``size``; None: all. UserError if it does not divide ``size``."""
+    if subset_size is None:
+        return size
+    if subset_size < 1 or size % subset_size:
+        raise UserError(
+            f"optimizer.subset_size={subset_size} does not divide the smaller dimension ({size}) of {name};"
+            " give a divisor of it, or null for whole rows"
+        )
+    return subset_size
+
+
+class SubsetNorm(Part):
+    """SN: momentum of full size, one second moment for each subset of a row of the oriented gradient.
+
+    M ← β₁M + (1−β₁)A;  V ← β₂V + (1−β₂)s;  W ← (1 − ηλ)W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·M/(√V + ε). A sum, not a
+    mean, over the subset: steps are √subset_size smaller than Adam's. β₁ = 0 is RMSProp-SN, β₂ = 1
+    AdaGrad-SN.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        *,
+        subset_size: int | None,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings)
+        self.sizes = {n: resolve_subset_size(subset_size, min(p.shape), n) for n, p in parameters.items()}
+        for name, p in parameters.items():
+            subsets = (max(p.shape), min(p.shape) // self.sizes[name])
+            self.state[name] = {
+                "exp_avg": self.keeper.zeros(p.shape, p),
+                "subset_sq": self.keeper.zeros(subsets, p),
+            }
+
+    @torch.no_grad()
+    def update(self, step: int, lr_factor: float) -> None:
+        lr = self.peak_lr * lr_factor
+        for name, parameter in self.parameters.items():
+            side = side_of(parameter.shape)
+            gradient = gradient_of(name, parameter).to(work_dtype(parameter.dtype))
+            kinds = ("exp_avg", "subset_sq")
+            state = [self.state[name][kind] for kind in kinds]
+            exp_avg, subset_sq = self.keeper.read(state)
+            exp_avg.lerp_(gradient, 1.0 - self.settings.betas[0])
+            update = oriented(exp_avg.clone(), side)
+            sums = subset_sums(oriented(gradient, side), self.sizes[name])
+            subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
+            weight = oriented(parameter.data, side)
+            self.decay_(weight, lr)
+            weight.add_(update, alpha=lr)
+            self.keeper.write(state, [exp_avg, subset_sq], [f"{name}.{kind}" for kind in kinds], step)
+
+
+class SubspaceMomentum(SubspacePart):
+    """SM over SN: momentum in the subspace, the plain gradient outside, SN's second moment.
+
+    M ← β₁M + (1−β₁)R;  numerator = lift(M) + (A − lift(R));  the rest as SN, with whose subset_size = 1
+    this is Adam's second moment (SM alone). By default M ← 0 when the basis changes; the authors' code
+    takes one more step with the old momentum there and loses that step's gradient, which this does not.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        subspace: Subspace,
+        *,
+        subset_size: int | None,
+    ) -> None:
+        self.subset_size = subset_size
+        super().__init__(label, parameters, peak_lr, settings, subspace)
+
+    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
+        subset_size = resolve_subset_size(self.subset_size, matrix.size, matrix.name)
+        subsets = (matrix.num_rows, matrix.size // subset_size)
+        return {
+            "exp_avg": self.keeper.zeros((matrix.num_rows, matrix.rank), matrix.parameter),
+            "subset_sq": self.keeper.zeros(subsets, matrix.parameter),
+        }
+
+    def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
+        exp_avg = self.state[matrix.name]["exp_avg"]
+        if self.subspace.on_refresh is OnRefresh.reset:
+            exp_avg.zero_()
+        elif self.subspace.on_refresh is OnRefresh.transport:
+            wide = self.keeper.read([exp_avg])
+            transport_momentum_(wide[0], change.transition)
+            self.keeper.write([exp_avg], wide, [f"{matrix.name}.exp_avg.transport"], step)
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        kinds = ("exp_avg", "subset_sq")
+        state = [self.state[m.name][kind] for kind in kinds for m in bucket]
+        wide = self.keeper.read(state)
+        exp_avgs, subset_sqs = wide[: len(bucket)], wide[len(bucket) :]
+        torch._foreach_lerp_(exp_avgs, projected, 1.0 - self.settings.betas[0])
+        differences = torch._foreach_sub(exp_avgs, projected)  # M − R
+        for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
+            update = a.to(difference.dtype, copy=True)
+            sums = subset_sums(update, m.size // subset_sq.shape[1])
+            add_lifted_(update, difference, self.bases[m.name], 1.0)
+            subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
+            self.decay_(m.weight, lr)
+            m.weight.add_(update, alpha=lr)
+        self.keeper.write(state, wide, [f"{m.name}.{kind}" for kind in kinds for m in bucket], step)

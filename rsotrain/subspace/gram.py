@@ -1,0 +1,115 @@
+"""What a data-dependent sampler may see: the Gram matrix of the projected side, or products with it.
+
+Both sum over the dimension that is not projected, so a sharded matrix needs one all-reduce of a k×k (or
+k×r) matrix and nothing else.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 23  # bounds the float64 temporaries of blockwise sums
+
+
+class Gram(Protocol):
+    """The Gram matrix AᵀA (k×k) of an oriented matrix A (M×k).
+
+    ``resolution``: relative size below which A's own entries are rounding noise.
+    """
+
+    size: int
+    resolution: float
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """AᵀA, accumulated in ``dtype``."""
+        ...
+
+    def matmul(self, block: Tensor) -> Tensor:
+        """AᵀA X for a ``block`` X of k×r in float32."""
+        ...
+
+    def energy(self) -> Tensor:
+        """‖A‖_F², 0-d."""
+        ...
+
+    def diagonal(self) -> Tensor:
+        """Squared column norms of A, k."""
+        ...
+
+    def factor(self) -> Tensor | None:
+        """A itself in float64, for an exact decomposition; None where only the Gram matrix is known."""
+        ...
+
+
+class GradientGram:
+    """Of a gradient, scaled to a largest entry of 1 so that no square under- or overflows.
+
+    ``gradient``: oriented, M×k, any float dtype, finite.
+    """
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.size = gradient.shape[1]
+        self.resolution = torch.finfo(gradient.dtype).eps
+        largest = gradient.abs().amax().to(torch.float64)
+        # in two factors: the reciprocal of a subnormal number is infinite
+        root = torch.where(largest > 0, largest, 1.0).sqrt()
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        self.normalised = (gradient.to(dtype) / root.to(dtype)) / root.to(dtype)
+
+    @classmethod
+    def of_finite(cls, gradient: Tensor) -> "GradientGram | None":
+        """None if an entry is NaN or infinite; asking synchronises with the device."""
+        return cls(gradient) if bool(gradient.abs().amax().isfinite()) else None
+
+    def _blocks(self) -> Iterator[Tensor]:
+        rows = max(1, _BLOCK_ELEMENTS // self.size)
+        for block in self.normalised.split(rows):
+            yield block.to(torch.float64)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        if dtype is torch.float32:
+            narrow = self.normalised.to(dtype)
+            return narrow.T @ narrow
+        total = self.normalised.new_zeros((self.size, self.size), dtype=dtype)
+        for block in self._blocks():
+            total.addmm_(block.T, block)
+        return total
+
+    def matmul(self, block: Tensor) -> Tensor:
+        return (self.normalised.T @ (self.normalised @ block.to(self.normalised.dtype))).to(block.dtype)
+
+    def energy(self) -> Tensor:
+        return torch.linalg.vector_norm(self.normalised, dtype=torch.float64).square()
+
+    def diagonal(self) -> Tensor:
+        return torch.linalg.vector_norm(self.normalised, dim=0, dtype=torch.float64).square()
+
+    def factor(self) -> Tensor | None:
+        return self.normalised.to(torch.float64)
+
+
+class DenseGram:
+    """A Gram matrix that was gathered elsewhere; ``matrix``: k×k, symmetric, finite."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.size = matrix.shape[0]
+        self.resolution = torch.finfo(matrix.dtype).eps
+        largest = matrix.abs().amax()
+        self.normalised = matrix / torch.where(largest > 0, largest, 1.0)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.normalised.to(dtype)
+
+    def matmul(self, block: Tensor) -> Tensor:
+        return self.normalised.to(block.dtype) @ block
+
+    def energy(self) -> Tensor:
+        return self.normalised.trace().to(torch.float64)
+
+    def diagonal(self) -> Tensor:
+        return self.normalised.diagonal().to(torch.float64)
+
+    def factor(self) -> Tensor | None:
+        return None

@@ -1,0 +1,47 @@
+"""Online PCA of the gradient (OSD: Liang et al., NeurIPS 2024, arXiv 2408.12857)."""
+
+import torch
+from torch import Tensor
+
+from rsotrain.optim.functional import adam_descent
+from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.samplers import Draw, orthonormalised, svd
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def pca_gradient(gram: Gram, basis: Tensor, penalty: float) -> Tensor:
+    """∇_Q of ‖G̃QQᵀ − G̃‖_F² + λ‖QᵀQ − I‖_F², G̃ = G/‖G‖_F, λ = ``penalty``; ``basis``: k×r float32.
+
+    With H = G̃ᵀG̃ and S = G̃Q: −2(2HQ − HQ QᵀQ − Q SᵀS) + 4λ Q(QᵀQ − I), and SᵀS = QᵀHQ, so products
+    with the Gram matrix are all it needs.
+    """
+    energy = gram.energy().clamp(min=torch.finfo(basis.dtype).tiny)
+    product = gram.matmul(basis) / energy.to(basis.dtype)  # HQ
+    overlap = basis.T @ basis  # QᵀQ
+    data = -2.0 * (2.0 * product - product @ overlap - basis @ (basis.T @ product))
+    return data + 4.0 * penalty * (basis @ overlap - basis)
+
+
+def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
+    shape = (size, rank)
+    return {"basis_exp_avg": shape, "basis_exp_avg_sq": shape, "basis_step": ()}
+
+
+def online_pca(draw: Draw, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool) -> Tensor:
+    """The SVD's basis at the first draw, then one Adam (or SGD) step on the loss of ``pca_gradient``."""
+    if draw.previous is None:
+        return svd(draw)
+    assert draw.gram is not None
+    basis = draw.previous.float()
+    descent = -pca_gradient(draw.gram, basis, penalty)
+    if use_adam:
+        state = draw.state
+        state["basis_step"] += 1.0
+        moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
+        (descent,) = adam_descent(
+            [-descent], [moments[0]], [moments[1]], [state["basis_step"]], betas=BETAS, eps=EPS
+        )
+    basis = torch.add(basis, descent, alpha=lr * draw.lr_factor)
+    return orthonormalised(basis) if orthonormalize else basis

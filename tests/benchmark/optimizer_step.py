@@ -1,0 +1,138 @@
+"""Time of one optimizer step without refresh, on the shapes of a LLaMA: every method, torch's and galore-torch's.
+
+    python tests/benchmark/optimizer_step.py [--model llama_130m] [--threads 2] [--rounds 5] [--methods galore adam]
+
+Alternating rounds, medians, float32 weights and gradients. ``galore`` projects in float32,
+``galore (bf16 products)`` is what precision=bf16_mixed runs. Needs galore-torch for the comparison.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rsotrain import config as c
+from rsotrain.optim.build import build_optimizer
+
+VOCAB, RANK, GAP = 32000, 0.25, 10**9
+MODELS = {"llama_60m": (512, 1376, 8), "llama_130m": (768, 2048, 12), "llama_350m": (1024, 2736, 24)}
+LOW = {"rank": RANK, "update_proj_gap": GAP}
+METHODS: dict[str, tuple[c.OptimizerConfig, c.SamplerConfig, c.Precision]] = {
+    "adam": (c.AdamConfig("adam", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
+    "galore": (c.GaLoreConfig("galore", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.fp32),
+    "galore (bf16 products)": (
+        c.GaLoreConfig("galore", 1e-3, **LOW),
+        c.HaarConfig("haar"),
+        c.Precision.bf16_mixed,
+    ),
+    "osd (bf16 products)": (
+        c.GaLoreConfig("osd", 1e-3, rank=RANK, update_proj_gap=1),
+        c.OnlinePCAConfig("online_pca"),
+        c.Precision.bf16_mixed,
+    ),
+    "sn": (c.SNConfig("sn", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
+    "sn_sm (bf16 products)": (
+        c.SNSMConfig("sn_sm", 1e-3, **LOW),
+        c.HaarConfig("haar"),
+        c.Precision.bf16_mixed,
+    ),
+    "fira (bf16 products)": (c.FiraConfig("fira", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.bf16_mixed),
+    "apollo (bf16 products)": (
+        c.ApolloConfig("apollo", 1e-3, **LOW),
+        c.HaarConfig("haar"),
+        c.Precision.bf16_mixed,
+    ),
+    "frugal": (c.FrugalConfig("frugal", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.bf16_mixed),
+    "muon": (c.MuonConfig("muon", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
+    "adam (bf16 weights)": (c.AdamConfig("adam", 1e-3), c.NoSamplerConfig("none"), c.Precision.bf16),
+    "adam (bf16 state)": (
+        c.AdamConfig("adam", 1e-3, state_dtype=c.StateDtype.bfloat16),
+        c.NoSamplerConfig("none"),
+        c.Precision.fp32,
+    ),
+}
+
+
+def parameters(name: str, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Weights with gradients, named as in the model."""
+    hidden, ffn, layers = MODELS[name]
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (VOCAB, hidden), "head.weight": (VOCAB, hidden)}
+    for layer in range(layers):
+        for x in "qkvo":
+            shapes[f"layers.{layer}.self_attn.{x}_proj.weight"] = (hidden, hidden)
+        for x in ("gate", "up"):
+            shapes[f"layers.{layer}.mlp.{x}_proj.weight"] = (ffn, hidden)
+        shapes[f"layers.{layer}.mlp.down_proj.weight"] = (hidden, ffn)
+    result = {}
+    for key, shape in shapes.items():
+        result[key] = nn.Parameter((torch.randn(shape) * 0.02).to(dtype))
+        result[key].grad = torch.randn(shape).to(dtype)
+    return result
+
+
+def galore_torch_step(named: dict[str, nn.Parameter]) -> Callable[[], object]:
+    """One step of galore_torch.GaLoreAdamW; random bases instead of its first, slow SVDs."""
+    spec = importlib.util.find_spec("galore_torch")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit("the comparison needs galore-torch: pip install galore-torch")
+    package = types.ModuleType("galore_torch")  # without its __init__, which wants bitsandbytes
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["galore_torch"] = package
+    module = importlib.import_module("galore_torch.adamw")
+    projector = importlib.import_module("galore_torch.galore_projector")
+
+    def random_basis(self: object, weights: torch.Tensor, rank: int, type: str) -> torch.Tensor:  # noqa: A002
+        basis = torch.linalg.qr(torch.randn(min(weights.shape), rank))[0]
+        return basis.T.contiguous() if type == "right" else basis
+
+    projector.GaLoreProjector.get_orthogonal_matrix = random_basis
+    blocks = [p for name, p in named.items() if "layers" in name]
+    rest = [p for name, p in named.items() if "layers" not in name]
+    rank = int(RANK * min(blocks[0].shape))
+    galore = {"params": blocks, "rank": rank, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+    return module.AdamW([{"params": rest}, galore], lr=1e-3, no_deprecation_warning=True).step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama_130m")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    narrow = parameters(arguments.model, torch.bfloat16)
+    wide = parameters(arguments.model, torch.float32)
+    steps: dict[str, Callable[[], object]] = {"galore_torch.GaLoreAdamW": galore_torch_step(wide)}
+    torch_adamw = torch.optim.AdamW(wide.values(), lr=1e-3, fused=True)
+    steps["torch.optim.AdamW(fused)"] = torch_adamw.step
+    for name in arguments.methods:
+        config, sampler, precision = METHODS[name]
+        named = narrow if precision is c.Precision.bf16 else wide
+        built = build_optimizer(named.items(), config, sampler, precision=precision, seed=0, total_steps=GAP)
+        steps[name] = built.step
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_index in range(arguments.rounds + 1):  # the first warms up, and draws the bases
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if round_index:
+                seconds[name].append(time.perf_counter() - start)
+    base = statistics.median(seconds["galore_torch.GaLoreAdamW"])
+    print(f"{arguments.model}, rank hidden/4, {arguments.threads} threads, median of {arguments.rounds}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:28s} {median * 1000:8.1f} ms   {median / base:5.2f} of galore_torch")
+
+
+if __name__ == "__main__":
+    main()

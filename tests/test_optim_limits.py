@@ -1,0 +1,149 @@
+"""Limits in which a method must equal another, known one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsotrain import config as c
+from rsotrain.optim.build import build_optimizer
+from rsotrain.optim.functional import limit_norm_growth_, subset_sums
+
+FULL, STEPS = 8, 15
+SHAPES = [(12, FULL), (FULL, 12), (FULL, FULL)]
+SVD = c.SvdConfig(name="svd")
+NONE = c.NoSamplerConfig(name="none")
+
+
+def run(
+    config: c.OptimizerConfig,
+    sampler: c.SamplerConfig,
+    shape: tuple[int, int],
+    steps: int = STEPS,
+) -> Tensor:
+    """The weight after ``steps`` random gradients, float32."""
+    random = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(shape, generator=random))
+    optimizer = build_optimizer([("w", parameter)], config, sampler, seed=1, total_steps=steps)
+    for _ in range(steps):
+        parameter.grad = torch.randn(shape, generator=random)
+        optimizer.step()
+    return parameter.data
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    # entries move by about 0.1; float32 products of 8 to 12 terms err by some 1e-6 in each of 15 steps
+    return bool((first - second).abs().max() < 2e-5)
+
+
+def low(kind: type[c.SubspaceConfig], **own: object) -> c.SubspaceConfig:
+    settings = {"name": "x", "lr": 0.01, "rank": FULL, "update_proj_gap": 1000, "block_parameters": ["w"]}
+    return kind(**(settings | own))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subspace_momentum_at_full_rank_is_momentum_at_full_rank(shape: tuple[int, int]) -> None:
+    own = {"subset_size": 1, "betas": (0.9, 0.99)}
+    full = c.SNConfig(name="sn", lr=0.01, block_parameters=["w"], **own)
+    kept = low(c.SNSMConfig, **own)
+    assert close(run(kept, SVD, shape), run(full, NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_momentum_at_full_rank_survives_transport_to_any_basis(shape: tuple[int, int]) -> None:
+    own = {"subset_size": None, "betas": (0.9, 0.99)}
+    full = c.SNConfig(name="sn", lr=0.1, block_parameters=["w"], **own)
+    moved = low(c.SNSMConfig, lr=0.1, update_proj_gap=4, on_refresh=c.OnRefresh.transport, **own)
+    assert close(run(moved, c.HaarConfig(name="haar"), shape), run(full, NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subset_size_one_has_adams_denominator(shape: tuple[int, int]) -> None:
+    # Its ε is inside the bias correction, Adam's outside: with ε = 1e-30 that is no difference.
+    own = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "block_parameters": ["w"]}
+    sn = c.SNConfig(name="sn", subset_size=1, **own)
+    assert close(run(sn, NONE, shape), run(c.AdamConfig(name="adam", **own), NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_galore_on_all_axes_is_adam(shape: tuple[int, int]) -> None:
+    adam = c.AdamConfig(name="adam", lr=0.01, block_parameters=["w"])
+    for gap in (1000, 4):
+        galore = low(c.GaLoreConfig, update_proj_gap=gap)
+        assert close(run(galore, c.CoordinateConfig(name="coordinate"), shape), run(adam, NONE, shape))
+
+
+@pytest.mark.parametrize("kind", [c.FiraConfig, c.FrugalConfig])
+def test_nothing_is_outside_a_full_subspace(kind: type[c.SubspaceConfig]) -> None:
+    shape = (12, FULL)
+    assert torch.equal(run(low(kind), SVD, shape), run(low(c.GaLoreConfig), SVD, shape))
+
+
+def test_momentum_free_subspace_is_plain_sgd() -> None:
+    """β₁ = 0 and one subset whose V is the sum of squares: normalised SGD of every row, in any basis."""
+    own = {"betas": (0.0, 0.0), "eps": 1e-30}
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, FULL, generator=random)
+    for _ in range(STEPS):
+        gradient = torch.randn(12, FULL, generator=random)
+        weight = weight - 0.01 * gradient / gradient.norm(dim=1, keepdim=True)
+    for rank in (3, FULL):
+        assert close(run(low(c.SNSMConfig, rank=rank, **own), SVD, (12, FULL)), weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_osd_that_never_steps_its_basis_is_galore_that_never_refreshes(shape: tuple[int, int]) -> None:
+    frozen = run(
+        low(c.GaLoreConfig, rank=3, update_proj_gap=1),
+        c.OnlinePCAConfig(name="online_pca", lr=0.0),
+        shape,
+    )
+    assert torch.equal(frozen, run(low(c.GaLoreConfig, rank=3), SVD, shape))
+
+
+def test_i3s_at_full_rank_is_galore_at_full_rank() -> None:
+    i3s = run(low(c.GaLoreConfig, update_proj_gap=5), c.ImportanceConfig(name="importance"), (12, FULL))
+    assert close(i3s, run(low(c.GaLoreConfig, update_proj_gap=5), SVD, (12, FULL)))
+
+
+def test_transport_at_a_full_basis_change_and_back_restores_the_moments() -> None:
+    from rsotrain.optim.functional import transport_momentum_
+
+    random = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=random))[0]
+    momentum = torch.randn(4, 6, generator=random)
+    moved = momentum.clone()
+    transport_momentum_(moved, basis)
+    transport_momentum_(moved, basis.T)
+    assert bool((moved - momentum).abs().max() < 1e-5)
+
+
+def test_apollo_scales_rows_as_full_rank_adam_would() -> None:
+    """On all axes with one gradient, N is ±1 everywhere: each row gets length √k."""
+    weight = nn.Parameter(torch.zeros(12, FULL))
+    config = low(c.ApolloConfig, lr=1.0)
+    optimizer = build_optimizer(
+        [("w", weight)], config, c.CoordinateConfig(name="coordinate"), seed=0, total_steps=1
+    )
+    weight.grad = torch.randn(12, FULL, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert torch.allclose(weight.data.norm(dim=1), torch.full((12,), FULL**0.5), rtol=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(-weight.data, weight.grad, dim=1)
+    assert torch.allclose(cosine, torch.ones(12))
+
+
+def test_norm_growth_is_limited_after_the_first_update() -> None:
+    previous = torch.zeros(())
+    first, second, third = (torch.full((3, 3), x) for x in (1.0, 2.0, 0.5))
+    for update in (first, second, third):
+        limit_norm_growth_(update, previous, 1.01)
+    assert float(first[0, 0]) == 1.0
+    assert float(second[0, 0]) == pytest.approx(1.01)
+    assert float(third[0, 0]) == 0.5  # shrinking is free
+    assert float(previous) == pytest.approx(1.5)
+
+
+def test_subset_sums_add_up_to_the_squared_norm() -> None:
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).T  # a transposed view
+    assert torch.allclose(subset_sums(gradient, 6), gradient.square().sum(1, keepdim=True))
+    assert torch.allclose(subset_sums(gradient, 2).sum(), gradient.square().sum())
+    assert torch.allclose(subset_sums(gradient, 1), gradient.square())
