@@ -67,7 +67,7 @@ def normalise(arguments: Sequence[str]) -> list[str]:
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
-    """"; did you mean a, b?" with the nearest names, or the empty string."""
+    """ "; did you mean a, b?" with the nearest names, or the empty string."""
     near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
     if not near:  # the last part alone: optimizer.learning_rate, or lr for optimizer.lr
         last = {c: c.rsplit(".", 1)[-1] for c in candidates}

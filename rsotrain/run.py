@@ -55,15 +55,16 @@ def train(config: Config) -> dict[str, Any]:
             config.logger.progress, config.steps, start_step=0, log_path=folder.path / "train.log"
         )
         try:
-            summary = TrainingRun(config, folder, display).run()
+            run = TrainingRun(config, folder, display)
+            summary = run.run()
         finally:
             display.close()
-        print_closing_table(summary, _files(folder), folder.path / "train.log")
+        print_closing_table(summary, _files(folder) | run.loggers.places(), folder.path / "train.log")
         return summary
 
 
-def _files(folder: RunFolder) -> dict[str, Path]:
-    files = {"metrics": folder.metrics, "summary": folder.summary}
+def _files(folder: RunFolder) -> dict[str, Path | str]:
+    files: dict[str, Path | str] = {"metrics": folder.metrics, "summary": folder.summary}
     if checkpoints := list_checkpoints(folder.checkpoints):
         files["checkpoint"] = checkpoints[-1]
     return files

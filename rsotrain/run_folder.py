@@ -97,7 +97,7 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
     path = Path(config.output_dir) / run_name(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")  # noqa: SIM115: opened here for its error, closed below
+        lock = open(path / ".lock", "w")  # noqa: SIM115 (opened here for its error, closed below)
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
     with lock:

@@ -96,7 +96,7 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     _require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
     _positive(optimizer, "optimizer.", "eps")
     _require(
-        len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+        len(optimizer.betas) == 2 and 0 <= optimizer.betas[0] < 1 and 0 <= optimizer.betas[1] <= 1,
         f"optimizer.betas={list(optimizer.betas)} must be two numbers in [0, 1)",
     )
     _require(
@@ -116,8 +116,10 @@ def _validate_subspace(config: Config) -> None:
         return
     _positive(optimizer, "optimizer.", "rank", "update_proj_gap")
     model = config.model
-    kv_size = model.hidden_size // model.num_attention_heads * (
-        model.num_key_value_heads or model.num_attention_heads
+    kv_size = (
+        model.hidden_size
+        // model.num_attention_heads
+        * (model.num_key_value_heads or model.num_attention_heads)
     )
     smallest = min(model.hidden_size, model.intermediate_size, kv_size)
     _require(

@@ -53,7 +53,14 @@ def test_a_run_writes_what_the_design_names(
     assert summary["best/val/loss"] == min(r["val/loss"] for r in history if "val/loss" in r)
     assert summary["val/unigram_perplexity"] > 1
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
-    for text in ("validation loss", "perplexity", "unigram", "bits per byte", "tokens per second", "metrics.jsonl"):
+    for text in (
+        "validation loss",
+        "perplexity",
+        "unigram",
+        "bits per byte",
+        "tokens per second",
+        "metrics.jsonl",
+    ):
         assert text in result.stdout.lower()
     assert (run / "train.log").read_text()
     again = cli(*command)
@@ -113,7 +120,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     resumed = cli(*command, "run_name=killed")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stdout
-    assert_same_tensors(checkpoints / "step_00000060", tmp_path / "outputs/straight/checkpoints/step_00000060")
+    assert_same_tensors(
+        checkpoints / "step_00000060", tmp_path / "outputs/straight/checkpoints/step_00000060"
+    )
     pick = ("step", "tokens", "train/loss", "val/loss")
     histories = [
         [{k: r[k] for k in pick if k in r} for r in records(tmp_path / "outputs" / name)]
@@ -145,10 +154,19 @@ def test_a_signal_saves_and_exits_with_75(number: int, tmp_path: Path, tiny: lis
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
-    result = cli(*tiny, "optimizer.lr=1e30", "lr_scheduler=constant", "lr_scheduler.warmup_fraction=0", "save_every=1", "run_name=r")
+    result = cli(
+        *tiny,
+        "optimizer.lr=1e30",
+        "lr_scheduler=constant",
+        "lr_scheduler.warmup_fraction=0",
+        "save_every=1",
+        "run_name=r",
+    )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "stopped before the update, the last good checkpoint is outputs/r/checkpoints/step_" in result.stderr
+    assert (
+        "stopped before the update, the last good checkpoint is outputs/r/checkpoints/step_" in result.stderr
+    )
     assert not (tmp_path / "outputs/r/summary.json").exists()
     assert list((tmp_path / "outputs/r/checkpoints").iterdir())
 

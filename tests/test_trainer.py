@@ -40,9 +40,7 @@ def weights(trained: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_micro_batches_give_the_update_of_one_batch(
-    optimizer: str, tiny: list[str], cache_dir: Path
-) -> None:
+def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     # eps is raised since Adam's first steps are sign(g): a gradient entry that is zero but for rounding
     # would be amplified to a full step. What is left is fp32 rounding through three updates, relative to
     # how far the weights moved. A basis amplifies it by the reciprocal of the gaps in the spectrum, and
@@ -59,7 +57,7 @@ def test_micro_batches_give_the_update_of_one_batch(
         assert a.tokens == b.tokens == 4 * 32
     for name, weight in weights(whole).items():
         difference, moved = weights(parts)[name] - weight, weight - start[name]
-        assert 0 < moved.norm(), name
+        assert moved.norm() > 0, name
         assert difference.norm() <= bound * moved.norm(), name
     assert whole.step == parts.step == 3
 
@@ -69,7 +67,11 @@ def test_micro_batches_give_the_update_of_one_batch(
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     optimizer: str, precision: str, tiny: list[str], cache_dir: Path
 ) -> None:
-    gap = ["optimizer.update_proj_gap=2"] if hasattr(compose([f"optimizer={optimizer}"]).optimizer, "rank") else []
+    gap = (
+        ["optimizer.update_proj_gap=2"]
+        if hasattr(compose([f"optimizer={optimizer}"]).optimizer, "rank")
+        else []
+    )
     overrides = [*tiny, f"optimizer={optimizer}", f"precision={precision}", *gap]
     straight = trainer(overrides, cache_dir)
     losses = [straight.train_step().loss for _ in range(6)]
@@ -145,7 +147,7 @@ def test_batches_are_a_function_of_seed_and_step_alone(tiny: list[str], cache_di
     split = trainer([*tiny, "micro_batch_size=2"], cache_dir)
     for step in (0, 5, 3):
         one.step = other.step = split.step = step
-        (inputs, _), = one._micro_batches()
+        ((inputs, _),) = one._micro_batches()
         assert torch.equal(torch.cat([i for i, _ in split._micro_batches()]), inputs)
         assert not torch.equal(next(other._micro_batches())[0], inputs)
 
