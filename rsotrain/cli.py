@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
@@ -84,6 +85,7 @@ def run(composed: DictConfig) -> Any:
 
         config = to_config(composed)
         validate(config)
+        keep_freed_memory()
         from rsotrain.run import run_mode  # torch is imported from here on
 
         return run_mode(config)

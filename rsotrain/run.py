@@ -19,8 +19,9 @@ from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import StopRequest
 from rsotrain.loggers import build_loggers
 from rsotrain.metrics import StepTimer, peak_memory_bytes, write_json_atomic
+from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.run_folder import RunFolder, identity, open_run_folder
-from rsotrain.trainer import NonFiniteError, StepResult, Trainer, compute_dtype
+from rsotrain.trainer import NonFiniteError, StepResult, Trainer
 
 # sysexits.h EX_TEMPFAIL: stopped before the end with everything saved; the same command goes on.
 INTERRUPTED_STATUS = 75
@@ -91,7 +92,7 @@ class TrainingRun:
         self.earlier_seconds = 0.0  # of earlier starts of this run
         resumed = self._resume()
         print_parameter_table(self.trainer.optimizer.table(), folder.path / "train.log")
-        self.matmul_rate = matmul_flops_per_second(self.trainer.device, compute_dtype(config.precision))
+        self.matmul_rate = matmul_flops_per_second(self.trainer.device, COMPUTE_DTYPE[config.precision])
         self.loggers = build_loggers(
             config.logger,
             run_dir=folder.path,

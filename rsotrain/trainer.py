@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config import Config, Device, Precision
+from rsotrain.config import Config, Device
 from rsotrain.data.build import Data
 from rsotrain.data.order import SequenceOrder
 from rsotrain.errors import TrainingError, UserError
@@ -39,10 +39,6 @@ def resolve_device(device: Device) -> torch.device:
     if device is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda")
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    return torch.float32 if precision is Precision.fp32 else torch.bfloat16
 
 
 class Trainer:

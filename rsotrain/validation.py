@@ -46,7 +46,13 @@ def validate(config: Config) -> None:
         f"batch_size={config.batch_size} is not divisible by micro_batch_size={micro}; change one of them",
     )
     _positive(config.evaluation, "evaluation.", "max_tokens", "micro_batch_size")
-    _validate_model(config.model, config.seq_len)
+    validate_model(config.model)
+    longest = config.model.max_position_embeddings
+    _require(
+        config.seq_len <= longest,
+        f"seq_len={config.seq_len} is longer than model.max_position_embeddings={longest};"
+        " shorten the sequences or raise the model's maximum",
+    )
     _validate_optimizer(config.optimizer)
     _validate_subspace(config)
     _validate_lr_scheduler(config.lr_scheduler, config.steps)
@@ -65,7 +71,8 @@ def validate(config: Config) -> None:
     )
 
 
-def _validate_model(model: ModelConfig, seq_len: int) -> None:
+def validate_model(model: ModelConfig) -> None:
+    """Raise UserError for sizes that do not fit together."""
     _positive(
         model, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "vocab_size", "rope_theta", "rms_norm_eps",
@@ -73,11 +80,6 @@ def _validate_model(model: ModelConfig, seq_len: int) -> None:
     _require(
         model.initializer_range >= 0,
         f"model.initializer_range={model.initializer_range} must not be negative",
-    )
-    _require(
-        seq_len <= model.max_position_embeddings,
-        f"seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings};"
-        " shorten the sequences or raise the model's maximum",
     )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     _require(

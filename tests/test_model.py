@@ -226,8 +226,8 @@ def test_compiled_blocks_have_no_graph_break(precision: Precision, mode: Activat
         ({"num_attention_heads": 32}, "even size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], message: str) -> None:

@@ -24,7 +24,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     rotated_half = torch.cat([-second, first], dim=-1)
-    return x * torch.cat([cos, cos], dim=-1) + rotated_half * torch.cat([sin, sin], dim=-1)
+    return x * cos + rotated_half * torch.cat([sin[..., 4:], sin[..., 4:]], dim=-1)
 
 
 def plain_linears(x: Tensor, *weights: Tensor) -> Tensor:

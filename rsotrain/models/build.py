@@ -8,6 +8,7 @@ from torch import nn
 from rsotrain.config import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama, RMSNorm
+from rsotrain.validation import validate_model
 
 PARAMETER_DTYPE = {
     Precision.bf16_mixed: torch.float32,
@@ -34,7 +35,9 @@ def build_model(
 
     Raises UserError where the sizes do not fit together.
     """
-    check_model_config(config, vocab_size)
+    validate_model(config)
+    if vocab_size < 1:
+        raise UserError(f"the vocabulary size is {vocab_size}, but must be at least 1")
     with torch.device("meta"):
         model = Llama(
             config,
@@ -83,23 +86,3 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     block = attention + mlp + 2 * hidden
     embeddings = vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     return config.num_hidden_layers * block + embeddings + hidden
-
-
-def check_model_config(config: ModelConfig, vocab_size: int) -> None:
-    """Raise UserError for sizes that no model can have."""
-    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    sizes = {f"model.{key}": getattr(config, key) for key in keys} | {"the vocabulary size": vocab_size}
-    for key, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{key} is {size}; it must be at least 1")
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if hidden % (2 * heads):
-        raise UserError(
-            f"model.hidden_size={hidden} does not split into model.num_attention_heads={heads} heads"
-            " of an even size, which rotary positions need; choose a number of heads that does"
-        )
-    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
-        raise UserError(
-            f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={kv_heads};"
-            " choose a divisor, or null for one per head"
-        )

@@ -113,11 +113,15 @@ def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (seq_len, 1, head_dim / 2) in fp32 (arXiv 2104.09864)."""
+    """Tables of the rotary embedding, each (seq_len, 1, head_dim) in fp32 (arXiv 2104.09864).
+
+    The cosines of the angles, twice side by side, and their sines, the first half negated.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / theta**exponents).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class _Rotary(torch.autograd.Function):
@@ -134,17 +138,14 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos, second * cos], dim=-1)
-    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, sin, value=-direction)
-    rotated_second.addcmul_(first, sin, value=direction)
-    return rotated.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1).float()
+    return (x.float() * cos).addcmul_(swapped, sin, value=direction).to(x.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + head_dim/2}) by their position's angles, in fp32; keeps the tables only.
 
-    x: (batch, seq_len, heads, head_dim); cos, sin: (seq_len, 1, head_dim / 2) fp32.
+    x: (batch, seq_len, heads, head_dim); cos, sin: those of ``rotary_tables``.
     """
     return _Rotary.apply(x, cos, sin)

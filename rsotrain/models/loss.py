@@ -64,6 +64,7 @@ def _loss_and_gradients(
     chunk_size = min(CHUNK_TOKENS, num_tokens)
     logits = hidden.new_empty(chunk_size, vocab_size)
     softmax = _Softmax(chunk_size, vocab_size, hidden.device)
+    valid = (targets != IGNORE_INDEX).unsqueeze(1)
     loss = hidden.new_zeros((), dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
     weight_sum = _WeightGradient(weight, hidden.dtype) if need_weight else None
@@ -75,7 +76,10 @@ def _loss_and_gradients(
         if grad_hidden is not None:
             torch.mm(chunk_logits, head, out=grad_hidden[start : start + CHUNK_TOKENS])
         if weight_sum is not None:
-            weight_sum.add_(chunk_logits, chunk)
+            # Ignored tokens are masked here and below: cheaper than over the whole vocabulary.
+            weight_sum.add_(chunk_logits, chunk * valid[start : start + CHUNK_TOKENS])
+    if grad_hidden is not None:
+        grad_hidden.mul_(valid)
     return loss, grad_hidden, weight_sum.total.to(weight.dtype) if weight_sum is not None else None
 
 
@@ -93,7 +97,10 @@ class _Softmax:
         self.probabilities = torch.empty_like(self.logits)
 
     def loss_(self, logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-        """The summed loss; ``with_gradient`` overwrites logits with the loss's gradient w.r.t. them."""
+        """The summed loss; ``with_gradient`` overwrites logits with the gradient of each token's loss.
+
+        That gradient is not zero for ignored tokens: the caller masks what it computes from it.
+        """
         loss = logits.new_zeros((), dtype=torch.float32)
         step = self.logits.shape[0]
         for rows, target in zip(logits.split(step), targets.split(step), strict=True):
@@ -107,7 +114,7 @@ class _Softmax:
             loss += (log_sum - logit.gather(1, target)).masked_fill_(~valid, 0.0).sum()
             if with_gradient:
                 minus_one = logit.new_full((), -1.0).expand_as(target)
-                rows.copy_(probability.scatter_add_(1, target, minus_one).mul_(valid))
+                rows.copy_(probability.scatter_add_(1, target, minus_one))
         return loss
 
 
