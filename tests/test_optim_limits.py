@@ -31,8 +31,10 @@ def run(
 
 
 def close(first: Tensor, second: Tensor) -> bool:
-    # entries move by about 0.1; float32 products of 8 to 12 terms err by some 1e-6 in each of 15 steps
-    return bool((first - second).abs().max() < 2e-5)
+    # Entries move by about 0.1. Products of 8 to 12 terms err by some 1e-7 of a row's size; divided by the
+    # second moment of an entry a hundredth of that size this is 1e-5 of a step's 0.01, in 15 steps; the
+    # smallest of 12·8·15 gradient entries is about a thousandth.
+    return bool((first - second).abs().max() < 1e-4)
 
 
 def low(kind: type[c.SubspaceConfig], **own: object) -> c.SubspaceConfig:

@@ -52,16 +52,17 @@ class GradientGram:
     def __init__(self, gradient: Tensor) -> None:
         self.size = gradient.shape[1]
         self.resolution = torch.finfo(gradient.dtype).eps
-        largest = gradient.abs().amax().to(torch.float64)
-        # in two factors: the reciprocal of a subnormal number is infinite
-        root = torch.where(largest > 0, largest, 1.0).sqrt()
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        self.normalised = (gradient.to(dtype) / root.to(dtype)) / root.to(dtype)
+        self.largest = torch.linalg.vector_norm(gradient, ord=float("inf")).to(dtype)
+        # divided by it, not times its reciprocal, which is infinite for subnormal gradients
+        self.normalised = gradient.to(dtype) / torch.where(self.largest > 0, self.largest, 1.0)
+        self._energy: Tensor | None = None
 
     @classmethod
     def of_finite(cls, gradient: Tensor) -> "GradientGram | None":
         """None if an entry is NaN or infinite; asking synchronises with the device."""
-        return cls(gradient) if bool(gradient.abs().amax().isfinite()) else None
+        gram = cls(gradient)
+        return gram if bool(gram.largest.isfinite()) else None
 
     def _blocks(self) -> Iterator[Tensor]:
         rows = max(1, _BLOCK_ELEMENTS // self.size)
@@ -81,7 +82,9 @@ class GradientGram:
         return (self.normalised.T @ (self.normalised @ block.to(self.normalised.dtype))).to(block.dtype)
 
     def energy(self) -> Tensor:
-        return torch.linalg.vector_norm(self.normalised, dtype=torch.float64).square()
+        if self._energy is None:
+            self._energy = torch.linalg.vector_norm(self.normalised, dtype=torch.float64).square()
+        return self._energy
 
     def diagonal(self) -> Tensor:
         return torch.linalg.vector_norm(self.normalised, dim=0, dtype=torch.float64).square()

@@ -166,7 +166,7 @@ def randomized_svd(draw: Draw, rounds: int) -> Tensor:
     assert draw.gram is not None
     block = haar(draw) if draw.previous is None else draw.previous.float()
     rounds = rounds + 2 if draw.previous is None else rounds
-    multiply = draw.gram.matmul
+    multiply: Callable[[Tensor], Tensor] = draw.gram.matmul
     if 2 * rounds * draw.rank > draw.size:  # 4Mkr operations a round, where AᵀA once is 2Mk²
         multiply = draw.gram.matrix(torch.float32).matmul
     for _ in range(rounds):

@@ -1,6 +1,6 @@
-"""Time of one optimizer step without refresh, on the shapes of a LLaMA: every method, torch's and galore-torch's.
+"""Time of one optimizer step without refresh on a LLaMA's shapes: ours, torch's and galore-torch's.
 
-    python tests/benchmark/optimizer_step.py [--model llama_130m] [--threads 2] [--rounds 5] [--methods galore adam]
+    python tests/benchmark/optimizer_step.py [--model llama_130m] [--rounds 5] [--methods galore adam]
 
 Alternating rounds, medians, float32 weights and gradients. ``galore`` projects in float32,
 ``galore (bf16 products)`` is what precision=bf16_mixed runs. Needs galore-torch for the comparison.
@@ -88,7 +88,7 @@ def galore_torch_step(named: dict[str, nn.Parameter]) -> Callable[[], object]:
     module = importlib.import_module("galore_torch.adamw")
     projector = importlib.import_module("galore_torch.galore_projector")
 
-    def random_basis(self: object, weights: torch.Tensor, rank: int, type: str) -> torch.Tensor:  # noqa: A002
+    def random_basis(self: object, weights: torch.Tensor, rank: int, type: str) -> torch.Tensor:
         basis = torch.linalg.qr(torch.randn(min(weights.shape), rank))[0]
         return basis.T.contiguous() if type == "right" else basis
 
