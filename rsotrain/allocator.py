@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc reuse freed memory instead of returning it to the kernel; True where it took.
 
     By default a freed buffer of more than 32 MiB, or the free end of the heap, is unmapped, and the next
-    buffer of that size is faulted in page by page: a third of a training step on CPU. Call it before the
-    first large allocation. The process then keeps its peak memory until it ends. Elsewhere than on Linux
-    with glibc it does nothing.
+    buffer of that size is faulted in page by page: a sixth of the step of a model with large logits,
+    some percent otherwise. Call it before the first large allocation. The process then keeps its peak
+    memory until it ends. Elsewhere than on Linux with glibc it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
