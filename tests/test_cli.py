@@ -62,7 +62,7 @@ MISTAKES = [
     (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers in [0, 1)"),
     (["seq_len=2048"], "seq_len=2048 is longer than model.max_position_embeddings=1024"),
     (["batch_size=16", "micro_batch_size=3"], "batch_size=16 is not divisible by micro_batch_size=3"),
-    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the smallest dimension (256)"),
+    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the smallest dimension (128)"),
     (["optimizer=galore", "sampler=none"], "optimizer=galore needs a sampler"),
     (["optimizer=adam", "sampler=svd"], "optimizer=adam has no subspace"),
     (["data=files"], "data.path has no value; give it with data.path="),
@@ -135,7 +135,7 @@ def test_config_dir_adds_a_group_option(cli: Cli, tmp_path: Path, tiny: list[str
     folder.mkdir(parents=True)
     (folder / "mini.yaml").write_text("defaults: [llama_tiny]\nname: mini\nnum_hidden_layers: 1\n")
     overrides = [o for o in tiny if not o.startswith(("model=", "steps="))]
-    assert "model: llama_130m" in cli("--config-dir", "mine", "--help").stdout.replace("llama_1b, ", "")
+    assert ", mini" in cli("--config-dir", "mine", "--help").stdout
     result = cli("--config-dir", "mine", "model=mini", "steps=1", "run_name=r", *overrides)
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load((tmp_path / "outputs/r/config.yaml").read_text())["model"]["num_hidden_layers"] == 1

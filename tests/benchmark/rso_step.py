@@ -1,0 +1,156 @@
+"""Time and memory of RSO's training step beside AdamW's, and beside Hugging Face's model.
+
+    python tests/benchmark/rso_step.py [--model llama_130m] [--precision bf16] [--rounds 5] [--galore]
+
+All in one process, in turn, medians; synthetic tokens, no activation checkpointing. A gathering step is one
+that ends with the draw of input-informed bases (sampler=svd): its time without the draw itself, which is
+given beside it. Saved activations exclude the head and the loss. Runs that other programs disturb show
+in the spread between the fastest step and the median.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+
+from rsotrain.allocator import keep_freed_memory
+from rsotrain.cli import conf_dir, register_schemas, to_config
+from rsotrain.config import Config
+from rsotrain.data.build import Data
+from rsotrain.data.sequences import PackedSequences
+from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
+from rsotrain.models.subspace_linear import SubspaceLinear
+from rsotrain.trainer import Trainer
+
+REST = "optimizer.update_proj_gap=1000000"  # no refresh but the first
+VARIANTS = {
+    "adam": ["optimizer=adam"],
+    "rso, hidden/4": ["optimizer=rso", "optimizer.rank=0.25", REST],
+    "rso, hidden/8": ["optimizer=rso", "optimizer.rank=0.125", REST],
+    "rso, hidden/4, gathering": ["optimizer=rso", "optimizer.rank=0.25", "sampler=svd", REST],
+}
+GALORE = {"galore, hidden/4": ["optimizer=galore", "sampler=haar", "optimizer.rank=0.25", REST]}
+MIB = 2**20
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="llama_60m")
+    parser.add_argument("--precision", default="bf16_mixed", choices=["bf16", "bf16_mixed"])
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--galore", action="store_true", help="time GaLore too")
+    parser.add_argument("--no-gathering", action="store_true", help="leave out the gathering step")
+    return parser.parse_args()
+
+
+def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Config:
+    shared = [
+        f"model={arguments.model}", f"precision={arguments.precision}", f"seq_len={arguments.seq_len}",
+        f"batch_size={arguments.batch_size}", f"model.vocab_size={arguments.vocab_size}", "logger=jsonl",
+    ]  # fmt: skip
+    return to_config(compose("config", [*shared, *overrides]))
+
+
+def synthetic_data(arguments: argparse.Namespace) -> Data:
+    count = 64 * arguments.batch_size * arguments.seq_len + 1
+    ids = np.random.default_rng(0).integers(arguments.vocab_size, size=count, dtype=np.uint32)
+    sequences = PackedSequences(ids, arguments.seq_len, num_bytes=count, vocab_size=arguments.vocab_size)
+    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=arguments.vocab_size))
+    return Data(tokenizer, sequences, sequences)
+
+
+def timed_step(trainer: Trainer, gathering: bool) -> tuple[float, float]:
+    """(seconds of a step without its draws, seconds of the draws)."""
+    if gathering:
+        trainer.optimizer.steps_done = 0  # step 1 gathers
+    start = time.perf_counter()
+    trainer.train_step()
+    seconds = time.perf_counter() - start
+    draws = trainer.optimizer.metrics()["subspace/refresh_seconds"] if gathering else 0.0
+    return seconds - draws, draws
+
+
+def trunk_bytes(trunk: torch.nn.Module, tokens: torch.Tensor) -> int:
+    with saved_activation_bytes(trunk) as saved:
+        trunk(tokens)
+    return saved.total
+
+
+def huggingface_bytes(arguments: argparse.Namespace, config: Config, tokens: torch.Tensor) -> int:
+    from transformers import LlamaConfig, LlamaModel
+
+    fields = dataclasses.asdict(config.model) | {"vocab_size": arguments.vocab_size, "use_cache": False}
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    trunk = LlamaModel(LlamaConfig(**fields))
+    if arguments.precision == "bf16":
+        return trunk_bytes(trunk.to(torch.bfloat16), tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        return trunk_bytes(trunk, tokens)
+
+
+def block_gradient_bytes(trainer: Trainer) -> int:
+    """Of the block linears, by the shapes that the backward pass leaves."""
+    layers = [m for m in trainer.model.modules() if isinstance(m, SubspaceLinear)]
+    if layers:
+        return sum(layer.coefficients.numel() * layer.coefficients.element_size() for layer in layers)
+    return tensors_bytes(trainer.optimizer.claims.blocks.values())
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    keep_freed_memory()
+    torch.set_num_threads(arguments.threads)
+    register_schemas()
+    data = synthetic_data(arguments)
+    variants = VARIANTS | (GALORE if arguments.galore else {})
+    if arguments.no_gathering:
+        variants = {name: value for name, value in variants.items() if "gathering" not in name}
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        configs = {name: configuration(arguments, overrides) for name, overrides in variants.items()}
+    trainers = {name: Trainer(config, data) for name, config in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    draws: dict[str, list[float]] = {name: [] for name in trainers}
+    for round_index in range(arguments.rounds + 2):  # the first two warm up
+        for name, trainer in trainers.items():
+            step, draw = timed_step(trainer, gathering="gathering" in name)
+            if round_index >= 2:
+                seconds[name].append(step)
+                draws[name].append(draw)
+    tokens = data.train.batch(np.arange(arguments.batch_size))[0]
+    plain = huggingface_bytes(arguments, configs["adam"], tokens)
+    base = statistics.median(seconds["adam"])
+    ordinary = statistics.median(seconds["rso, hidden/4"])
+    print(
+        f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
+        f" vocabulary {arguments.vocab_size}, {arguments.threads} threads, median of {arguments.rounds}"
+    )
+    columns = ("s/step", "fastest", "of adam", "saved MiB", "of HF", "block grads", "state MiB")
+    print(f"{'':26}" + "".join(f"{column:>12}" for column in columns))
+    for name, trainer in trainers.items():
+        median, saved = statistics.median(seconds[name]), trunk_bytes(trainer.model.model, tokens)
+        print(
+            f"{name:26}{median:12.3f}{min(seconds[name]):12.3f}{median / base:12.3f}{saved / MIB:12.1f}"
+            f"{saved / plain:12.3f}{block_gradient_bytes(trainer) / MIB:12.1f}"
+            f"{trainer.optimizer.state_bytes() / MIB:12.1f}"
+        )
+        if "gathering" in name:
+            draw = statistics.median(draws[name])
+            print(f"{'':26}{median / ordinary:.3f} ordinary steps, and {draw:.2f} s for the draws")
+    print(f"saved by Hugging Face's trunk: {plain / MIB:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
