@@ -186,6 +186,38 @@ class MuonConfig(OptimizerConfig):
     ns_steps: int = 5
 
 
+class InnerSolver(Enum):
+    """What solves RSO's subproblem in B. momentum: bias-corrected average of gradients, betas[0]."""
+
+    adam = "adam"
+    momentum = "momentum"
+    adagrad = "adagrad"
+
+
+class BasisStorage(Enum):
+    """stored: bases are part of the state. regenerated: drawn again from their seed at each use."""
+
+    stored = "stored"
+    regenerated = "regenerated"
+
+
+@dataclass
+class RSOConfig(SubspaceConfig):
+    """W + B Pᵀ with P random on the input side; only B has gradients (RSO, arXiv 2502.07222).
+
+    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, so
+    that 0.25 is hidden/4 in every block. ``basis_scale``: orthonormal bases times √(in/rank), for
+    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: none. ``refresh_warmup_steps``:
+    the blocks' rate rises linearly over as many steps after each refresh.
+    """
+
+    solver: InnerSolver = InnerSolver.adam
+    basis_scale: bool = True
+    proximal_eta: float | None = None
+    refresh_warmup_steps: int = 0
+    projection: BasisStorage = BasisStorage.stored
+
+
 # --- sampler -----------------------------------------------------------------------------------
 
 
@@ -225,6 +257,13 @@ class RandomizedSvdConfig(SamplerConfig):
     """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
 
     rounds: int = 2
+
+
+@dataclass
+class MixtureConfig(SamplerConfig):
+    """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
+
+    principal_fraction: float = 0.5
 
 
 @dataclass
@@ -451,6 +490,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "galore": GaLoreConfig,
         "ldadam": LDAdamConfig,
         "muon": MuonConfig,
+        "rso": RSOConfig,
         "sn": SNConfig,
         "sn_sm": SNSMConfig,
     },
@@ -461,6 +501,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "golore": GoLoreConfig,
         "haar": HaarConfig,
         "importance": ImportanceConfig,
+        "mixture": MixtureConfig,
         "online_pca": OnlinePCAConfig,
         "randomized_svd": RandomizedSvdConfig,
         "srht": SRHTConfig,

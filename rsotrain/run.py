@@ -60,15 +60,24 @@ def train(config: Config) -> dict[str, Any]:
             summary = run.run()
         finally:
             display.close()
-        print_closing_table(summary, _files(folder) | run.loggers.places(), folder.path / "train.log")
+        files = _files(folder)
+        if (wandb := run.loggers.places().get("wandb")) is not None:
+            files["wandb"] = _inside(folder.path, wandb)
+        print_closing_table(summary, files, folder.path / "train.log")
         return summary
 
 
 def _files(folder: RunFolder) -> dict[str, Path | str]:
-    files: dict[str, Path | str] = {"metrics": folder.metrics, "summary": folder.summary}
+    """The run folder and, relative to it, what is in it."""
+    files: dict[str, Path | str] = {"run folder": folder.path, "metrics": folder.metrics.name}
     if checkpoints := list_checkpoints(folder.checkpoints):
-        files["checkpoint"] = checkpoints[-1]
+        files["checkpoint"] = _inside(folder.path, checkpoints[-1])
     return files
+
+
+def _inside(folder: Path, place: Path | str) -> str:
+    inside = isinstance(place, Path) and place.is_relative_to(folder)
+    return str(Path(place).relative_to(folder) if inside else place)
 
 
 class TrainingRun:

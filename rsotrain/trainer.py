@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from rsotrain.config import Config, Device
 from rsotrain.data.build import Data
@@ -77,7 +76,7 @@ class Trainer:
             for block in self.model.model.layers:
                 block.compile()
         self.order = SequenceOrder(len(data.train), config.seed)
-        self.parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = self.optimizer.gradient_holders()
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
         self.gradients_bytes = 0
@@ -133,12 +132,13 @@ class Trainer:
     def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        if self.saved_activations_bytes is not None:
-            return self.model(inputs, targets)
-        with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
-            loss = self.model(inputs, targets)
-        self.saved_activations_bytes = saved.total
-        return loss
+        with self.optimizer.observing():
+            if self.saved_activations_bytes is not None:
+                return self.model(inputs, targets)
+            with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
+                loss = self.model(inputs, targets)
+            self.saved_activations_bytes = saved.total
+            return loss
 
     def _clip_gradients(self) -> torch.Tensor:
         """Global 2-norm of the gradients, fp32, before they are scaled down to ``grad_clip``."""

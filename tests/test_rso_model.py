@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rsotrain import config as c
 from rsotrain.memory.measure import saved_activation_bytes
@@ -262,25 +263,41 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
 
 
 @pytest.mark.parametrize(
-    ("sampler", "own"),
+    ("sampler", "own", "compilation"),
     [
-        ("haar", {}),
-        ("haar", {"projection": c.BasisStorage.regenerated}),
-        ("svd", {"on_refresh": c.OnRefresh.transport}),  # singular vectors may come with another sign
+        ("haar", {}, {}),
+        # drawing and gathering are left to eager code
+        ("haar", {"projection": c.BasisStorage.regenerated}, {"backend": "aot_eager"}),
+        # transported, since singular vectors may come with another sign
+        ("svd", {"on_refresh": c.OnRefresh.transport}, {"backend": "aot_eager"}),
     ],
     ids=["stored", "regenerated", "informed"],
 )
-def test_compiled_blocks_train_as_eager_ones(sampler: str, own: dict[str, Any]) -> None:
+def test_compiled_blocks_train_as_eager_ones(
+    sampler: str, own: dict[str, Any], compilation: dict[str, Any]
+) -> None:
     torch.compiler.reset()  # graphs of other tests count against the limit of recompilations
     eager, compiled = model_of(2), model_of(2)
     first, second = rso_for(eager, SAMPLERS[sampler], **own), rso_for(compiled, SAMPLERS[sampler], **own)
     for block in compiled.model.layers:
-        block.compile()
+        block.compile(**compilation)
     for seed in range(5):
         # fused fp32 arithmetic in another order
         assert step(compiled, second, seed) == pytest.approx(step(eager, first, seed), rel=1e-4)
     with torch.no_grad():
         assert float(compiled(*tokens())) == pytest.approx(float(eager(*tokens())), rel=1e-4)
+
+
+def test_compiled_blocks_share_one_graph_without_a_break() -> None:
+    torch.compiler.reset()
+    model = model_of()
+    optimizer = rso_for(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend=counter)
+    for seed in range(3):  # a refresh after the second
+        step(model, optimizer, seed)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("precision", c.Precision)

@@ -44,11 +44,20 @@ class Linear(nn.Module):
 
 def apply_shared(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """``layer(x)`` for each, through their class's way to share what they keep of x."""
-    return type(layers[0]).apply_shared(layers, x)
+    kind = type(layers[0])
+    same = [layer for layer in layers if type(layer) is kind]
+    if len(same) == len(layers):
+        return kind.apply_shared(layers, x)
+    others = [layer for layer in layers if type(layer) is not kind]
+    outputs = dict(zip(same, kind.apply_shared(same, x), strict=True))
+    outputs |= zip(others, apply_shared(x, *others), strict=True)
+    return tuple(outputs[layer] for layer in layers)
 
 
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
+
+    shared_inputs = (("q_proj", "k_proj", "v_proj"), ("o_proj",))  # linears, by the input they read
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,6 +86,8 @@ class SelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
+
+    shared_inputs = (("gate_proj", "up_proj"), ("down_proj",))
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ def buckets(
     return result
 
 
-def gradient_of(name: str, parameter: nn.Parameter) -> Tensor:
+def gradient_of(name: str, parameter: Tensor) -> Tensor:
     """The gradient; RuntimeError if the backward pass left none."""
     if parameter.grad is None:
         raise RuntimeError(f"{name} has no gradient: it took no part in the loss")
@@ -102,6 +103,21 @@ class Part(ABC):
     @abstractmethod
     def update(self, step: int, lr_factor: float) -> None:
         """Apply the gradients. ``step``: 1-based; the learning rate is ``peak_lr * lr_factor``."""
+
+    def gradient_holders(self) -> list[Tensor]:
+        """The leaves whose ``grad`` this part reads: the parameters, unless they are trained by others."""
+        return list(self.parameters.values())
+
+    def zero_grad(self) -> None:
+        for holder in self.gradient_holders():
+            holder.grad = None
+
+    def observing(self, step: int) -> AbstractContextManager[None]:
+        """Around each forward pass of ``step``: for what the part needs to see beside the gradients."""
+        return nullcontext()
+
+    def resume(self, step: int) -> None:  # noqa: B027, most parts have nothing to do
+        """Called when the state after ``step`` steps has been loaded."""
 
     def decay_(self, weight: Tensor, lr: float) -> None:
         """Decoupled weight decay, in place."""

@@ -10,6 +10,8 @@ from torch import nn
 
 from rsotrain import config as c
 from rsotrain.errors import UserError
+from rsotrain.models.subspace_linear import attach_subspace
+from rsotrain.optim import inner_solvers
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import Part, Settings, StateKeeper
 from rsotrain.optim.composite import CompositeOptimizer
@@ -17,6 +19,7 @@ from rsotrain.optim.galore import GaLore
 from rsotrain.optim.muon import Muon
 from rsotrain.optim.param_groups import claim_parameters
 from rsotrain.optim.residuals import Apollo, Fira, Frugal, LDAdam
+from rsotrain.optim.rso import RSO
 from rsotrain.optim.sn_sm import SubsetNorm, SubspaceMomentum
 from rsotrain.optim.subspace_part import Subspace
 from rsotrain.subspace import online_pca, samplers
@@ -38,6 +41,12 @@ _LOW_RANK: dict[type[c.OptimizerConfig], tuple[Callable[..., Part], tuple[str, .
     c.LDAdamConfig: (LDAdam, ("rho",), True),
 }
 
+_INNER_SOLVERS = {
+    c.InnerSolver.adam: inner_solvers.ADAM,
+    c.InnerSolver.momentum: inner_solvers.MOMENTUM,
+    c.InnerSolver.adagrad: inner_solvers.ADAGRAD,
+}
+
 
 def build_sampler(config: c.SamplerConfig) -> Sampler:
     """Raises UserError for a setting out of range, and for NoSamplerConfig."""
@@ -54,6 +63,10 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             return Sampler(name, partial(samplers.randomized_svd, rounds=config.rounds), informed=True)
         case c.TopkNormConfig():
             return Sampler(name, samplers.topk_norm, informed=True)
+        case c.MixtureConfig():
+            fraction = config.principal_fraction
+            _require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
+            return Sampler(name, partial(samplers.mixture, principal_fraction=fraction), informed=True)
         case c.HaarConfig():
             return Sampler(name, samplers.haar)
         case c.CoordinateConfig():
@@ -120,7 +133,61 @@ def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal:
         )
 
 
+def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -> None:
+    pair = f"optimizer={config.name} with sampler={built.name}"
+    scaled = isinstance(sampler, c.GaussianConfig)
+    _require(
+        built.orthonormal or scaled,
+        f"{pair}: RSO needs bases of a known scale, which this sampler's are not; {built.hint}",
+    )
+    _require(
+        config.basis_scale or not scaled,
+        f"{pair}: these bases are scaled already, so optimizer.basis_scale=false would do nothing;"
+        " leave it true or use sampler=haar",
+    )
+    _require(
+        not (isinstance(sampler, c.SvdConfig) and sampler.solver is c.SvdSolver.full),
+        f"{pair}: sampler.solver=full decomposes the gradient, which RSO never forms;"
+        " use sampler.solver=gram",
+    )
+    _require(
+        config.projection is c.BasisStorage.stored or not built.informed,
+        f"{pair}: these bases depend on data, which cannot be regenerated from a seed;"
+        " use optimizer.projection=stored, or a random sampler such as haar",
+    )
+    eta, warmup = config.proximal_eta, config.refresh_warmup_steps
+    _require(eta is None or eta > 0, f"optimizer.proximal_eta={eta} must be positive, or null for no term")
+    _require(
+        0 <= warmup < config.update_proj_gap,
+        f"optimizer.refresh_warmup_steps={warmup} must be at least 0 and less than"
+        f" optimizer.update_proj_gap={config.update_proj_gap}",
+    )
+
+
+def _build_rso(
+    config: c.RSOConfig,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    settings: Settings,
+    subspace: Subspace,
+) -> RSO:
+    return RSO(
+        config.name,
+        parameters,
+        config.lr * config.scale,
+        settings,
+        subspace,
+        sites=attach_subspace(model, list(parameters), config.rank),
+        solver=_INNER_SOLVERS[config.solver],
+        basis_scale=config.basis_scale,
+        proximal_eta=config.proximal_eta,
+        refresh_warmup_steps=config.refresh_warmup_steps,
+        stored=config.projection is c.BasisStorage.stored,
+    )
+
+
 def _build_blocks(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]],
     config: c.OptimizerConfig,
     sampler: c.SamplerConfig,
     parameters: dict[str, nn.Parameter],
@@ -139,7 +206,6 @@ def _build_blocks(
         own = {key: getattr(config, key) for key in keys}
         return full(config.name, parameters, peak_lr, settings, **own)
     assert isinstance(config, c.SubspaceConfig), f"{kind.__name__} is not in the tables of this file"
-    low_rank, keys, needs_orthonormal = _LOW_RANK[kind]
     _require(
         not isinstance(sampler, c.NoSamplerConfig),
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
@@ -149,6 +215,11 @@ def _build_blocks(
         f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
     )
     built = build_sampler(sampler)
+    if isinstance(config, c.RSOConfig):
+        _refuse_rso(config, sampler, built)
+        needs_orthonormal = False
+    else:
+        low_rank, keys, needs_orthonormal = _LOW_RANK[kind]
     _refuse_pairs(config, built, needs_orthonormal)
     if isinstance(config, c.FrugalConfig):
         subspace["compute_dtype"] = None  # it takes signs of differences: see the class
@@ -160,6 +231,9 @@ def _build_blocks(
         staggered=config.staggered,
         **subspace,
     )
+    if isinstance(config, c.RSOConfig):
+        assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
+        return _build_rso(config, model, parameters, settings, chosen)
     own = {key: getattr(config, key) for key in keys}
     return low_rank(config.name, parameters, peak_lr, settings, chosen, **own)
 
@@ -175,9 +249,10 @@ def build_optimizer(
 ) -> CompositeOptimizer:
     """The method of ``config`` for the block linears, AdamW for the rest.
 
-    ``model``: a module, or pairs of name and parameter. ``precision``: unless fp32, projections run in
-    bfloat16. ``seed``: the run's; ``total_steps``: of the run. Raises UserError if the patterns do not
-    fit the model, the rank does not fit a matrix, or the pair of optimizer and sampler makes no sense.
+    ``model``: a module, or pairs of name and parameter; for RSO a module, whose block linears are
+    replaced. ``precision``: unless fp32, projections run in bfloat16. ``seed``: the run's;
+    ``total_steps``: of the run. Raises UserError if the patterns do not fit the model, the rank does not
+    fit a matrix, or the pair of optimizer and sampler makes no sense.
     """
     _require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
     _require(
@@ -196,7 +271,7 @@ def build_optimizer(
     subspace = {"seed": seed, "total_steps": total_steps, "compute_dtype": compute_dtype}
     parts = []
     if claims.blocks:
-        parts.append(_build_blocks(config, sampler, claims.blocks, settings, subspace))
+        parts.append(_build_blocks(model, config, sampler, claims.blocks, settings, subspace))
     if claims.rest:
         if settings.betas[1] == 1.0:  # AdaGrad in the blocks; the rest is Adam all the same
             settings = replace(settings, betas=(settings.betas[0], 0.999))

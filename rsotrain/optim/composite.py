@@ -1,5 +1,8 @@
 """The optimizer of a run: several parts with one clock."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor
 
@@ -36,8 +39,19 @@ class CompositeOptimizer:
 
     def zero_grad(self) -> None:
         for part in self.parts:
-            for parameter in part.parameters.values():
-                parameter.grad = None
+            part.zero_grad()
+
+    def gradient_holders(self) -> list[Tensor]:
+        """The leaves whose gradients ``step`` reads, each once."""
+        return [holder for part in self.parts for holder in part.gradient_holders()]
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Each forward pass of training runs inside it; backward passes do not."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.observing(self.steps_done + 1))
+            yield
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live tensors, not copies; only ``step`` is made anew."""
@@ -65,6 +79,8 @@ class CompositeOptimizer:
             if name != _STEP:
                 tensor.copy_(state[name])
         self.steps_done = int(state[_STEP])
+        for part in self.parts:
+            part.resume(self.steps_done)
 
     def state_bytes(self) -> int:
         """Of all state tensors but the shared ``step``."""

@@ -221,3 +221,56 @@ def ldadam(
         N = (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
         W = (1 - lr * weight_decay) * W - lr * N @ Q.T
     return W.T if turned else W
+
+
+def rso(
+    weight: Tensor, inputs: Sequence[Tensor], output_gradient: Callable[[int, Tensor], Tensor], *, lr: float,
+    rank: int, gap: int, betas: Betas, eps: float, draw: Draw, solver: str = "adam",
+    on_refresh: str = "reset", basis_scale: float = 1.0, proximal_eta: float | None = None,
+    weight_decay: float = 0.0, refresh_warmup_steps: int = 0,
+) -> Tensor:  # fmt: skip
+    """RSO that keeps every input X (tokens × in) and forms W + B Pᵀ: y = X (W + B Pᵀ)ᵀ at each step.
+
+    ``output_gradient(t, y)`` is dY. ``draw(t, X, rank, old)`` gives an orthonormal basis Q before step t,
+    X being the input of step t−1 (that of step 1 for t = 1) and ``old`` None at t = 1; P = basis_scale·Q.
+    """
+    W = weight.double().clone()
+    xs = [x.double() for x in inputs]
+    B = M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    Q, count = None, 0
+    for t, X in enumerate(xs, start=1):
+        if (t - 1) % gap == 0:
+            if Q is not None:
+                W = W + B @ (basis_scale * Q).T
+            old, Q, B = Q, draw(t, xs[max(t - 2, 0)], rank, Q), torch.zeros_like(B)
+            if old is not None and on_refresh == "reset":
+                M, V, count = torch.zeros_like(M), torch.zeros_like(V), 0
+            if old is not None and on_refresh == "transport":
+                C = Q.T @ old
+                m, v = M / (1 - betas[0] ** count), V / (1 - betas[1] ** count)
+                if solver == "adam":
+                    v = (((v - m**2) @ (C**2).T) + (m @ C.T) ** 2).abs()
+                    V = v * (1 - betas[1] ** count)
+                if solver == "adagrad":
+                    V = V @ (C**2).T
+                M = M @ C.T
+        assert Q is not None
+        P = basis_scale * Q
+        dY = output_gradient(t, X @ (W + B @ P.T).T)
+        g = (dY.T @ X) @ P
+        if proximal_eta is not None:
+            g = g + B / proximal_eta
+        count += 1
+        M = betas[0] * M + (1 - betas[0]) * g
+        V = V + g**2 if solver == "adagrad" else betas[1] * V + (1 - betas[1]) * g**2
+        N = {
+            "adam": (M / (1 - betas[0] ** count)) / ((V / (1 - betas[1] ** count)).sqrt() + eps),
+            "momentum": M / (1 - betas[0] ** count),
+            "adagrad": g / (V.sqrt() + eps),
+        }[solver]
+        rate = lr * (min(1.0, ((t - 1) % gap + 1) / (refresh_warmup_steps + 1)) if t > gap else 1.0)
+        # W + B Pᵀ as a whole decays
+        W = W - rate * weight_decay * (W + B @ P.T)
+        B = B - rate * N
+    assert Q is not None
+    return W + B @ (basis_scale * Q).T

@@ -4,7 +4,7 @@ The data-free ones look only at ``Draw.size``; the data-dependent ones at ``Draw
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -231,6 +231,17 @@ def srht(draw: Draw) -> Tensor:
     cosines *= torch.where(j == 0, 1.0, 2.0**0.5) / odd**0.5
     product = hadamard[:, None, :] * cosines[None, :, :]
     return (product.reshape(draw.size, -1) * signs).float().to(draw.device)
+
+
+def mixture(draw: Draw, principal_fraction: float) -> Tensor:
+    """``principal_fraction`` of the columns from svd, the others haar in their orthogonal complement."""
+    principal = round(principal_fraction * draw.rank)
+    if principal == 0:
+        return haar(draw)
+    dominant = svd(replace(draw, rank=principal, previous=None))
+    # Gram-Schmidt leaves the dominant columns, which are orthonormal already, as they are
+    basis = orthonormalised(torch.cat([dominant, normal(draw)[:, principal:]], dim=1))
+    return align_signs(basis, draw.previous)
 
 
 def golore(draw: Draw, random_fraction: float) -> Tensor:

@@ -16,10 +16,13 @@ class RefreshSchedule:
 
     def draw_index(self, position: int, step: int) -> int | None:
         """0 for the first draw of matrix ``position``, 1 for the next, …; None: ``step`` has no refresh."""
-        if step == 1:
-            return 0
+        index, since = self.latest(position, step)
+        return index if since == 0 else None
+
+    def latest(self, position: int, step: int) -> tuple[int, int]:
+        """(index of the last draw of matrix ``position`` up to ``step``, steps since then)."""
         offset = position * self.gap // self.num_matrices if self.staggered else 0
         since = step - 1 - offset
-        if since < 0 or since % self.gap:
-            return None
-        return since // self.gap + (1 if offset else 0)
+        if since < 0:
+            return 0, step - 1
+        return since // self.gap + (1 if offset else 0), since % self.gap

@@ -1,0 +1,191 @@
+"""Linears under RSO: their backward needs Z = x P (tokens × r), never x, and gives dB, never dW.
+
+With y = x Wᵀ and the update W + B Pᵀ (P: in × r, B: out × r), dB = dYᵀ X P = dYᵀ Z. The weight is kept
+effective: after a step of the inner solver, W ← W + ΔB Pᵀ in place, so the forward pass is one product
+with W, and B's value plays no part in it. Linears that read the same input share P and Z: they form a
+site. (RSO: arXiv 2502.07222; see ``rsotrain.optim.rso``.)
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rsotrain.errors import UserError
+from rsotrain.models.functional import Context, shared_input_linear
+from rsotrain.models.llama import Linear
+from rsotrain.subspace.projection import resolve_rank
+
+_GRAM_BLOCKS = 4
+
+
+class _SubspaceLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, basis: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights = tensors[: len(tensors) // 2]
+        ctx.coefficient_dtypes = [t.dtype for t in tensors[len(weights) :]]
+        ctx.save_for_backward(x @ basis, *weights)
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        projected, *weights = ctx.saved_tensors
+        inputs = projected.reshape(-1, projected.shape[-1])
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # addmm_ sums inside the GEMM: no buffer per weight, and one rounding less than adding them.
+            grad_x = grads[0] @ weights[0].to(projected.dtype)
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_x.addmm_(grad, weight.to(projected.dtype))
+            grad_x = grad_x.view(*projected.shape[:-1], -1)
+        grad_coefficients = [
+            (grad.t() @ inputs).to(dtype) for grad, dtype in zip(grads, ctx.coefficient_dtypes, strict=True)
+        ]
+        return grad_x, None, *(None for _ in weights), *grad_coefficients
+
+
+def subspace_linear(
+    x: Tensor, basis: Tensor, weights: Sequence[Tensor], coefficients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """One x Wᵀ per weight, keeping only x P; gradients go to x and, as dYᵀ x P, to ``coefficients``.
+
+    x: (..., in); basis: (in, r) in x's dtype; weights: (out_i, in), without gradient; coefficients:
+    (out_i, r), whose values are not read. Returns (..., out_i) each, in x's dtype; the gradient of each
+    coefficient has its dtype.
+    """
+    return _SubspaceLinear.apply(x, basis, *weights, *coefficients)
+
+
+@dataclass(eq=False)
+class Site:
+    """An input that one or more projected linears read, with the basis it is projected on.
+
+    ``name``: of the site's first projected weight. ``layers``: by the names of their weights. ``basis``:
+    P (in × r) in the compute dtype, or None where ``regenerate`` draws it anew for each use. While
+    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least).
+    """
+
+    name: str
+    size: int
+    rank: int
+    layers: dict[str, "SubspaceLinear"] = field(default_factory=dict)
+    basis: Tensor | None = None
+    regenerate: Callable[[], Tensor] | None = None
+    observing: bool = False
+    gram: Tensor | None = None
+
+    def current_basis(self) -> Tensor:
+        return self._regenerated() if self.basis is None else self.basis
+
+    @torch.compiler.disable
+    def _regenerated(self) -> Tensor:
+        assert self.regenerate is not None, "the site has no basis yet"
+        return self.regenerate()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """gram ← gram + XᵀX, its lower blocks only; x: (..., in)."""
+        inputs = x.reshape(-1, self.size)
+        inputs = inputs.to(torch.promote_types(x.dtype, torch.float32))
+        if self.gram is None:
+            self.gram = inputs.new_zeros(self.size, self.size)
+        # A product in bf16 would round each entry to 8 bits. Of the symmetric product 5/8 is enough.
+        width = -(-self.size // _GRAM_BLOCKS)
+        for start in range(0, self.size, width):
+            columns = inputs[:, start : start + width]
+            self.gram[start:, start : start + width].addmm_(inputs[:, start:].t(), columns)
+
+    def take_gram(self) -> Tensor:
+        """The whole symmetric Σ XᵀX, which is then forgotten. Raises RuntimeError if none was gathered."""
+        if self.gram is None:
+            raise RuntimeError(f"{self.name}: no input was observed; run forward passes inside observing()")
+        gram, self.gram = self.gram, None
+        return gram.tril_().add_(gram.tril(-1).t())
+
+
+class SubspaceLinear(Linear):
+    """x Wᵀ whose backward leaves dB in ``coefficients.grad`` and no gradient in the weight.
+
+    ``coefficients`` (out × r, the weight's dtype) is a leaf for autograd to write to, a single zero in
+    memory: the values of B are the optimizer's affair. It is no parameter of the module.
+    """
+
+    def __init__(self, weight: nn.Parameter, site: Site) -> None:
+        nn.Module.__init__(self)
+        self.weight = weight
+        self.weight.requires_grad_(False)
+        self.site = site
+        self.coefficients = weight.new_zeros(()).expand(weight.shape[0], site.rank).requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_shared([self], x)[0]
+
+    @staticmethod
+    def apply_shared(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of linears of one site; without gradients nothing is projected."""
+        weights = [layer.weight for layer in layers]
+        if not torch.is_grad_enabled():
+            return shared_input_linear(x, *weights)
+        projected = cast(Sequence[SubspaceLinear], layers)
+        site = projected[0].site
+        if site.observing:
+            site.observe(x)
+        return subspace_linear(x, site.current_basis(), weights, [layer.coefficients for layer in projected])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A linear in the model, and where it is held."""
+
+    name: str  # of its weight
+    parent: nn.Module
+    attribute: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.parent, self.attribute).weight
+
+
+def _sites(model: nn.Module, names: Collection[str]) -> Iterator[list[_Place]]:
+    """The linears named in ``names``, in groups that read the same input."""
+    for prefix, parent in model.named_modules():
+        for group in getattr(parent, "shared_inputs", ()):
+            places = [
+                _Place(f"{prefix}.{attribute}.weight".lstrip("."), parent, attribute) for attribute in group
+            ]
+            if claimed := [place for place in places if place.name in names]:
+                yield claimed
+
+
+def attach_subspace(model: nn.Module, names: Collection[str], rank: int | float) -> list[Site]:
+    """Replace the linears whose weights are ``names`` by subspace linears; their sites, without bases yet.
+
+    Modules tell which of their linears read the same input by an attribute ``shared_inputs``. The weights
+    stay the same parameters under the same names, with ``requires_grad`` off. ``rank``: of all linears of
+    a site, as in ``resolve_rank`` with the largest min(in, out) among them. Raises UserError, the model
+    untouched, if a name is no linear of a block or the rank does not fit.
+    """
+    groups = list(_sites(model, names))
+    if missing := sorted(set(names) - {place.name for group in groups for place in group}):
+        raise UserError(
+            f"optimizer.block_parameters matches {missing[0]}, which RSO cannot project: only the linears"
+            " of the blocks have an input of their own to project; narrow the pattern"
+        )
+    sites = []
+    for group in groups:
+        size = max(min(place.weight.shape) for place in group)
+        name = group[0].name
+        sites.append(Site(name, group[0].weight.shape[1], resolve_rank(rank, size, name)))
+    for site, group in zip(sites, groups, strict=True):
+        for place in group:
+            layer = SubspaceLinear(place.weight, site)
+            site.layers[place.name] = layer
+            setattr(place.parent, place.attribute, layer)
+    return sites
