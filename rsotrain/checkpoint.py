@@ -48,32 +48,40 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write ``step``'s checkpoint, then delete all but the newest ``keep`` and what was left unfinished.
+    """Write ``step``'s checkpoint; keep it and the newest before it, ``keep`` in all.
 
-    A checkpoint of that step that is there already is left as it is. Raises OSError if the disk is full
-    or the folder cannot be written; the earlier checkpoints are then untouched.
+    What lies there of this step or of later ones is of a course that training has left, or damaged, and
+    goes, as does what was left unfinished. Raises OSError if the disk is full or the folder cannot be
+    written; the earlier checkpoints are then untouched.
     """
     final = folder / f"step_{step:08d}"
-    if not final.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{_PARTIAL}{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_file(_detached(model), partial / "model.safetensors")
-        save_file(_detached(optimizer), partial / "optimizer.safetensors")
-        (partial / "trainer.json").write_text(json.dumps(dict(trainer), indent=1))
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        partial.rename(final)
-        _sync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        # renamed first: a half-deleted folder must not look complete
-        doomed = old.rename(folder / f"{_PARTIAL}{old.name}")
-        shutil.rmtree(doomed)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{_PARTIAL}{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(_detached(model), partial / "model.safetensors")
+    save_file(_detached(optimizer), partial / "optimizer.safetensors")
+    trainer_file = partial / "trainer.json"
+    trainer_file.write_text(json.dumps(dict(trainer), indent=1))
+    for file in partial.iterdir():
+        file.chmod(trainer_file.stat().st_mode)  # safetensors writes files that only their owner reads
+        _sync(file)
+    _sync(partial)
+    _remove([final] if final.exists() else [])
+    partial.rename(final)
+    _sync(folder)
+    others = [path for path in list_checkpoints(folder) if path != final]
+    earlier = [path for path in others if path.name < final.name]
+    _remove([path for path in others if path not in earlier[len(earlier) - keep + 1 :]])
     for left in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left)
     return final
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        # renamed first: a half-deleted folder must not look complete
+        shutil.rmtree(path.rename(path.with_name(f"{_PARTIAL}old-{path.name}")))
 
 
 def load_checkpoint(

@@ -11,13 +11,14 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
-from rsotrain.errors import TrainingError, UserError
+from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
+from rsotrain.run_folder import plain
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 USER_ERROR_STATUS = 2
@@ -51,18 +52,21 @@ def to_config(composed: DictConfig) -> Config:
     for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
         if key not in known:
             raise UserError(f"unknown key {key}{did_you_mean(key, sorted(known))}")
-    try:
-        config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no value; give it with {error.full_key}=…") from error
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise UserError(f"{missing[0]} has no value; give it with {missing[0]}=…")
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    for key, value in flatten(plain(config)):  # ~key deletes a key, and the dataclass has nothing for it
+        if value == MISSING:
+            raise UserError(f"{key} has no value; give it with {key}=…")
     return config
 
 
 def list_groups() -> str:
     """The groups and their options, one group a line, for ``--help``."""
     folders = [conf_dir()]
-    for flag, value in itertools.pairwise(sys.argv):
+    arguments = [part for a in sys.argv for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    for flag, value in itertools.pairwise(arguments):
         if flag in ("--config-dir", "-cd"):
             folders.append(Path(value))
     options: dict[str, set[str]] = {}
@@ -89,16 +93,20 @@ def run(composed: DictConfig) -> Any:
         from rsotrain.run import run_mode  # torch is imported from here on
 
         return run_mode(config)
-    except (UserError, TrainingError) as error:
+    except StoppedEarly:  # has said so; the other runs of a multirun go on
+        _status = max(_status, INTERRUPTED_STATUS)
+    except (UserError, TrainingError, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
-        print(f"rsotrain: {error}", file=sys.stderr)
-        _status = max(_status, USER_ERROR_STATUS if isinstance(error, UserError) else FAILED_STATUS)
-        return None
+        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        _status = max(_status, FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS)
+    return None
 
 
 def explain(error: Exception) -> str:
     """One sentence for a mistake in the command line or in a YAML file."""
+    if isinstance(error, UserError | TrainingError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         if error.options is None:
             return " ".join(str(error).split("\n\n")[0].split())
@@ -116,7 +124,8 @@ def explain(error: Exception) -> str:
         where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
         return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(cause).split("\n")[0]
+    lines = str(cause).split("\n")
+    text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])
     key = getattr(cause, "full_key", None)
     if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
         key = key or unknown[1] or unknown[2]

@@ -13,3 +13,11 @@ class TrainingError(RuntimeError):
 
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+# sysexits.h EX_TEMPFAIL: stopped before the end with everything saved; the same command goes on.
+INTERRUPTED_STATUS = 75
+
+
+class StoppedEarly(Exception):  # noqa: N818 (it is no error)
+    """The run's time budget is spent and everything is saved; exits with ``INTERRUPTED_STATUS``."""

@@ -17,6 +17,10 @@ class StopRequest:
         self._max_seconds = max_seconds
         self._signal: str | None = None
 
+    @property
+    def signalled(self) -> bool:
+        return self._signal is not None
+
     def reason(self) -> str | None:
         if self._signal is not None:
             return self._signal

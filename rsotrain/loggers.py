@@ -128,6 +128,8 @@ def build_loggers(
             tags=config.wandb_tags,
             flat_config=flat_config,
             init_timeout_seconds=config.wandb_init_timeout_seconds,
+            # a run that ends while the server is still being waited for has time to go offline
+            close_timeout_seconds=config.wandb_init_timeout_seconds + 10.0,
             warn=warn,
         )
         loggers.append(wandb_logger)

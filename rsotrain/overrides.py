@@ -48,7 +48,7 @@ def _takes_integers_only(key: str) -> bool:
 def _normalise_value(value: str, integer: bool) -> str:
     if value == "None":
         return "null"
-    if integer and _INTEGRAL_FLOAT.match(value) and not value.lstrip("+-").isdigit():
+    if integer and _INTEGRAL_FLOAT.match(value) and abs(float(value)) < 2**53:
         return str(int(float(value)))
     return value
 
@@ -68,6 +68,7 @@ def normalise(arguments: Sequence[str]) -> list[str]:
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """ "; did you mean a, b?" with the nearest names, or the empty string."""
+    candidates = [c for c in candidates if c != name]
     near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
     if not near:  # the last part alone: optimizer.learning_rate, or lr for optimizer.lr
         last = {c: c.rsplit(".", 1)[-1] for c in candidates}

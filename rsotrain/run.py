@@ -13,18 +13,16 @@ from rsotrain.config import Config, Mode
 from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
-from rsotrain.errors import TrainingError
+from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import StopRequest
 from rsotrain.loggers import build_loggers
-from rsotrain.metrics import StepTimer, peak_memory_bytes, write_json_atomic
+from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.run_folder import RunFolder, identity, open_run_folder
-from rsotrain.trainer import NonFiniteError, StepResult, Trainer
-
-# sysexits.h EX_TEMPFAIL: stopped before the end with everything saved; the same command goes on.
-INTERRUPTED_STATUS = 75
+from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition
+from rsotrain.wandb_logger import resolve_mode
 
 
 def run_mode(config: Config) -> dict[str, Any]:
@@ -43,9 +41,12 @@ def cache_dir(config: Config) -> Path:
 def train(config: Config) -> dict[str, Any]:
     """Train to ``config.steps``, or on from the newest checkpoint of the same run.
 
-    Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite, and SystemExit
-    with ``INTERRUPTED_STATUS`` after a signal or ``max_seconds``, the checkpoint written.
+    Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
+    checkpoint cannot be written; StoppedEarly after ``max_seconds``, and SystemExit with
+    ``INTERRUPTED_STATUS`` after a signal, the checkpoint written.
     """
+    check_composition(config)
+    resolve_mode(config.logger.wandb_mode)
     with open_run_folder(config, os.environ.get("WANDB_RUN_ID")) as folder:
         summary = folder.finished_summary()
         if summary is not None:
@@ -122,16 +123,17 @@ class TrainingRun:
         summary: dict[str, Any] = {}
         exit_code = 1
         try:
-            with StopRequest(self.config.max_seconds).listening() as stop:
+            stop = StopRequest(self.config.max_seconds)
+            with stop.listening():
                 reason = self._loop(stop)
-            self._save()
+            self._save_or_fail()
             if reason is not None:
                 exit_code = INTERRUPTED_STATUS
                 self.display.message(
                     f"stopped by {reason} after step {self.trainer.step}, everything saved;"
                     f" the same command goes on (exit status {INTERRUPTED_STATUS})"
                 )
-                raise SystemExit(INTERRUPTED_STATUS)
+                raise SystemExit(INTERRUPTED_STATUS) if stop.signalled else StoppedEarly
             summary = self._summary()
             write_json_atomic(self.folder.summary, summary)
             exit_code = 0
@@ -161,7 +163,7 @@ class TrainingRun:
                 if config.eval_every is not None and step % config.eval_every == 0 and not last:
                     self._evaluate()
                 if config.save_every is not None and step % config.save_every == 0 and not last:
-                    self._save()
+                    self._save_or_warn()
             reason = stop.reason()
         if trainer.step == config.steps:
             if self.validation.get("step") != trainer.step:
@@ -202,37 +204,61 @@ class TrainingRun:
         self.best_loss = min(self.best_loss, metrics["val/loss"])
         self._log(metrics)
 
-    def _save(self) -> None:
-        """Write a checkpoint; a full disk costs a warning, not the run."""
-        state = self.trainer.state_dict()
-        own = {"seconds": self.seconds, "best_loss": self.best_loss, "validation": self.validation}
+    def _save_or_fail(self) -> None:
         try:
-            save_checkpoint(
-                self.folder.checkpoints,
-                self.trainer.step,
-                state["model"],
-                state["optimizer"],
-                {**state["trainer"], "run": {k: v for k, v in own.items() if v != math.inf}},
-                keep=self.config.keep_checkpoints,
-            )
+            self._save()
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"the checkpoint of step {self.trainer.step} could not be written ({error});"
+                " make room, and the same command trains on from the one before"
+            ) from error
+
+    def _save_or_warn(self) -> None:
+        """In the middle of a run a full disk costs a warning, not the run."""
+        try:
+            self._save()
         except (OSError, SafetensorError) as error:
             self.display.message(
                 f"warning: the checkpoint of step {self.trainer.step} was not written: {error}"
             )
+
+    def _save(self) -> None:
+        state = self.trainer.state_dict()
+        own = {
+            "seconds": self.seconds,
+            "best_loss": self.best_loss,
+            "validation": self.validation,
+            "record": finite(self.record),
+            "data": self.data.fingerprint,
+        }
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.trainer.step,
+            state["model"],
+            state["optimizer"],
+            {**state["trainer"], "run": {k: v for k, v in own.items() if v != math.inf}},
+            keep=self.config.keep_checkpoints,
+        )
 
     def _resume(self) -> int | None:
         """Load the newest checkpoint that can be read; its step, or None to start afresh."""
         for path in reversed(list_checkpoints(self.folder.checkpoints)):
             try:
                 model, optimizer, record = load_checkpoint(path, self.trainer.device)
-            except (OSError, ValueError, SafetensorError) as error:
+                own, _, _ = record["run"], record["step"], record["tokens"]
+                fingerprint, seconds = own["data"], own["seconds"]
+                validation, last = own["validation"], own["record"]
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 self.display.message(f"warning: {path.name} cannot be read and is passed over: {error}")
                 continue
+            if fingerprint != self.data.fingerprint:
+                raise UserError(
+                    f"the data or the tokenizer have changed since {path} was written;"
+                    " bring the old files back, choose another run_name, or overwrite=true to start again"
+                )
             self.trainer.load_state_dict({"model": model, "optimizer": optimizer, "trainer": record})
-            own = record["run"]
-            self.earlier_seconds = own["seconds"]
+            self.earlier_seconds, self.validation, self.record = seconds, validation, last
             self.best_loss = own.get("best_loss", math.inf)
-            self.validation = own["validation"]
             self.display.message(f"resumed from {path}")
             return self.trainer.step
         return None

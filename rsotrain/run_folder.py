@@ -15,6 +15,7 @@ import yaml
 
 from rsotrain.config import Config, NoSamplerConfig
 from rsotrain.errors import UserError
+from rsotrain.metrics import write_atomic, write_json_atomic
 from rsotrain.overrides import flatten
 
 # What can change between two starts of one run, since the weights do not depend on it.
@@ -71,9 +72,7 @@ class RunFolder:
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that reached its last step, else None."""
-        if not self.summary.is_file():
-            return None
-        summary = json.loads(self.summary.read_text())
+        summary = _read_json(self.summary)
         return summary if summary.get("finished") else None
 
 
@@ -94,7 +93,7 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
     Raises UserError if it cannot be written, if another process is at work in it, or if it holds a
     run with other settings and ``overwrite`` is not set.
     """
-    path = Path(config.output_dir) / run_name(config)
+    path = Path(config.output_dir).expanduser() / run_name(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115 (opened here for its error, closed below)
@@ -113,8 +112,17 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
 
 def _settle_config(config: Config, path: Path) -> None:
     file = path / "config.yaml"
-    if file.is_file():
-        saved = yaml.safe_load(file.read_text())
+    # A start that was refused, or ended before its first step, leaves nothing to protect.
+    if file.is_file() and any((path / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        try:
+            saved = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(
+                f"{file} is damaged, so the run there cannot be compared with these settings;"
+                " choose another run_name, or overwrite=true to discard it"
+            )
         old = dict(flatten({k: v for k, v in saved.items() if k not in OPERATIONAL_KEYS}))
         new = identity(config)
         differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
@@ -124,13 +132,20 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{path} holds a run with other settings ({shown});"
                 " choose another run_name, or overwrite=true to discard it"
             )
-    file.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def _settle_run_id(path: Path, given: str | None) -> str:
     file = path / "run.json"
-    if given is None and file.is_file():
-        return json.loads(file.read_text())["run_id"]
-    run_id = given or secrets.token_hex(6)
-    file.write_text(json.dumps({"run_id": run_id}) + "\n")
+    run_id = given or _read_json(file).get("run_id") or secrets.token_hex(6)
+    write_json_atomic(file, {"run_id": run_id})
     return run_id
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; empty if the file is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -40,6 +40,29 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda")
 
 
+def check_composition(config: Config) -> None:
+    """Refuse, before any data is read, what cannot be composed: device, model, optimizer and sampler.
+
+    Builds model and optimizer on the meta device, which takes no memory. Raises UserError.
+    """
+    resolve_device(config.device)
+    model = build_model(
+        config.model,
+        vocab_size=config.model.vocab_size or 1,
+        precision=config.precision,
+        device=torch.device("meta"),
+        seed=config.seed,
+    )
+    build_optimizer(
+        model,
+        config.optimizer,
+        config.sampler,
+        precision=config.precision,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+
+
 class Trainer:
     """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
 
@@ -158,8 +181,17 @@ class Trainer:
             self.model,
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.device,
-            bytes_per_token=validation.bytes_per_token,
+            bytes_per_token=self._validation_bytes_per_token(),
         )
+
+    def _validation_bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
+        validation, limit = self.data.validation, self.config.evaluation.max_tokens
+        if limit is None or limit >= validation.num_tokens - 1:
+            return validation.bytes_per_token
+        scored = validation.num_targets(limit)
+        text = self.data.tokenizer.decode(validation.tokens[: scored + 1].tolist())
+        return len(text.encode()) / scored
 
     def memory(self) -> dict[str, int]:
         """Bytes by part; peak memory is the process's and is measured by whoever logs it."""
@@ -180,12 +212,14 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         parameters = dict(self.model.named_parameters())
-        if parameters.keys() != state["model"].keys():
-            names = sorted(parameters.keys() ^ state["model"].keys())
-            raise UserError(f"the checkpoint is of another model: {', '.join(names[:3])} in only one of them")
+        saved = state["model"]
+        for name in sorted(parameters.keys() | saved.keys()):
+            here, there = parameters.get(name), saved.get(name)
+            if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+        self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(state["model"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(saved[name])
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]

@@ -63,7 +63,7 @@ def validate(config: Config) -> None:
         name is None or (name not in ("", ".", "..") and Path(name).name == name),
         f"run_name={name} must be the name of one folder, without a slash",
     )
-    _validate_output(Path(config.output_dir))
+    _validate_output(Path(config.output_dir).expanduser())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _require(
         world_size == 1,
@@ -99,7 +99,8 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     _positive(optimizer, "optimizer.", "eps")
     _require(
         len(optimizer.betas) == 2 and 0 <= optimizer.betas[0] < 1 and 0 <= optimizer.betas[1] <= 1,
-        f"optimizer.betas={list(optimizer.betas)} must be two numbers in [0, 1)",
+        f"optimizer.betas={list(optimizer.betas)} must be two numbers, the first in [0, 1),"
+        " the second in [0, 1]",
     )
     _require(
         optimizer.weight_decay >= 0,
@@ -156,7 +157,7 @@ def _validate_data(config: Config) -> None:
     data, tokenizer = config.data, config.tokenizer
     if isinstance(data, FilesDataConfig):
         for key in ("path", "validation_path"):
-            path = Path(getattr(data, key))
+            path = Path(getattr(data, key)).expanduser()
             _require(path.is_file(), f"data.{key}={path} is not a file")
             _require(path.stat().st_size > 0, f"data.{key}={path} is empty")
     if isinstance(tokenizer, TrainedTokenizerConfig):

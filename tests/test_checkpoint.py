@@ -39,6 +39,19 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
 
 
+def test_saving_replaces_a_damaged_one_of_that_step_and_drops_later_ones(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step_00000004" / "model.safetensors").write_bytes(b"")
+    path = save(tmp_path, 4, keep=1)  # a run that went on from 2
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004"]
+    assert load_checkpoint(path, CPU)[0]["w"].eq(4).all()
+
+
+def test_files_can_be_read_by_those_who_read_the_rest(tmp_path: Path) -> None:
+    assert len({file.stat().st_mode for file in save(tmp_path, 1).iterdir()}) == 1
+
+
 def test_a_failure_while_writing_leaves_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ MISTAKES = [
     (["steps=0"], "steps=0 must be positive"),
     (["optimizer.lr=-1"], "optimizer.lr=-1.0 must not be negative"),
     (["optimizer.lr=nan"], "optimizer.lr=nan must be a finite number"),
-    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers in [0, 1)"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers, the first in [0, 1)"),
     (["seq_len=2048"], "seq_len=2048 is longer than model.max_position_embeddings=1024"),
     (["batch_size=16", "micro_batch_size=3"], "batch_size=16 is not divisible by micro_batch_size=3"),
     (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the smallest dimension (128)"),
@@ -72,6 +72,11 @@ MISTAKES = [
     (["model.num_attention_heads=5"], "does not split into model.num_attention_heads=5 heads"),
     (["model.vocab_size=100"], "model.vocab_size=100 is smaller than the tokenizer's 4096 pieces"),
     (["output_dir=/proc/here"], "output_dir=/proc/here cannot be written"),
+    (["~steps"], "steps has no value; give it with steps="),
+    (["steps=1e999"], "steps: Value"),
+    (["lr_scheduler=constant", "lr_scheduler.min_ratio=0.1"], "unknown key lr_scheduler.min_ratio"),
+    (["optimizer.lr=${nope}"], "optimizer.lr: Interpolation key 'nope' not found"),
+    (["optimizer=sn_sm", "sampler=gaussian"], "optimizer=sn_sm with sampler=gaussian"),
     (["run_name=a/b"], "run_name=a/b must be the name of one folder"),
 ]  # fmt: skip
 

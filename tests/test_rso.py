@@ -126,6 +126,26 @@ def test_thirty_steps_equal_the_reference(case: str, out: int, dtype: torch.dtyp
     assert (after - expected).abs().max() < TOLERANCE[dtype] * moved
 
 
+@pytest.mark.parametrize("case", ["adam-transport", "momentum"])
+def test_reduced_precision_follows_the_reference(case: str) -> None:
+    """bf16_mixed: float32 weights; inputs, bases, products and ΔB Pᵀ before it is added in bfloat16."""
+    own, theirs = CASES[case]
+    model = One(OUT, torch.float32)
+    before = model.w.weight.data.double().clone()
+    optimizer = build(model, config(block_parameters=["w"], **own), precision=c.Precision.bf16_mixed)
+    for t in range(1, STEPS + 1):
+        y = model(batch(t, torch.bfloat16))
+        y.backward(output_gradient(t, y.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    common = {"lr": LR, "rank": RANK, "gap": GAP, "betas": BETAS, "eps": EPS, "basis_scale": SCALE}
+    inputs = [batch(t) for t in range(1, STEPS + 1)]
+    expected = reference.rso(before, inputs, output_gradient, draw=seeded, **(common | theirs))  # type: ignore[arg-type]
+    # each operand has 8 bits, an error of 2e-3, which Adam's division enlarges in small entries
+    error = (model.w.weight.data.double() - expected).abs().max()
+    assert error < 0.05 * (expected - before).abs().max()
+
+
 def test_informed_bases_are_those_of_the_last_steps_inputs() -> None:
     # T = 1: the random start serves step 1, the principal axes of step t−1's input every later one. The
     # axes come from a float32 Gram matrix of singular values 0.7^i, whose gaps enlarge its rounding to

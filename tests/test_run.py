@@ -86,7 +86,7 @@ def test_the_same_command_resumes_and_other_settings_are_refused(
     assert "stopped by max_seconds=0.5 after step" in stopped.stdout
     refused = cli(*command, "optimizer.lr=0.1")
     assert refused.returncode == 2
-    assert "holds a run with other settings (optimizer.lr: 0.005 there, 0.1 here)" in refused.stderr
+    assert "holds a run with other settings (optimizer.lr: 0.01 there, 0.1 here)" in refused.stderr
     resumed = cli(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stdout
@@ -204,6 +204,108 @@ def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, tmp_path: Path, ti
     assert result.returncode == 75
     assert f"warning: {newest.name} cannot be read and is passed over" in result.stdout
     assert f"resumed from outputs/r/checkpoints/step_{int(newest.name[5:]) - 1:08d}" in result.stdout
+
+
+def test_a_final_checkpoint_that_cannot_be_written_is_a_failure(
+    cli: Cli, tmp_path: Path, tiny: list[str]
+) -> None:
+    (tmp_path / "outputs/r").mkdir(parents=True)
+    (tmp_path / "outputs/r/checkpoints").write_text("in the way")
+    result = cli(*tiny, "run_name=r", "overwrite=false")
+    assert result.returncode == 1
+    assert "warning: the checkpoint of step 2 was not written" in result.stdout
+    assert "the checkpoint of step 6 could not be written" in result.stderr
+    assert not (tmp_path / "outputs/r/summary.json").exists()
+
+
+def test_a_refused_start_does_not_occupy_the_name(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    refused = cli(*tiny, "run_name=r", "optimizer.block_parameters=[zzz]")
+    assert refused.returncode == 2
+    assert "zzz" in refused.stderr
+    assert not (tmp_path / "outputs").exists()  # refused before anything was made
+    assert cli(*tiny, "run_name=r", "tokenizer.vocab_size=100000").returncode == 2
+    assert cli(*tiny, "run_name=r").returncode == 0
+
+
+def test_other_data_under_the_same_path_is_refused(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    own = tmp_path / "train.jsonl"
+    path = next(o for o in tiny if o.startswith("data.path="))
+    own.write_bytes(Path(path.removeprefix("data.path=")).read_bytes())
+    command = [*[o for o in tiny if o != path], f"data.path={own}", "run_name=r"]
+    assert cli(*command, "steps=100000", "max_seconds=0.2").returncode == 75
+    own.write_text(own.read_text() * 2)
+    result = cli(*command, "steps=100000", "max_seconds=0.2")
+    assert result.returncode == 2
+    assert "the data or the tokenizer have changed since" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status", "sentence"),
+    [
+        ("config.yaml", "a: [", 2, "config.yaml is damaged"),
+        ("config.yaml", "", 2, "config.yaml is damaged"),
+        ("run.json", "", 75, "resumed from"),
+        ("summary.json", "[]", 75, "resumed from"),
+    ],
+)
+def test_damaged_small_files(
+    name: str, content: str, status: int, sentence: str, cli: Cli, tmp_path: Path, tiny: list[str]
+) -> None:
+    command = [*tiny, "run_name=r", "steps=100000", "max_seconds=0.2"]
+    assert cli(*command).returncode == 75
+    (tmp_path / "outputs/r" / name).write_text(content)
+    result = cli(*command)
+    assert result.returncode == status
+    assert sentence in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_lost_summary_is_written_again_in_full(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    assert cli(*tiny, "run_name=r").returncode == 0
+    file = tmp_path / "outputs/r/summary.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    assert cli(*tiny, "run_name=r").returncode == 0
+    after = json.loads(file.read_text())
+    assert after.keys() == before.keys()
+    assert {k: after[k] for k in ("train/loss", "val/loss", "tokens")} == {
+        k: before[k] for k in ("train/loss", "val/loss", "tokens")
+    }
+
+
+def test_a_closed_stdout_does_not_end_the_training(tmp_path: Path, tiny: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rsotrain", *tiny, "run_name=r", "steps=200"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert (process.wait(timeout=120), errors) == (0, "")
+    assert json.loads((tmp_path / "outputs/r/summary.json").read_text())["step"] == 200
+
+
+def test_max_seconds_ends_one_run_of_a_multirun_and_not_the_rest(
+    cli: Cli, tmp_path: Path, tiny: list[str]
+) -> None:
+    result = cli("-m", *tiny, "steps=100000", "max_seconds=0.2", "seed=0,1")
+    assert result.returncode == 75
+    assert result.stdout.count("stopped by max_seconds=0.2") == 2
+    assert len({p.parent for p in (tmp_path / "outputs").glob("*/checkpoints/step_*")}) == 2
+
+
+def test_an_experiment_sets_top_level_keys_and_the_command_line_wins(tmp_path: Path) -> None:
+    from test_trainer import compose
+
+    config = compose(["experiment=galore_60m"])
+    assert (config.steps, config.batch_size, config.model.name) == (10000, 512, "llama_60m")
+    assert (config.optimizer.name, config.sampler.name) == ("galore", "svd")
+    assert compose(["experiment=galore_60m", "steps=3"]).steps == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from conftest import ROOT
 from rsotrain.cli import conf_dir, register_schemas, to_config
 from rsotrain.config import Config
 from rsotrain.data.build import Data, build_data
+from rsotrain.errors import UserError
 from rsotrain.trainer import NonFiniteError, Trainer
 
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
@@ -103,6 +104,51 @@ def test_clipping_bounds_the_global_norm_of_the_accumulated_gradient(
     result = clipped.train_step()
     assert result.grad_norm > 0.01  # what is reported is the norm before clipping
     assert seen == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_clipping_leaves_a_small_gradient_alone(tiny: list[str], cache_dir: Path) -> None:
+    clipped, free = trainer([*tiny, "grad_clip=1000"], cache_dir), trainer(tiny, cache_dir)
+    assert clipped.train_step() == free.train_step()
+    assert all(torch.equal(weights(clipped)[name], w) for name, w in weights(free).items())
+
+
+def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny: list[str], cache_dir: Path) -> None:
+    plain = [*tiny, "lr_scheduler.warmup_steps=3", "optimizer.lr=0.25", "optimizer.scale=0.5"]
+    measured = trainer(plain, cache_dir)
+    for expected in (0.25 / 3, 0.5 / 3, 0.25):
+        lr, before = measured.lr, weights(measured)
+        assert lr == pytest.approx(expected)
+        measured.train_step()
+        # Adam's steps are at most about the rate, and reach it where the gradient keeps its sign.
+        moved = {name: (w - before[name]).abs().max().item() for name, w in weights(measured).items()}
+        assert moved["lm_head.weight"] == pytest.approx(lr, rel=0.1)
+        assert moved["model.layers.0.mlp.up_proj.weight"] == pytest.approx(lr / 2, rel=0.1)
+
+
+def test_model_flops_count_each_product_once(tiny: list[str], cache_dir: Path) -> None:
+    measured = trainer(tiny, cache_dir)
+    linears = sum(p.numel() for n, p in measured.model.named_parameters() if n.endswith("_proj.weight"))
+    head = 300 * 64
+    attention = 2 * 6 * 32 * 64  # layers x causal scores and values, forward and backward
+    assert measured.flops_per_token == 6 * (linears + head) + attention
+
+
+def test_bits_per_byte_of_a_part_counts_the_bytes_of_that_part(tiny: list[str], cache_dir: Path) -> None:
+    part = trainer([*tiny, "evaluation.max_tokens=96"], cache_dir)
+    metrics, data = part.evaluate(), part.data
+    text = data.tokenizer.decode(data.validation.tokens[:97].tolist())
+    bits = metrics["val/loss"] * 96 / math.log(2)
+    assert metrics["val/bits_per_byte"] == pytest.approx(bits / len(text.encode()))
+
+
+def test_a_checkpoint_of_another_shape_is_refused_and_changes_nothing(
+    tiny: list[str], cache_dir: Path
+) -> None:
+    small, wide = trainer(tiny, cache_dir), trainer([*tiny, "model.intermediate_size=96"], cache_dir)
+    before = weights(wide)
+    with pytest.raises(UserError, match=r"the checkpoint is of another model: model\.layers\.0\.mlp"):
+        wide.load_state_dict(small.state_dict())
+    assert all(torch.equal(weights(wide)[name], w) for name, w in before.items())
 
 
 @pytest.mark.parametrize("where", ["weight", "gradient"])

@@ -1,5 +1,6 @@
 """Configuration -> everything that training reads: the one place where data configurations meet code."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ Load = Callable[[Source], "Dataset"]
 
 @dataclass(frozen=True)
 class Data:
+    """``fingerprint``: of the tokenizer and of the files' bytes; a run must not go on with others."""
+
     tokenizer: Tokenizer
     train: PackedSequences
     validation: PackedSequences
+    fingerprint: str
 
 
 def build_data(
@@ -66,7 +70,9 @@ def build_data(
             name=f"the data file {source.path}",
         )
 
-    return Data(model, pack(train_tokens, train), pack(validation_tokens, validation))
+    parts = "".join([model.fingerprint, train.fingerprint, validation.fingerprint])
+    fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+    return Data(model, pack(train_tokens, train), pack(validation_tokens, validation), fingerprint)
 
 
 def _sources(data: DataConfig) -> tuple[Source, Source]:
@@ -76,8 +82,8 @@ def _sources(data: DataConfig) -> tuple[Source, Source]:
             return Source(CORPUS / "train.json.gz"), Source(CORPUS / "validation.json.gz")
         case FilesDataConfig():
             return (
-                Source(Path(data.path), data.text_field),
-                Source(Path(data.validation_path), data.text_field),
+                Source(Path(data.path).expanduser(), data.text_field),
+                Source(Path(data.validation_path).expanduser(), data.text_field),
             )
     raise TypeError(f"no reader for {type(data).__name__}")
 

@@ -65,6 +65,12 @@ def cached_file(
             " mend its permissions or give another cache with cache_dir=…"
         ) from error
     with temporary_folder(cache_dir) as folder:
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} is in the way of the cache ({error.strerror}); remove it"
+            ) from error
         new = folder / path.name
         with new.open("w+b") as file:
             facts = build(file)
@@ -79,7 +85,6 @@ def cached_file(
         with new_description.open("wb") as file:
             file.write(json.dumps(description, indent=1).encode())
             _to_disk(file)
-        path.parent.mkdir(exist_ok=True)
         new.replace(path)
         new_description.replace(_description_path(path))
     return path, facts

@@ -77,7 +77,7 @@ def synthetic_data(arguments: argparse.Namespace) -> Data:
     ids = np.random.default_rng(0).integers(arguments.vocab_size, size=count, dtype=np.uint32)
     sequences = PackedSequences(ids, arguments.seq_len, num_bytes=count, vocab_size=arguments.vocab_size)
     tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=arguments.vocab_size))
-    return Data(tokenizer, sequences, sequences)
+    return Data(tokenizer, sequences, sequences, fingerprint="")
 
 
 def timed_step(trainer: Trainer, gathering: bool, max_disturbance: float) -> tuple[float, float, bool]:

@@ -122,7 +122,7 @@ def rsotrain_step(arguments: argparse.Namespace, tokens: Any) -> Callable[[], fl
         stream, arguments.seq_len, num_bytes=len(stream), vocab_size=arguments.vocab_size
     )
     tokenizer: Any = SimpleNamespace(vocab_size=arguments.vocab_size)
-    trainer = Trainer(config, Data(tokenizer, sequences, sequences))
+    trainer = Trainer(config, Data(tokenizer, sequences, sequences, fingerprint=""))
     return lambda: trainer.train_step().loss
 
 
