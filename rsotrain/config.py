@@ -9,6 +9,40 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config_methods import (  # noqa: F401 (one module names the whole configuration)
+    AdamConfig,
+    ApolloConfig,
+    BasisStorage,
+    CoordinateConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    GoLoreConfig,
+    HaarConfig,
+    ImportanceConfig,
+    InnerSolver,
+    LDAdamConfig,
+    MixtureConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    PCASolver,
+    RandomizedSvdConfig,
+    RSOConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    SRHTConfig,
+    StateDtype,
+    SubspaceConfig,
+    SvdConfig,
+    SvdSolver,
+    TopkNormConfig,
+)
+
 
 class Mode(Enum):
     train = "train"
@@ -36,19 +70,6 @@ class ActivationCheckpointing(Enum):
     block = "block"
 
 
-class OnRefresh(Enum):
-    """What happens to the moments when the basis changes."""
-
-    keep = "keep"
-    reset = "reset"
-    transport = "transport"
-
-
-class StateDtype(Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 # --- model -------------------------------------------------------------------------------------
 
 
@@ -68,253 +89,6 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-
-
-# --- optimizer ---------------------------------------------------------------------------------
-
-
-@dataclass
-class OptimizerConfig:
-    """What every optimizer has.
-
-    ``lr`` drives the rest (embedding, head, norms); the linears that ``block_parameters`` names get
-    ``lr * scale``. ``block_parameters`` are regular expressions searched for in parameter names.
-    """
-
-    name: str = MISSING
-    lr: float = MISSING
-    scale: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    state_dtype: StateDtype = StateDtype.float32
-    block_parameters: list[str] = field(
-        default_factory=lambda: [
-            r"\.self_attn\.[qkvo]_proj\.weight$",
-            r"\.mlp\.(gate|up|down)_proj\.weight$",
-        ]
-    )
-
-
-@dataclass
-class AdamConfig(OptimizerConfig):
-    """AdamW, torch's fused kernel."""
-
-
-@dataclass
-class SubspaceConfig(OptimizerConfig):
-    """What every optimizer with a low-rank basis has.
-
-    ``rank``: an integer, or a fraction (0 < rank < 1.0, written with a point) of the projected
-    dimension of each matrix. ``update_proj_gap``: T, optimizer steps between two refreshes.
-    ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once.
-    """
-
-    rank: int | float = 0.25
-    update_proj_gap: int = 200
-    on_refresh: OnRefresh = OnRefresh.keep
-    staggered: bool = False
-
-
-@dataclass
-class GaLoreConfig(SubspaceConfig):
-    """Adam in the subspace, nothing outside (GaLore, arXiv 2403.03507; I3S, OSD with their samplers)."""
-
-
-@dataclass
-class SNConfig(OptimizerConfig):
-    """Full momentum, subset-norm second moment (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
-
-    ``subset_size``: entries that share one second moment, neighbours in the smaller dimension, which it
-    divides; null: a whole row (or column, if there are fewer rows than columns).
-    """
-
-    subset_size: int | None = None
-
-
-@dataclass
-class SNSMConfig(SubspaceConfig):
-    """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
-
-    subset_size: int | None = None
-
-
-@dataclass
-class FiraConfig(SubspaceConfig):
-    """GaLore plus the scaled residual (arXiv 2410.01623).
-
-    ``max_growth``: the most that the residual's norm grows in one step.
-    """
-
-    max_growth: float = 1.01
-
-
-@dataclass
-class FrugalConfig(SubspaceConfig):
-    """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
-
-    free_scale: float = 1.0
-
-
-@dataclass
-class ApolloConfig(SubspaceConfig):
-    """Gradient scaled per channel, or by one factor ``per_tensor`` (arXiv 2412.05270).
-
-    ``max_growth``: the most that the norm of the update grows in one step.
-    """
-
-    per_tensor: bool = False
-    max_growth: float = 1.01
-
-
-@dataclass
-class LDAdamConfig(SubspaceConfig):
-    """A new basis every step, projection-aware moments, error feedback (arXiv 2410.16103).
-
-    ``rho``: weight of the momentum, against the gradient, in what the basis is drawn from.
-    """
-
-    rho: float = 0.908
-
-
-@dataclass
-class MuonConfig(OptimizerConfig):
-    """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
-
-    momentum: float = 0.95
-    nesterov: bool = True
-    ns_steps: int = 5
-
-
-class InnerSolver(Enum):
-    """What solves RSO's subproblem in B. momentum: bias-corrected average of gradients, betas[0]."""
-
-    adam = "adam"
-    momentum = "momentum"
-    adagrad = "adagrad"
-
-
-class BasisStorage(Enum):
-    """stored: bases are part of the state. regenerated: drawn again from their seed at each use."""
-
-    stored = "stored"
-    regenerated = "regenerated"
-
-
-@dataclass
-class RSOConfig(SubspaceConfig):
-    """W + B Pᵀ with P random on the input side; only B has gradients (RSO, arXiv 2502.07222).
-
-    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, so
-    that 0.25 is hidden/4 in every block. ``basis_scale``: orthonormal bases times √(in/rank), for
-    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: none. ``refresh_warmup_steps``:
-    the blocks' rate rises linearly over as many steps after each refresh.
-    """
-
-    solver: InnerSolver = InnerSolver.adam
-    basis_scale: bool = True
-    proximal_eta: float | None = None
-    refresh_warmup_steps: int = 0
-    projection: BasisStorage = BasisStorage.stored
-
-
-# --- sampler -----------------------------------------------------------------------------------
-
-
-@dataclass
-class SamplerConfig:
-    name: str = MISSING
-
-
-@dataclass
-class NoSamplerConfig(SamplerConfig):
-    """For optimizers without a subspace."""
-
-
-class SvdSolver(Enum):
-    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, signs included."""
-
-    gram = "gram"
-    full = "full"
-
-
-@dataclass
-class SvdConfig(SamplerConfig):
-    """The dominant singular vectors."""
-
-    solver: SvdSolver = SvdSolver.gram
-
-
-@dataclass
-class ImportanceConfig(SamplerConfig):
-    """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
-
-    power: float = 1.0
-
-
-@dataclass
-class RandomizedSvdConfig(SamplerConfig):
-    """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
-
-    rounds: int = 2
-
-
-@dataclass
-class MixtureConfig(SamplerConfig):
-    """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
-
-    principal_fraction: float = 0.5
-
-
-@dataclass
-class HaarConfig(SamplerConfig):
-    """A uniformly random orthonormal basis."""
-
-
-@dataclass
-class GaussianConfig(SamplerConfig):
-    """Independent N(0, 1/rank) entries: not orthonormal, E[PPᵀ] = I."""
-
-
-@dataclass
-class CoordinateConfig(SamplerConfig):
-    """Random axes."""
-
-
-@dataclass
-class TopkNormConfig(SamplerConfig):
-    """The axes along which the gradient is largest."""
-
-
-@dataclass
-class SRHTConfig(SamplerConfig):
-    """Random columns of a randomly signed Hadamard (times cosine) matrix; orthonormal."""
-
-
-class PCASolver(Enum):
-    adam = "adam"
-    sgd = "sgd"
-
-
-@dataclass
-class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the weights' (OSD, arXiv 2408.12857).
-
-    ``lr``: peak rate of the basis, on the run's schedule. ``penalty``: λ, of ‖PᵀP − I‖_F².
-    ``orthonormalize``: also orthonormalise the basis after each step, as the paper does not.
-    """
-
-    lr: float = 0.005
-    penalty: float = 0.1
-    solver: PCASolver = PCASolver.adam
-    orthonormalize: bool = False
-
-
-@dataclass
-class GoLoreConfig(SamplerConfig):
-    """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""
-
-    random_fraction: float = 0.2
 
 
 # --- data and tokenizer ------------------------------------------------------------------------
