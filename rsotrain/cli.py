@@ -76,6 +76,13 @@ def list_groups() -> str:
     return "\n".join(f"  {group}: {', '.join(sorted(names))}" for group, names in sorted(options.items()))
 
 
+def skip_hydras_list_of_groups() -> None:
+    """Hydra lists all groups for every ``--help``, which takes a second; ours shows ``list_groups``."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.format_config_groups = lambda *_, **__: ""  # type: ignore[method-assign]
+
+
 _wants_traceback = os.environ.get(FULL_ERROR) == "1"
 # Worst exit status of the runs of this process; a refused member does not end a multirun.
 _status = 0
@@ -138,6 +145,8 @@ def main() -> None:
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     sys.argv[1:] = normalise(sys.argv[1:])
+    if not {"--help", "-h"}.isdisjoint(sys.argv):
+        skip_hydras_list_of_groups()
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise; else it prints and exits by itself
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
