@@ -149,3 +149,48 @@ def test_subset_sums_add_up_to_the_squared_norm() -> None:
     assert torch.allclose(subset_sums(gradient, 6), gradient.square().sum(1, keepdim=True))
     assert torch.allclose(subset_sums(gradient, 2).sum(), gradient.square().sum())
     assert torch.allclose(subset_sums(gradient, 1), gradient.square())
+
+
+def inside(shape: tuple[int, int], rank: int, random: torch.Generator) -> Tensor:
+    """A gradient of rank ``rank``: nothing of it is outside its dominant subspace."""
+    rows, columns = shape
+    left = torch.randn(rows, rank, generator=random)
+    return left @ torch.randn(rank, columns, generator=random)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frugal_takes_no_signs_of_rounding_errors(shape: tuple[int, int]) -> None:
+    gradient = inside(shape, 3, torch.Generator().manual_seed(0))
+    weights = []
+    for kind in (c.FrugalConfig, c.GaLoreConfig):
+        parameter = nn.Parameter(torch.zeros(shape))
+        optimizer = build_optimizer([("w", parameter)], low(kind, rank=3), SVD, seed=1, total_steps=2)
+        parameter.grad = gradient
+        optimizer.step()
+        weights.append(parameter.data)
+    assert torch.equal(*weights)
+
+
+def test_firas_residual_is_not_held_at_the_size_of_rounding_errors() -> None:
+    random = torch.Generator().manual_seed(0)
+    shape = SHAPES[0]
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = build_optimizer([("w", parameter)], low(c.FiraConfig, rank=3), SVD, seed=1, total_steps=3)
+    parameter.grad = inside(shape, 3, random)
+    optimizer.step()
+    assert float(optimizer.state_dict()["w.residual_norm"]) < 1e-4
+    parameter.grad = torch.randn(shape, generator=random)
+    optimizer.step()
+    assert float(optimizer.state_dict()["w.residual_norm"]) > 0.1
+
+
+def test_a_missing_gradient_stops_the_step_before_anything_changes() -> None:
+    parameters = [nn.Parameter(torch.ones(12, FULL)) for _ in range(2)]
+    config = low(c.GaLoreConfig, rank=3, block_parameters=["a"])
+    optimizer = build_optimizer(list(zip("ab", parameters, strict=True)), config, SVD, seed=1, total_steps=3)
+    parameters[0].grad = torch.ones(12, FULL)
+    before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="b has no gradient"):
+        optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_dict().items())
+    assert torch.equal(parameters[0].data, torch.ones(12, FULL))

@@ -19,7 +19,7 @@ from rsotrain.subspace.projection import (
     resolve_rank,
     side_of,
 )
-from rsotrain.subspace.samplers import Sampler, gaussian, haar, svd
+from rsotrain.subspace.samplers import Draw, Sampler, gaussian, haar, svd
 from rsotrain.subspace.schedule import RefreshSchedule
 
 SVD = Sampler("svd", svd, informed=True)
@@ -106,7 +106,7 @@ def test_state_is_there_from_construction_and_keeps_its_names() -> None:
     galore, parameter = part()
     before = set(galore.state["w"])
     assert before == {"basis", "exp_avg", "exp_avg_sq", "step"}
-    assert torch.equal(galore.state["w"]["basis"], torch.eye(8, 3))
+    assert not galore.state["w"]["basis"].any()
     steps(galore, parameter, noise(7))
     assert set(galore.state["w"]) == before
 
@@ -156,6 +156,60 @@ def test_non_finite_gradient_keeps_the_basis_counts_and_warns_once() -> None:
     assert not torch.equal(galore.state["w"]["basis"], basis)
 
 
+@pytest.mark.parametrize("first", [0.0, float("nan")])
+def test_the_first_draw_is_due_until_a_gradient_allows_it(first: float) -> None:
+    galore, parameter = part(gap=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps(galore, parameter, [torch.full((12, 8), first)])
+    assert not galore.state["w"]["basis"].any()
+    resumed, other = part(gap=100)
+    for key, tensor in galore.state["w"].items():
+        resumed.state["w"][key].copy_(tensor.nan_to_num())
+    resumed.resume(1)
+    gradient = noise(1)[0]
+    for each, weight in ((galore, parameter), (resumed, other)):
+        steps(each, weight, [gradient], first=2)
+        dominant = torch.linalg.svd(gradient)[2][:3]
+        assert torch.allclose((dominant @ each.state["w"]["basis"]).det().abs(), torch.ones(()), atol=1e-4)
+        basis = each.state["w"]["basis"].clone()
+        steps(each, weight, noise(4)[3:], first=3)
+        assert torch.equal(each.state["w"]["basis"], basis)
+
+
+def test_a_decomposition_that_fails_keeps_the_basis() -> None:
+    calls = []
+
+    def draws(draw: Draw) -> torch.Tensor:
+        calls.append(draw)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("did not converge")
+        return haar(draw)
+
+    galore, parameter = part(gap=1, sampler=Sampler("failing", draws))
+    steps(galore, parameter, noise(1))
+    basis = galore.state["w"]["basis"].clone()
+    with pytest.warns(RuntimeWarning, match="step 2: the gradient of w could not be decomposed; its old"):
+        steps(galore, parameter, noise(1), first=2)
+    assert torch.equal(galore.state["w"]["basis"], basis)
+    assert galore.metrics()["subspace/skipped_draws"] == 1
+
+
+def test_a_sampler_that_switches_draws_at_the_switch() -> None:
+    schedule = RefreshSchedule(gap=200, num_matrices=2, staggered=False, restart=321)
+    assert [s for s in range(1, 401) if schedule.draw_index(0, s) is not None] == [1, 201, 321]
+    assert [schedule.draw_index(1, s) for s in (1, 201, 321)] == [0, 1, 2]
+    progress = []
+
+    def draws(draw: Draw) -> torch.Tensor:
+        progress.append(draw.progress)
+        return haar(draw)
+
+    galore, parameter = part(gap=8, sampler=Sampler("two rules", draws, switch=0.8), total_steps=10)
+    steps(galore, parameter, noise(10))
+    assert progress == [0.0, 0.8]
+
+
 def test_zero_gradient_keeps_the_basis_and_the_weight_stays_finite() -> None:
     galore, parameter = part(gap=1, on_refresh=OnRefresh.transport)
     with warnings.catch_warnings():
@@ -183,14 +237,37 @@ def test_metrics_of_the_last_refresh() -> None:
     assert 0 < metrics["subspace/refresh_seconds"] < 10
 
 
-def test_overlap_of_random_bases_is_rank_over_size_and_scaled_bases_report_none() -> None:
+def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_their_subspaces() -> None:
     galore, parameter = part((40, 40), sampler=Sampler("haar", haar), rank=20, gap=1)
     steps(galore, parameter, noise(2, (40, 40)))
     # ‖QᵀQ'‖²/r of independent Haar bases: mean r/k, spread below 1/k
     assert galore.metrics()["subspace/overlap"] == pytest.approx(0.5, abs=0.1)
     scaled, parameter = part(sampler=Sampler("gaussian", gaussian, orthonormal=False), gap=1)
-    steps(scaled, parameter, noise(2))
-    assert set(scaled.metrics()) == {"subspace/refresh_seconds"}
+    gradients = noise(3)
+    steps(scaled, parameter, gradients[:1])
+    old, _ = torch.linalg.qr(scaled.state["w"]["basis"])
+    steps(scaled, parameter, gradients[1:2], first=2)
+    new, _ = torch.linalg.qr(scaled.state["w"]["basis"])
+    metrics = scaled.metrics()
+    assert metrics["subspace/overlap"] == pytest.approx(float((new.T @ old).square().sum() / 3), rel=1e-4)
+    share = float((gradients[1] @ new).square().sum() / gradients[1].square().sum())
+    assert metrics["subspace/captured_energy"] == pytest.approx(share, rel=1e-4)
+    # a draw every step is measured at one in ten
+    steps(scaled, parameter, gradients[2:], first=3)
+    assert {k: v for k, v in scaled.metrics().items() if "seconds" not in k} == {
+        k: v for k, v in metrics.items() if "seconds" not in k
+    }
+
+
+def test_captured_energy_of_a_lagged_sampler_is_of_the_basis_in_use() -> None:
+    lagged = Sampler("lagged", haar, lagged=True)
+    galore, parameter = part(gap=10, sampler=lagged)
+    gradients = noise(12)
+    steps(galore, parameter, gradients[:11])
+    basis = galore.state["w"]["basis"].clone()  # drawn after the update of step 11
+    steps(galore, parameter, gradients[11:], first=12)
+    share = float((gradients[11] @ basis).square().sum() / gradients[11].square().sum())
+    assert galore.metrics()["subspace/captured_energy"] == pytest.approx(share, rel=1e-5)
 
 
 def test_reduced_precision_basis_is_stored_in_it() -> None:

@@ -142,6 +142,39 @@ def test_randomized_svd_finds_nearly_all_energy_and_improves_from_the_basis_in_u
     assert share(cold) < share(warm) <= 1 + 1e-5
 
 
+def test_randomized_svd_finds_a_gradient_that_has_left_the_basis_in_use() -> None:
+    # the rows of the gradient live on axes that the basis in use does not touch, and on half of them only
+    gradient = torch.zeros(ROWS, SIZE)
+    gradient[:, SIZE // 2 :] = spectrum(0.5 ** torch.arange(SIZE // 2))
+    previous = torch.eye(SIZE, RANK)
+    basis = samplers.randomized_svd(draw_of(gradient, previous=previous), rounds=2)
+    exact = torch.linalg.svdvals(gradient)[:RANK].square().sum()
+    assert float((gradient @ basis).square().sum() / exact) > 0.99
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_eigh_is_passed_over(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    gradient = spectrum(0.9 ** torch.arange(SIZE))
+    expected = samplers.svd(draw_of(gradient))
+    eigh, calls = torch.linalg.eigh, []
+
+    def sometimes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(matrix)
+        if len(calls) <= failing:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    for gram in (GradientGram(gradient), DenseGram(gradient.T @ gradient)):
+        calls.clear()
+        monkeypatch.setattr(torch.linalg, "eigh", sometimes)
+        draw = draw_of(gradient)
+        draw.gram = gram
+        basis = samplers.svd(draw)
+        assert len(calls) == 2
+        # the same subspace: cosines of the principal angles are 1
+        assert torch.allclose(torch.linalg.svdvals(basis.T @ expected), torch.ones(RANK), atol=1e-4)
+
+
 def test_importance_selects_everything_at_full_rank_and_ascends() -> None:
     gradient = GRADIENTS["ordinary"]
     everything = samplers.importance(draw_of(gradient, SIZE), power=1.0)

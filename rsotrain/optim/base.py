@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,10 @@ class Part(ABC):
     """A rule, the parameters it updates, and one dictionary of state tensors for each.
 
     ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
+    ``own_settings``: what the constructor takes beside that, by the names of the configuration.
     """
+
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, label: str, parameters: dict[str, nn.Parameter], peak_lr: float, settings: Settings
@@ -104,12 +107,12 @@ class Part(ABC):
     def update(self, step: int, lr_factor: float) -> None:
         """Apply the gradients. ``step``: 1-based; the learning rate is ``peak_lr * lr_factor``."""
 
-    def gradient_holders(self) -> list[Tensor]:
-        """The leaves whose ``grad`` this part reads: the parameters, unless they are trained by others."""
-        return list(self.parameters.values())
+    def gradient_holders(self) -> dict[str, Tensor]:
+        """The leaves whose ``grad`` this part reads: the parameters, unless others stand in for them."""
+        return dict(self.parameters)
 
     def zero_grad(self) -> None:
-        for holder in self.gradient_holders():
+        for holder in self.gradient_holders().values():
             holder.grad = None
 
     def observing(self, step: int) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """Configuration -> optimizer: the only place where names of methods and samplers meet classes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,24 +21,22 @@ from rsotrain.optim.param_groups import claim_parameters
 from rsotrain.optim.residuals import Apollo, Fira, Frugal, LDAdam
 from rsotrain.optim.rso import RSO
 from rsotrain.optim.sn_sm import SubsetNorm, SubspaceMomentum
-from rsotrain.optim.subspace_part import Subspace
+from rsotrain.optim.subspace_part import Subspace, SubspacePart
 from rsotrain.subspace import online_pca, samplers
 from rsotrain.subspace.samplers import Sampler
 
-# optimizer without a subspace -> (class, its own settings)
-_FULL: dict[type[c.OptimizerConfig], tuple[Callable[..., Part], tuple[str, ...]]] = {
-    c.AdamConfig: (AdamW, ()),
-    c.SNConfig: (SubsetNorm, ("subset_size",)),
-    c.MuonConfig: (Muon, ("momentum", "nesterov", "ns_steps")),
+_FULL: dict[type[c.OptimizerConfig], type[Part]] = {
+    c.AdamConfig: AdamW,
+    c.SNConfig: SubsetNorm,
+    c.MuonConfig: Muon,
 }
-# optimizer with a subspace -> (class, its own settings, does it need orthonormal bases?)
-_LOW_RANK: dict[type[c.OptimizerConfig], tuple[Callable[..., Part], tuple[str, ...], bool]] = {
-    c.GaLoreConfig: (GaLore, (), False),
-    c.SNSMConfig: (SubspaceMomentum, ("subset_size",), True),
-    c.FiraConfig: (Fira, ("max_growth",), True),
-    c.FrugalConfig: (Frugal, ("free_scale",), True),
-    c.ApolloConfig: (Apollo, ("per_tensor", "max_growth"), False),
-    c.LDAdamConfig: (LDAdam, ("rho",), True),
+_LOW_RANK: dict[type[c.OptimizerConfig], type[SubspacePart]] = {
+    c.GaLoreConfig: GaLore,
+    c.SNSMConfig: SubspaceMomentum,
+    c.FiraConfig: Fira,
+    c.FrugalConfig: Frugal,
+    c.ApolloConfig: Apollo,
+    c.LDAdamConfig: LDAdam,
 }
 
 _INNER_SOLVERS = {
@@ -81,7 +79,8 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
         case c.GoLoreConfig():
             fraction = config.random_fraction
             _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
-            return Sampler(name, partial(samplers.golore, random_fraction=fraction), informed=True)
+            draw = partial(samplers.golore, random_fraction=fraction)
+            return Sampler(name, draw, informed=True, switch=1.0 - fraction)
     raise UserError(f"sampler={name} draws no basis")
 
 
@@ -197,14 +196,13 @@ def _build_blocks(
     peak_lr = config.lr * config.scale
     kind = type(config)
     if kind in _FULL:
-        full, keys = _FULL[kind]
         _require(
             isinstance(sampler, c.NoSamplerConfig),
             f"optimizer={config.name} has no subspace, so sampler={sampler.name} would do nothing;"
             " use sampler=none",
         )
-        own = {key: getattr(config, key) for key in keys}
-        return full(config.name, parameters, peak_lr, settings, **own)
+        full = _FULL[kind]
+        return full(config.name, parameters, peak_lr, settings, **_own_settings(full, config))
     assert isinstance(config, c.SubspaceConfig), f"{kind.__name__} is not in the tables of this file"
     _require(
         not isinstance(sampler, c.NoSamplerConfig),
@@ -219,10 +217,8 @@ def _build_blocks(
         _refuse_rso(config, sampler, built)
         needs_orthonormal = False
     else:
-        low_rank, keys, needs_orthonormal = _LOW_RANK[kind]
+        needs_orthonormal = _LOW_RANK[kind].needs_orthonormal
     _refuse_pairs(config, built, needs_orthonormal)
-    if isinstance(config, c.FrugalConfig):
-        subspace["compute_dtype"] = None  # it takes signs of differences: see the class
     chosen = Subspace(
         sampler=built,
         rank=config.rank,
@@ -234,8 +230,13 @@ def _build_blocks(
     if isinstance(config, c.RSOConfig):
         assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
         return _build_rso(config, model, parameters, settings, chosen)
-    own = {key: getattr(config, key) for key in keys}
+    low_rank = _LOW_RANK[kind]
+    own = _own_settings(low_rank, config)
     return low_rank(config.name, parameters, peak_lr, settings, chosen, **own)
+
+
+def _own_settings(method: type[Part], config: c.OptimizerConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in method.own_settings}
 
 
 def build_optimizer(

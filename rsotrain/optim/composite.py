@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.errors import UserError
-from rsotrain.optim.base import Part
+from rsotrain.optim.base import Part, gradient_of
 from rsotrain.optim.param_groups import ClaimRow, Claims
 
 _STEP = "step"
@@ -33,6 +33,10 @@ class CompositeOptimizer:
         self.lr_factor = factor
 
     def step(self) -> None:
+        """One update. RuntimeError, nothing changed, if a parameter has no gradient."""
+        for part in self.parts:
+            for name, holder in part.gradient_holders().items():
+                gradient_of(name, holder)
         self.steps_done += 1
         for part in self.parts:
             part.update(self.steps_done, self.lr_factor)
@@ -43,7 +47,7 @@ class CompositeOptimizer:
 
     def gradient_holders(self) -> list[Tensor]:
         """The leaves whose gradients ``step`` reads, each once."""
-        return [holder for part in self.parts for holder in part.gradient_holders()]
+        return [holder for part in self.parts for holder in part.gradient_holders().values()]
 
     @contextmanager
     def observing(self) -> Iterator[None]:

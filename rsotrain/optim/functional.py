@@ -100,13 +100,16 @@ def channel_scales(descent: Tensor, projected: Tensor) -> Tensor:
     return scales.where(norms > 0, 0.0)
 
 
-def limit_norm_growth_(update: Tensor, previous_norm: Tensor, max_growth: float) -> None:
+def limit_norm_growth_(
+    update: Tensor, previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0
+) -> None:
     """Norm-growth limiter (Fira, arXiv 2410.01623): ‖U_t‖ ≤ γ‖U_{t−1}‖, γ = ``max_growth``.
 
-    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting; while it is 0 nothing is limited.
+    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting. Nothing is limited while it is at most ``noise``,
+    the norm that rounding alone may give: growing by γ from there would take thousands of steps.
     """
     norm = torch.linalg.vector_norm(update).to(previous_norm.dtype)
-    allowed = torch.where(previous_norm > 0, max_growth * previous_norm, norm)
+    allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
     factor = torch.where(norm > allowed, allowed / norm, 1.0)
     update.mul_(factor.to(update.dtype))
     previous_norm.copy_(norm * factor)

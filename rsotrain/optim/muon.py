@@ -1,5 +1,7 @@
 """torch's Muon for the block linears, with eager state."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.optim._muon import muon
@@ -17,6 +19,8 @@ class Muon(Part):
     Bitwise ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` for float32 weights; for bfloat16 weights
     the momentum is float32 all the same.
     """
+
+    own_settings: ClassVar = ("momentum", "nesterov", "ns_steps")
 
     def __init__(
         self,

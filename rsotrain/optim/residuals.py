@@ -1,5 +1,7 @@
 """Methods that run GaLore's Adam in the subspace and do something with the gradient outside it."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +13,23 @@ from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_
 
 
+def rounding_noise(residual: Tensor) -> float:
+    """Relative size of what A − AQQᵀ is by rounding alone; ``residual``: M×k.
+
+    Sixteen times the rounding of sums of k, for the basis is only as exact as the Gram matrix it came from.
+    """
+    return 16 * residual.shape[1] ** 0.5 * torch.finfo(residual.dtype).eps
+
+
 class Fira(GaLore):
     """GaLore plus the residual, each row scaled as Adam scales it inside (Fira, arXiv 2410.01623).
 
     W ← (1 − ηλ)W − η (lift(N) + limit(φ ⊙ (A − lift(R)))), φ_j = ‖N_j‖/‖R_j‖. The authors' code takes
     A − α·lift(R) for the residual; this is the paper's. At full rank the residual is left out.
     """
+
+    own_settings: ClassVar = ("max_growth",)
+    needs_orthonormal: ClassVar = True
 
     def __init__(
         self,
@@ -46,7 +59,9 @@ class Fira(GaLore):
                 residual = a.to(r.dtype, copy=True)
                 add_lifted_(residual, r, self.bases[m.name], -1.0)
                 residual.mul_(channel_scales(descent, r))
-                limit_norm_growth_(residual, self.state[m.name]["residual_norm"], self.max_growth)
+                # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
+                noise = rounding_noise(residual) * torch.linalg.vector_norm(descent)
+                limit_norm_growth_(residual, self.state[m.name]["residual_norm"], self.max_growth, noise)
                 m.weight.add_(residual, alpha=-lr)
 
 
@@ -54,9 +69,13 @@ class Frugal(GaLore):
     """Adam in the subspace, signSGD outside it (FRUGAL, arXiv 2411.07837).
 
     W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
-    too, so this method projects in float32 at least, whatever the run's precision. At full rank there is
-    no outside.
+    too: so this method projects in float32 at least, whatever the run's precision, and a residual that is
+    no larger than they are, relative to its row of A, counts as 0. At full rank there is no outside.
     """
+
+    own_settings: ClassVar = ("free_scale",)
+    needs_orthonormal: ClassVar = True
+    full_precision: ClassVar = True
 
     def __init__(
         self,
@@ -68,7 +87,6 @@ class Frugal(GaLore):
         *,
         free_scale: float,
     ) -> None:
-        assert subspace.compute_dtype is None
         super().__init__(label, parameters, peak_lr, settings, subspace)
         self.free_scale = free_scale
 
@@ -82,7 +100,10 @@ class Frugal(GaLore):
             if m.rank < m.size:
                 residual = a.to(r.dtype, copy=True)
                 add_lifted_(residual, r, self.bases[m.name], -1.0)
-                m.weight.add_(residual.sign_(), alpha=-lr * self.free_scale)
+                noise = torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=residual.dtype)
+                noise.mul_(rounding_noise(residual))
+                signs = torch.where(residual.abs() > noise, residual.sign(), 0.0)
+                m.weight.add_(signs, alpha=-lr * self.free_scale)
 
 
 class Apollo(GaLore):
@@ -93,6 +114,8 @@ class Apollo(GaLore):
     by √(k/r) to match, so that one learning rate serves every sampler. The paper's factor √scale belongs
     to the learning rate.
     """
+
+    own_settings: ClassVar = ("per_tensor", "max_growth")
 
     def __init__(
         self,
@@ -136,7 +159,14 @@ class LDAdam(GaLore):
     moments are transported; then GaLore's step, and
     E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
     E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
+    So are the products and the bases, whatever the run's precision: E would gather what a bfloat16 basis
+    is short of orthonormal. Meant for ``update_proj_gap`` 1; with a larger one E carries what is outside
+    the subspace from one basis to the next.
     """
+
+    own_settings: ClassVar = ("rho",)
+    needs_orthonormal: ClassVar = True
+    full_precision: ClassVar = True
 
     def __init__(
         self,

@@ -107,8 +107,8 @@ class RSO(Part):
 
     # --- gradients and inputs ------------------------------------------------------------------
 
-    def gradient_holders(self) -> list[Tensor]:
-        return [layer.coefficients for site in self.sites for layer in site.layers.values()]
+    def gradient_holders(self) -> dict[str, Tensor]:
+        return {name: layer.coefficients for site in self.sites for name, layer in site.layers.items()}
 
     def zero_grad(self) -> None:
         super().zero_grad()

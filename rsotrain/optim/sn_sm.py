@@ -1,5 +1,7 @@
 """Subset-norm and subspace-momentum (Nguyen & Nguyen, ICML 2025, arXiv 2411.07120)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class SubsetNorm(Part):
     mean, over the subset: steps are √subset_size smaller than Adam's. β₁ = 0 is RMSProp-SN, β₂ = 1
     AdaGrad-SN.
     """
+
+    own_settings: ClassVar = ("subset_size",)
 
     def __init__(
         self,
@@ -76,6 +80,9 @@ class SubspaceMomentum(SubspacePart):
     this is Adam's second moment (SM alone). By default M ← 0 when the basis changes; the authors' code
     takes one more step with the old momentum there and loses that step's gradient, which this does not.
     """
+
+    own_settings: ClassVar = ("subset_size",)
+    needs_orthonormal: ClassVar = True
 
     def __init__(
         self,

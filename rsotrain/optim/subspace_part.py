@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,12 @@ class SubspacePart(Part):
     """A method with one low-rank basis for each matrix.
 
     Matrices are updated in buckets: one matrix product each for the projections, then the elementwise
-    work of the whole bucket in fused or foreach calls.
+    work of the whole bucket in fused or foreach calls. ``needs_orthonormal``: the method makes no sense
+    with other bases; ``full_precision``: nor with projections in less than float32.
     """
+
+    needs_orthonormal: ClassVar[bool] = False
+    full_precision: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -78,7 +83,8 @@ class SubspacePart(Part):
         ]
         dtype = next(iter(parameters.values())).dtype
         self.basis_dtype = work_dtype(dtype)
-        if subspace.compute_dtype is not None and not subspace.sampler.lagged:
+        exact = self.full_precision or subspace.sampler.lagged
+        if subspace.compute_dtype is not None and not exact:
             self.basis_dtype = subspace.compute_dtype
         self.bases = Bases(
             {m.name: (m.size, m.rank) for m in self.matrices},
@@ -128,15 +134,15 @@ class SubspacePart(Part):
         lr = self.peak_lr * lr_factor
         for bucket in self.buckets:
             gradients = [self.gradient(m) for m in bucket]
-            refreshed = self._refresh(bucket, gradients, step, lr_factor, after_update=False)
+            self._refresh(bucket, gradients, step, lr_factor, after_update=False)
             projected = [
                 torch.empty(m.num_rows, m.rank, dtype=work_dtype(a.dtype), device=a.device)
                 for m, a in zip(bucket, gradients, strict=True)
             ]
             for i, (m, a) in enumerate(zip(bucket, gradients, strict=True)):
                 project_(projected[i], a, self.bases[m.name])
-                if m.name in refreshed:
-                    self.bases.observe(m.name, projected[i], a)
+                if m.name in self.bases.unobserved:
+                    self.bases.observe(m.name, a, projected[i])
             self.apply(bucket, gradients, projected, step, lr)
             if self.subspace.sampler.lagged:
                 self._refresh(bucket, gradients, step, lr_factor, after_update=True)
@@ -149,9 +155,8 @@ class SubspacePart(Part):
         lr_factor: float,
         *,
         after_update: bool,
-    ) -> set[str]:
-        """Draw the bases that are due; return the names of the matrices that had one drawn."""
-        refreshed = set()
+    ) -> None:
+        """Draw the bases that are due."""
         for m, a in zip(bucket, gradients, strict=True):
             if not self.bases.due(m.name, step, after_update=after_update):
                 continue
@@ -160,10 +165,11 @@ class SubspacePart(Part):
                 return GradientGram.of_finite(self.sampled_gradient(m, a, step))
 
             change = self.bases.refresh(m.name, gram, step, lr_factor)
-            refreshed.add(m.name)
             if change is not None:
                 self.basis_changed(m, change, step)
-        return refreshed
+
+    def resume(self, step: int) -> None:
+        self.bases.resume(step)
 
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()

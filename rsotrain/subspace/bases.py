@@ -4,32 +4,48 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.samplers import Draw, Sampler, axes
+from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import generator
 
 
 @dataclass(frozen=True)
 class BasisChange:
-    """``transition``: Q_newᵀ Q_old, r×r; ``old``: Q_old, k×r."""
+    """``old``: Q_old, k×r; ``new``: Q_new; both have columns of norm ``scale``."""
 
     old: Tensor
-    transition: Tensor
+    new: Tensor
+    scale: float = 1.0
+
+    @cached_property
+    def transition(self) -> Tensor:
+        """Q_newᵀ Q_old / scale², r×r."""
+        wide = torch.promote_types(self.old.dtype, torch.float32)
+        return (self.new.to(wide).T @ self.old.to(wide)) / self.scale**2
+
+    def overlap(self, orthonormal: bool) -> Tensor:
+        """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of the two subspaces: 1 if they are the same."""
+        transition = self.transition
+        if not orthonormal:
+            old, new = (orthonormalised(q.to(transition.dtype)) for q in (self.old, self.new))
+            transition = new.T @ old
+        return transition.square().sum() / self.old.shape[1]
 
 
 class Bases:
     """One basis for each name: draws it when due, and remembers how the last draws went.
 
-    ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, the first unit vectors until the first
-    draw) and the sampler's own tensors. Random numbers come from (seed, name, index of the draw) alone, so
-    that bases which depend on no data need not be ``stored``: they are then drawn again, bitwise the same,
-    at each use. ``scaled``: what the sampler draws is multiplied by √(k/r), so that E[QQᵀ] = I where it
-    was uniformly random and orthonormal.
+    ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, zeros until the first draw, so that
+    nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
+    from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
+    ``stored``: they are then drawn again, bitwise the same, at each use. ``scaled``: what the sampler draws
+    is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal.
     """
 
     def __init__(
@@ -49,7 +65,7 @@ class Bases:
         assert stored or not sampler.informed, "data cannot be drawn again"
         self.sizes = sizes
         self.sampler = sampler
-        self.schedule = RefreshSchedule(gap, len(sizes), staggered)
+        self.schedule = RefreshSchedule(gap, len(sizes), staggered, self._restart(sampler, total_steps))
         self.seed = seed
         self.total_steps = total_steps
         self.dtype = dtype
@@ -60,10 +76,13 @@ class Bases:
         self.indices = dict.fromkeys(sizes, 0)  # of the draws in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
-            self.state[name] = {"basis": axes(size, rank, devices[name]).to(dtype)} if stored else {}
+            zeros = torch.zeros(size, rank, dtype=dtype, device=devices[name])
+            self.state[name] = {"basis": zeros} if stored else {}
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
-        self.skipped = 0  # draws that a non-finite gradient prevented
+        self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
+        self.unobserved: set[str] = set()  # drawn since ``observe``
+        self.skipped = 0  # draws that failed
         self._refresh_step = 0
         self._refresh_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -75,9 +94,19 @@ class Bases:
             return self.state[name]["basis"]
         return self._drawn(self.request(name, self.indices[name]))
 
+    @staticmethod
+    def _restart(sampler: Sampler, total_steps: int) -> int | None:
+        """The first step, from 2 on, whose progress reaches ``sampler.switch``."""
+        if sampler.switch is None:
+            return None
+        steps = (s for s in range(2, total_steps + 1) if (s - 1) / total_steps >= sampler.switch)
+        return next(steps, None)
+
     def resume(self, step: int) -> None:
         """``step`` is the last that the bases in use were drawn for."""
         self.indices = {name: self.schedule.latest(i, step)[0] for name, i in self.positions.items()}
+        if self.stored:
+            self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
 
     def request(self, name: str, index: int | str) -> Draw:
         """The draw with this index, without data."""
@@ -91,6 +120,7 @@ class Bases:
         kept = self.state[name]["basis"]
         wide = torch.promote_types(self.dtype, basis.dtype)
         kept.copy_(basis.to(wide) * self._scale(size, rank))
+        self.waiting.discard(name)
 
     def _drawn(self, draw: Draw) -> Tensor:
         basis = self.sampler.draw(draw)
@@ -104,11 +134,19 @@ class Bases:
         return (size / rank) ** 0.5 if self.scaled else 1.0
 
     def due(self, name: str, step: int, *, after_update: bool) -> bool:
-        """Is a draw due at ``step`` before (or after) the weights are updated?"""
+        """Is a draw due at ``step`` before (or after) the weights are updated?
+
+        The first draw is due until it has succeeded.
+        """
+        if name in self.waiting:
+            return not after_update
         index = self.schedule.draw_index(self.positions[name], step)
-        if index is None:
-            return False
-        return after_update == (self.sampler.lagged and index > 0)
+        return index is not None and after_update == (self.sampler.lagged and index > 0)
+
+    def _measures(self, index: int) -> bool:
+        """Measuring costs about a projection: of draws that come thick and fast, one in ten steps."""
+        every = max(1, 10 // self.schedule.gap)
+        return index == 0 or index % every == 1 % every
 
     @torch.no_grad()
     def refresh(
@@ -122,58 +160,75 @@ class Bases:
         """Draw the basis that is due at ``step``, or that of number ``index``.
 
         ``gram`` is called only if the sampler needs it, and returns None if the gradient is not finite:
-        the old basis then stays, which is counted, and warned of once. It also stays if the gradient is
-        zero. Returns None at the first draw and where the basis stayed.
+        the old basis then stays, as it does if the decomposition fails; that is counted, and warned of
+        once. It also stays if the gradient is zero. Returns None at the first draw and where the basis
+        stayed.
         """
         if index is None:
-            index = self.schedule.draw_index(self.positions[name], step)
-        assert index is not None
+            index = self.schedule.latest(self.positions[name], step)[0]
         old = self[name]
         self._start_timer(step, old.device)
         try:
-            seen = gram() if self.sampler.informed else None
-            if self.sampler.informed:
-                if seen is None:
-                    self._skip(name, step)
-                    return None
-                if not bool(seen.energy() > 0):
-                    return None
-            draw = self.request(name, index)
-            draw.gram = seen
-            draw.progress = (step - 1) / self.total_steps
-            draw.lr_factor = lr_factor
-            draw.state = self.state[name]
-            if index > 0:
-                draw.previous = old / self._scale(draw.size, draw.rank) if self.scaled else old
-            new = self._drawn(draw)
-            change = None
-            if step > 1:
-                wide = torch.promote_types(old.dtype, torch.float32)
-                transition = (new.to(wide).T @ old.to(wide)) / self._scale(draw.size, draw.rank) ** 2
-                change = BasisChange(old.clone(), transition)
-                if self.sampler.orthonormal:
-                    self._overlaps[name] = transition.square().sum() / draw.rank
-            self.indices[name] = index
-            if self.stored:
-                old.copy_(new)
-            return change
+            new = self._draw(name, old, gram, step, lr_factor, index)
         finally:
             self._stop_timer(old.device)
+        if new is None:
+            return None
+        first = name in self.waiting or step == 1
+        change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
+        if self._measures(index):
+            self.unobserved.add(name)
+            if change is not None:
+                self._overlaps[name] = change.overlap(self.sampler.orthonormal)
+        self.waiting.discard(name)
+        self.indices[name] = index
+        if self.stored:
+            old.copy_(new)
+        return change
 
-    def observe(self, name: str, projected: Tensor, gradient: Tensor) -> None:
-        """Note the share of ‖A‖_F² that ‖A Q‖_F² has; ``projected``: A Q (M×r), ``gradient``: A (M×k)."""
-        if self.sampler.orthonormal:
-            energy, kept = (
-                torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-                for x in (gradient, projected)
-            )
-            self._captured[name] = torch.where(energy > 0, kept / energy, 1.0)
+    def _draw(
+        self,
+        name: str,
+        old: Tensor,
+        gram: Callable[[], Gram | None],
+        step: int,
+        lr_factor: float,
+        index: int,
+    ) -> Tensor | None:
+        draw = self.request(name, index)
+        if self.sampler.informed:
+            draw.gram = gram()
+            if draw.gram is None:
+                self._skip(name, step, "is not finite")
+                return None
+            if not bool(draw.gram.energy() > 0):
+                return None
+        draw.progress = (step - 1) / self.total_steps
+        draw.lr_factor = lr_factor
+        draw.state = self.state[name]
+        if index > 0 and name not in self.waiting:
+            draw.previous = old / self._scale(draw.size, draw.rank) if self.scaled else old
+        try:
+            return self._drawn(draw)
+        except torch.linalg.LinAlgError:
+            self._skip(name, step, "could not be decomposed")
+            return None
+
+    def observe(self, name: str, gradient: Tensor, projected: Tensor) -> None:
+        """Note the share of ‖A‖_F² that lies in the subspace; ``gradient``: A (M×k), ``projected``: A Q."""
+        self.unobserved.discard(name)
+        if not self.sampler.orthonormal:
+            basis = orthonormalised(self[name].to(torch.promote_types(self.dtype, torch.float32)))
+            projected = gradient.to(basis.dtype) @ basis
+        energy, kept = (
+            torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+            for x in (gradient, projected)
+        )
+        self._captured[name] = torch.where(energy > 0, kept / energy, 1.0)
 
     def metrics(self) -> dict[str, float]:
-        """``subspace/…`` of each matrix' last draw, mean over matrices; seconds of the last step with draws.
-
-        Overlap and captured energy only mean something for orthonormal bases, and are absent otherwise.
-        """
+        """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
+        with draws; how many draws failed, once one has."""
         result = {}
         if self._overlaps:
             result["subspace/overlap"] = float(torch.stack(list(self._overlaps.values())).mean())
@@ -185,16 +240,19 @@ class Bases:
                 end.synchronize()
                 seconds += start.elapsed_time(end) / 1000
             result["subspace/refresh_seconds"] = seconds
+        if self.skipped:
+            result["subspace/skipped_draws"] = self.skipped
         return result
 
-    def _skip(self, name: str, step: int) -> None:
+    def _skip(self, name: str, step: int, what: str) -> None:
         self.skipped += 1
         if self.skipped == 1:
+            stays = "nothing is projected yet" if name in self.waiting else "its old basis stays"
             warnings.warn(
-                f"step {step}: the gradient of {name} is not finite; its old basis stays"
-                " (said once, counted in Bases.skipped)",
+                f"step {step}: the gradient of {name} {what}; {stays}"
+                " (said once, counted in subspace/skipped_draws)",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _start_timer(self, step: int, device: torch.device) -> None:

@@ -42,7 +42,9 @@ class Sampler:
 
     ``orthonormal``: the columns are orthonormal; ``hint`` says what to do where they must be and are
     not. ``informed``: it needs the Gram matrix. ``lagged``: after the first draw, it draws after the
-    update, for the next step. ``state_shapes``: of the float32 tensors it keeps for a k×r basis, by name.
+    update, for the next step. ``switch``: share of training from which on it draws by another rule; there
+    is a draw then, wherever the last one was. ``state_shapes``: of the float32 tensors it keeps for a k×r
+    basis, by name.
     """
 
     name: str
@@ -50,13 +52,9 @@ class Sampler:
     orthonormal: bool = True
     informed: bool = False
     lagged: bool = False
+    switch: float | None = None
     hint: str = ""
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
-
-
-def axes(size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
-    """The first ``rank`` unit vectors: the basis before the first draw."""
-    return torch.eye(size, rank, device=device)
 
 
 # --- from the spectrum of the Gram matrix --------------------------------------------------------
@@ -73,25 +71,37 @@ def eigenbasis(gram: Gram, resolved: Callable[[Tensor], bool]) -> tuple[Tensor, 
     The Gram matrix squares A's condition: singular values below √noise·σ₁ are lost. So float32 is tried
     first, float64 if ``resolved(λ)`` (noise already set to 0) says that this lost too much, and the
     SVD of A in float64 if that still does, unless what float64 lost is no more than A's own rounding.
-    Always orthonormal: it is eigh's, or the SVD's.
+    An eigh that does not converge is passed over in the same way. Always orthonormal: it is eigh's, or
+    the SVD's. Raises LinAlgError if none converges.
     """
+    found = None
     for dtype in (torch.float32, torch.float64):
-        values, vectors = torch.linalg.eigh(gram.matrix(dtype))
+        try:
+            values, vectors = torch.linalg.eigh(gram.matrix(dtype))
+        except torch.linalg.LinAlgError:
+            continue
         values, vectors = values.flip(0), vectors.flip(1)
         clean = values.where(values > _noise(dtype, gram.size) * values[0].clamp(min=0), 0.0)
+        found = clean, vectors
         if resolved(clean):
-            return clean, vectors
+            return found
     factor = gram.factor()
-    if factor is None:
-        return clean, vectors
-    lost = vectors[:, clean == 0]
-    remainder = torch.linalg.vector_norm(factor @ lost) / torch.linalg.vector_norm(factor)
-    if bool(remainder <= 16 * gram.resolution):
-        return clean, vectors
+    if found is None:
+        if factor is None:
+            # symmetric and positive: its singular vectors are its eigenvectors
+            vectors, values, _ = torch.linalg.svd(gram.matrix(torch.float64))
+            return values, vectors
+    elif factor is None or _is_rounding(gram, factor @ found[1][:, found[0] == 0], factor):
+        return found
     _, singular, vectors_h = torch.linalg.svd(factor, full_matrices=factor.shape[0] < factor.shape[1])
     values = torch.zeros(gram.size, dtype=singular.dtype, device=singular.device)
     values[: len(singular)] = singular.square()
     return values, vectors_h.T
+
+
+def _is_rounding(gram: Gram, part: Tensor, factor: Tensor) -> bool:
+    ratio = torch.linalg.vector_norm(part) / torch.linalg.vector_norm(factor)
+    return bool(ratio <= 16 * gram.resolution)
 
 
 def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
@@ -161,7 +171,8 @@ def orthonormalised(block: Tensor) -> Tensor:
 def randomized_svd(draw: Draw, rounds: int) -> Tensor:
     """Block power iteration Q ← orth(AᵀA Q), ``rounds`` of it from the basis in use.
 
-    The first draw starts from a random basis and takes two rounds more.
+    The first draw starts from a random basis and takes two rounds more. Columns that the gradient has
+    left, where AᵀA Q is rounding noise, start from random ones: they would never find it again.
     """
     assert draw.gram is not None
     block = haar(draw) if draw.previous is None else draw.previous.float()
@@ -169,8 +180,14 @@ def randomized_svd(draw: Draw, rounds: int) -> Tensor:
     multiply: Callable[[Tensor], Tensor] = draw.gram.matmul
     if 2 * rounds * draw.rank > draw.size:  # 4Mkr operations a round, where AᵀA once is 2Mk²
         multiply = draw.gram.matrix(torch.float32).matmul
-    for _ in range(rounds):
-        block = orthonormalised(multiply(block))
+    for i in range(rounds):
+        product = multiply(block)
+        if i == 0:
+            norms = torch.linalg.vector_norm(product, dim=0)
+            left = norms <= 16 * torch.finfo(norms.dtype).eps * draw.gram.energy().to(norms.dtype)
+            if bool(left.any()):
+                product = torch.where(left, multiply(haar(draw)), product)
+        block = orthonormalised(product)
     return block
 
 

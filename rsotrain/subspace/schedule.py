@@ -8,11 +8,13 @@ class RefreshSchedule:
     """At steps 1, 1+T, 1+2T, … (1-based, T = ``gap``); all matrices at once, or staggered.
 
     Staggered, all are drawn at step 1 and matrix i of n then at 1 + ⌊iT/n⌋ + jT: no step carries them all.
+    At step ``restart`` (2 or later) the schedule begins anew, with a draw of all.
     """
 
     gap: int
     num_matrices: int
     staggered: bool
+    restart: int | None = None
 
     def draw_index(self, position: int, step: int) -> int | None:
         """0 for the first draw of matrix ``position``, 1 for the next, …; None: ``step`` has no refresh."""
@@ -21,6 +23,13 @@ class RefreshSchedule:
 
     def latest(self, position: int, step: int) -> tuple[int, int]:
         """(index of the last draw of matrix ``position`` up to ``step``, steps since then)."""
+        if self.restart is None or step < self.restart:
+            return self._latest(position, step)
+        before, _ = self._latest(position, self.restart - 1)
+        index, since = self._latest(position, step - self.restart + 1)
+        return before + 1 + index, since
+
+    def _latest(self, position: int, step: int) -> tuple[int, int]:
         offset = position * self.gap // self.num_matrices if self.staggered else 0
         since = step - 1 - offset
         if since < 0:
