@@ -66,8 +66,12 @@ def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
     eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", draw: Draw = dominant,
     corrected_eps: bool = True, outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01,
+    rounding: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """GaLore; with ``outside="fira"`` or ``"frugal"`` those methods, which differ in the residual only."""
+    """GaLore; with ``outside="fira"`` or ``"frugal"`` those methods, which differ in the residual only.
+
+    ``rounding``: of the arithmetic that is compared with; FRUGAL counts a residual no larger as 0.
+    """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
     Q, count, residual_norm = None, 0, 0.0
@@ -99,7 +103,8 @@ def galore(
             residual_norm = float(residual.norm())
             W = W - lr * residual
         if outside == "frugal" and rank < W.shape[1]:
-            W = W - lr * free_scale * torch.sign(residual)
+            noise = 4 * W.shape[1] ** 0.5 * rounding * A.norm(dim=1, keepdim=True)
+            W = W - lr * free_scale * torch.sign(residual) * (residual.abs() > noise)
     return W.T if turned else W
 
 

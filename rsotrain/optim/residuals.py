@@ -16,9 +16,9 @@ from rsotrain.subspace.projection import add_lifted_
 def rounding_noise(residual: Tensor) -> float:
     """Relative size of what A − AQQᵀ is by rounding alone; ``residual``: M×k.
 
-    Sixteen times the rounding of sums of k, for the basis is only as exact as the Gram matrix it came from.
+    Four times the rounding of sums of k, for the basis is only as exact as the Gram matrix it came from.
     """
-    return 16 * residual.shape[1] ** 0.5 * torch.finfo(residual.dtype).eps
+    return 4 * residual.shape[1] ** 0.5 * torch.finfo(residual.dtype).eps
 
 
 class Fira(GaLore):
