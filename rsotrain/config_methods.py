@@ -54,7 +54,7 @@ class AdamConfig(OptimizerConfig):
 class SubspaceConfig(OptimizerConfig):
     """What every optimizer with a low-rank basis has.
 
-    ``rank``: an integer, or a fraction (0 < rank < 1.0, written with a point) of the projected
+    ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected
     dimension of each matrix. ``update_proj_gap``: T, optimizer steps between two refreshes.
     ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once.
     """

@@ -30,7 +30,10 @@ def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def online_pca(draw: Draw, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool) -> Tensor:
-    """The SVD's basis at the first draw, then one Adam (or SGD) step on the loss of ``pca_gradient``."""
+    """The SVD's basis at the first draw, then one Adam (or SGD) step on the loss of ``pca_gradient``.
+
+    The step comes after the weights' update, from step 2 on: the basis of step 1 is exact for its gradient.
+    """
     if draw.previous is None:
         return svd(draw)
     assert draw.gram is not None
