@@ -1,0 +1,370 @@
+"""What holds for several matrices at once, and details of single samplers and methods."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, permutations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsotrain import config as c
+from rsotrain.models.llama import Linear
+from rsotrain.optim import adamw, base, reference, rso, subspace_part
+from rsotrain.optim.build import build_optimizer
+from rsotrain.optim.composite import CompositeOptimizer
+from rsotrain.subspace import samplers
+from rsotrain.subspace.gram import GradientGram
+from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.seeding import generator
+
+STEPS, GAP, RANK, LR = 20, 5, 3, 0.01
+BETAS, EPS = (0.9, 0.99), 1e-8
+SHAPES = {"right": (24, 10), "left": (10, 24), "square": (12, 12)}
+BASE = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.1}
+LOW = {"rank": RANK, "update_proj_gap": GAP}
+SVD, HAAR, NONE = c.SvdConfig(name="svd"), c.HaarConfig(name="haar"), c.NoSamplerConfig(name="none")
+
+
+def noise(shape: tuple[int, int], *labels: str | int) -> Tensor:
+    return torch.randn(shape, generator=generator(1, *labels))
+
+
+def spectral(shape: tuple[int, int], step: int) -> Tensor:
+    """Singular values 1, 0.7, 0.49, …, so that the dominant ones are determined."""
+    u, _, vh = torch.linalg.svd(noise(shape, "gradient", step), full_matrices=False)
+    return (u * 0.7 ** torch.arange(min(shape))) @ vh
+
+
+def random_draw(size: int, rank: int, index: int) -> Draw:
+    """What a sampler gets for the draw of this index, for the matrix "w" of a run of seed 0."""
+    return Draw(size, rank, None, generator(0, "basis", "w", index), torch.device("cpu"))
+
+
+def difference(ours: Tensor, theirs: Tensor, initial: Tensor) -> float:
+    """Largest difference of an entry, relative to the largest change of an entry."""
+    moved = (theirs - initial.double()).abs().max()
+    assert moved > LR  # the comparison is of something
+    return float((ours.double() - theirs).abs().max() / moved)
+
+
+# --- APOLLO's √(k/r) -----------------------------------------------------------------------------
+
+
+def scaled(
+    sampler: Callable[[Draw], Tensor] | None,
+) -> Callable[[int, Tensor, int, Tensor | None], Tensor]:
+    """The reference's draw: orthonormal (None: the singular vectors) times √(k/r), for E[PPᵀ] = I."""
+
+    def draw(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+        size = gradient.shape[1]
+        if sampler is None:
+            basis = reference.dominant(t, gradient, rank, old)
+        else:
+            basis = sampler(random_draw(size, rank, (t - 1) // GAP)).double()
+        return basis * (size / rank) ** 0.5
+
+    return draw
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize(
+    ("sampler", "function"),
+    [
+        (HAAR, samplers.haar),
+        (c.CoordinateConfig(name="coordinate"), samplers.coordinate),
+        (c.SRHTConfig(name="srht"), samplers.srht),
+        (SVD, None),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+@pytest.mark.parametrize("side", SHAPES)
+def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
+    side: str, sampler: c.SamplerConfig, function: Callable[[Draw], Tensor] | None, per_tensor: bool
+) -> None:
+    initial = noise(SHAPES[side], "start") * 0.01
+    gradients = [spectral(SHAPES[side], step) for step in range(1, STEPS + 1)]
+    parameter = nn.Parameter(initial.clone())
+    config = c.ApolloConfig(name="apollo", per_tensor=per_tensor, block_parameters=["w"], **BASE, **LOW)
+    optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    own = BASE | {"rank": RANK, "gap": GAP, "per_tensor": per_tensor}
+    expected = reference.apollo(initial, gradients, draw=scaled(function), **own)
+    # as in test_optim_reference: float32 rounding, enlarged where Adam divides by small projected entries
+    assert difference(parameter.data, expected, initial) < 1e-4
+
+
+# --- GoLore through a run ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("random_fraction", "first_random"),
+    # steps 1, 6, 11 and 16 of 20 have a progress of 0, 0.25, 0.5 and 0.75
+    [(0.0, None), (0.25, 16), (0.4, 16), (0.5, 11), (0.51, 11), (1.0, 1)],
+)
+def test_golore_is_galore_until_the_switch_and_random_after_it(
+    random_fraction: float, first_random: int | None
+) -> None:
+    shape = SHAPES["right"]
+    size = min(shape)
+    initial = noise(shape, "start") * 0.01
+    gradients = [spectral(shape, step) for step in range(1, STEPS + 1)]
+    parameter = nn.Parameter(initial.clone())
+    config = c.GaLoreConfig(name="galore", block_parameters=["w"], **BASE, **LOW)
+    sampler = c.GoLoreConfig(name="golore", random_fraction=random_fraction)
+    optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
+    (part,) = optimizer.parts
+
+    seen: dict[int, Tensor] = {}
+
+    def switching(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+        if first_random is not None and t >= first_random:
+            return samplers.haar(random_draw(size, rank, (t - 1) // GAP)).double()
+        # the first singular vectors' signs are arbitrary, and matter once moments are kept for a random basis
+        return reference.dominant(t, gradient, rank, seen[t])
+
+    for step, gradient in enumerate(gradients, start=1):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        if (step - 1) % GAP == 0:
+            seen[step] = part.state["w"]["basis"].double()
+            drawn = switching(step, gradient.double(), RANK, None)
+            # float32 eigenvectors, whose eigenvalues are 0.1 and more apart; haar's are the same
+            assert bool((seen[step] - drawn).abs().max() < 1e-5)
+    own = BASE | {"rank": RANK, "gap": GAP}
+    expected = reference.galore(initial, gradients, draw=switching, **own)
+    assert difference(parameter.data, expected, initial) < 1e-4
+
+
+# --- several matrices ------------------------------------------------------------------------------
+
+# several of a shape, all orientations, mixed: whatever a bucket holds, they lie side by side in it
+MATRICES = {
+    "w0": (24, 10), "w1": (10, 24), "w2": (12, 12), "w3": (24, 10), "w4": (6, 40), "w5": (12, 12),
+    "w6": (16, 6),
+}  # fmt: skip
+RESET, TRANSPORT = c.OnRefresh.reset, c.OnRefresh.transport
+METHODS: dict[str, tuple[c.OptimizerConfig, c.SamplerConfig]] = {
+    "adam": (c.AdamConfig(**BASE), NONE),
+    "muon": (c.MuonConfig(**BASE), NONE),
+    "sn": (c.SNConfig(**BASE), NONE),
+    "galore": (c.GaLoreConfig(**BASE, **LOW), SVD),
+    "galore-fraction": (c.GaLoreConfig(**BASE, **(LOW | {"rank": 0.25})), SVD),
+    "galore-reset": (c.GaLoreConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "galore-transport": (c.GaLoreConfig(on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "i3s": (c.GaLoreConfig(**BASE, **LOW), c.ImportanceConfig(name="importance")),
+    "osd": (c.GaLoreConfig(**BASE, **(LOW | {"update_proj_gap": 1})), c.OnlinePCAConfig(name="online_pca")),
+    "sn_sm": (c.SNSMConfig(on_refresh=RESET, **BASE, **LOW), SVD),
+    "sm": (c.SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "fira": (c.FiraConfig(**BASE, **LOW), SVD),
+    "frugal": (c.FrugalConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "apollo": (c.ApolloConfig(**BASE, **LOW), c.GaussianConfig(name="gaussian")),
+    "apollo-haar": (c.ApolloConfig(**BASE, **(LOW | {"rank": 0.25})), HAAR),
+    "apollo_mini": (
+        c.ApolloConfig(per_tensor=True, **BASE, **(LOW | {"rank": 1})),
+        c.GaussianConfig(name="gaussian"),
+    ),
+    "ldadam": (
+        c.LDAdamConfig(on_refresh=TRANSPORT, **BASE, **(LOW | {"update_proj_gap": 1})),
+        c.RandomizedSvdConfig(name="randomized_svd"),
+    ),
+}
+KINDS = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
+
+
+def trained(method: str, names: Sequence[str], precision: str, state: c.StateDtype) -> dict[str, Tensor]:
+    """The weights after 12 steps of these matrices together, and the optimizer's state, by name."""
+    config, sampler = METHODS[method]
+    dtype = KINDS[precision]
+    parameters = {n: nn.Parameter(noise(MATRICES[n], "start", n).to(dtype)) for n in names}
+    config = replace(config, name=method, block_parameters=["w"], state_dtype=state)
+    optimizer = build_optimizer(
+        parameters.items(), config, sampler, precision=c.Precision(precision), seed=0, total_steps=12
+    )
+    for step in range(1, 13):
+        for name, parameter in parameters.items():
+            parameter.grad = noise(MATRICES[name], "gradient", name, step).to(dtype)
+        optimizer.step()
+    state_dict = optimizer.state_dict()
+    del state_dict["step"]
+    return {name: p.data for name, p in parameters.items()} | state_dict
+
+
+def limit_buckets(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """At most ``limit`` elements a bucket; lists how many items the buckets that were made hold."""
+    counts: list[int] = []
+
+    def limited(items: object, size: object, largest: int = limit) -> list[list[object]]:
+        made = base.buckets(items, size, min(largest, limit))  # type: ignore[arg-type]
+        counts.extend(len(bucket) for bucket in made)
+        return made  # type: ignore[return-value]
+
+    for module in (adamw, rso, subspace_part):
+        monkeypatch.setattr(module, "buckets", limited)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("precision", "state"),
+    [("fp32", "float32"), ("fp32", "bfloat16"), ("bf16_mixed", "float32"), ("bf16", "float32")],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_together_are_bitwise_what_they_are_alone(
+    method: str, precision: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one bucket, in several, and one matrix at a time: the same arithmetic on each."""
+    kept = c.StateDtype(state)
+    together = trained(method, list(MATRICES), precision, kept)
+    alone: dict[str, Tensor] = {}
+    for name in MATRICES:
+        alone |= trained(method, [name], precision, kept)
+    counts = limit_buckets(monkeypatch, 500 if method == "adam" else 150)
+    split = trained(method, list(MATRICES), precision, kept)
+    if counts:  # full-rank methods other than adam have none
+        assert len(counts) > 1
+        assert max(counts) > 1
+    assert together.keys() == alone.keys() == split.keys()
+    for key, expected in alone.items():
+        assert torch.equal(together[key], expected), key
+        assert torch.equal(split[key], expected), key
+    assert bool((together["w0"] != noise(MATRICES["w0"], "start", "w0").to(KINDS[precision])).any())
+    assert not torch.equal(together["w0"], together["w3"])  # of one shape
+
+
+def test_the_low_rank_methods_have_buckets_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in METHODS.keys() - {"adam", "muon", "sn"}:
+        counts = limit_buckets(monkeypatch, 150)
+        trained(method, list(MATRICES), "fp32", c.StateDtype.float32)
+        assert len(counts) > 1
+    counts = limit_buckets(monkeypatch, 150)
+    trained("galore", list(MATRICES), "fp32", c.StateDtype.float32)
+    # M·r: 72, 72 | 36, 72 | 120 | 36, 48
+    assert counts == [2, 2, 1, 2]
+
+
+def test_pieces_of_a_matrix_are_bitwise_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW widens bfloat16 weights a piece at a time; pieces of 64 are whole vectors of any CPU."""
+    whole = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", 64)
+    pieces = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    assert all(torch.equal(pieces[key], tensor) for key, tensor in whole.items())
+
+
+class Linears(nn.Module):
+    """Independent linears under RSO, each with an input of its own."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.shared_inputs = tuple((name,) for name in names)
+        for name in names:
+            out, size = MATRICES[name]
+            linear = Linear(size, out)
+            linear.weight.data = noise((out, size), "start", name)
+            self.add_module(name, linear)
+
+    def forward(self, step: int) -> Tensor:
+        losses = []
+        for name, linear in self.named_children():
+            out, size = MATRICES[name]
+            y = linear(noise((30, size), "input", name, step))
+            losses.append((y - noise((30, out), "target", name, step)).square().sum())
+        return torch.stack(losses).sum()
+
+
+def _rso(names: Sequence[str], config: c.RSOConfig, sampler: c.SamplerConfig) -> dict[str, Tensor]:
+    model = Linears(names)
+    optimizer: CompositeOptimizer = build_optimizer(model, config, sampler, seed=0, total_steps=12)
+    for step in range(1, 13):
+        with optimizer.observing():
+            loss = model(step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    del state["step"]
+    return {name: p.data for name, p in model.named_parameters()} | state
+
+
+@pytest.mark.parametrize("solver", c.InnerSolver)
+@pytest.mark.parametrize("sampler", [HAAR, SVD], ids=lambda sampler: sampler.name)
+def test_rso_of_linears_together_is_bitwise_that_of_each_alone(
+    sampler: c.SamplerConfig, solver: c.InnerSolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = c.RSOConfig(
+        name="rso",
+        on_refresh=TRANSPORT,
+        solver=solver,
+        proximal_eta=1.0,
+        block_parameters=["w"],
+        **BASE,
+        **LOW,
+    )
+    together = _rso(list(MATRICES), config, sampler)
+    alone: dict[str, Tensor] = {}
+    for name in MATRICES:
+        alone |= _rso([name], config, sampler)
+    counts = limit_buckets(monkeypatch, 120)
+    split = _rso(list(MATRICES), config, sampler)
+    assert len(counts) > 1
+    assert max(counts) > 1
+    assert together.keys() == alone.keys() == split.keys()
+    for key, expected in alone.items():
+        assert torch.equal(together[key], expected), key
+        assert torch.equal(split[key], expected), key
+
+
+# --- importance sampling of more than one ----------------------------------------------------------
+
+
+def sequential(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], float]:
+    """P(set) when indices are drawn one after another, each in proportion to the weights that are left."""
+    law = {}
+    for chosen in combinations(range(len(weights)), rank):
+        total = 0.0
+        for order in permutations(chosen):
+            left, chance = sum(weights), 1.0
+            for i in order:
+                chance *= weights[i] / left
+                left -= weights[i]
+            total += chance
+        law[chosen] = total
+    return law
+
+
+def by_products(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], float]:
+    """P(set) ∝ the product of its weights: draws with replacement, repeated until they are distinct."""
+    products = {s: math.prod(weights[i] for i in s) for s in combinations(range(len(weights)), rank)}
+    return {s: product / sum(products.values()) for s, product in products.items()}
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_importance_draws_sets_by_the_sequential_law(rank: int, power: float) -> None:
+    weights = [9.0, 3.0, 2.0, 1.2, 1.0]
+    values = torch.tensor(weights) ** (1.0 / power)
+    size, count = len(weights), 6000
+    u, _, vh = torch.linalg.svd(noise((8, size), "vectors").double(), full_matrices=False)
+    gram = GradientGram(((u * values) @ vh).float())
+    draw_one = partial(samplers.importance, power=power)
+    found = dict.fromkeys(combinations(range(size), rank), 0)
+    for index in range(count):
+        draw = Draw(size, rank, gram, generator(0, "basis", "w", index), torch.device("cpu"))
+        picked = (vh @ draw_one(draw).double()).abs().argmax(0)
+        found[tuple(picked.tolist())] += 1
+
+    def chi_square(law: dict[tuple[int, ...], float]) -> float:
+        return sum((found[s] - count * p) ** 2 / (count * p) for s, p in law.items())
+
+    # 10 sets, so 9 degrees of freedom: 27.9 is exceeded once in a thousand; the rarest set is expected
+    # more often than 5 times, as the approximation wants
+    law = sequential(weights, rank)
+    assert sum(law.values()) == pytest.approx(1.0)
+    assert count * min(law.values()) > 5
+    assert chi_square(law) < 27.9
+    # and this many draws tell it from other laws: expected are 140 and 1250 at least
+    assert chi_square(by_products(weights, rank)) > 60
+    assert chi_square(sequential(values.tolist() if power != 1.0 else [w**2 for w in weights], rank)) > 60
