@@ -108,9 +108,8 @@ def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
         (0.4, 13, [1, 6, 11, 13, 18]),
         (0.45, 12, [1, 6, 11, 12, 17]),
         (0.5, 11, [1, 6, 11, 16]),
-        pytest.param(
-            1.0, 1, [1, 6, 11, 16], marks=pytest.mark.xfail(strict=True, reason="draws once more at step 2")
-        ),
+        (0.7, 7, [1, 6, 7, 12, 17]),
+        (1.0, 1, [1, 6, 11, 16]),
     ],
 )
 def test_golore_is_galore_until_the_switch_and_random_from_it_on(

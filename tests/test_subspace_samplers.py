@@ -38,7 +38,7 @@ ORTHONORMAL = {
     "haar": samplers.haar,
     "coordinate": samplers.coordinate,
     "srht": samplers.srht,
-    "golore": partial(samplers.golore, random_fraction=0.2),
+    "golore": partial(samplers.golore, switch=0.8),
     "online_pca": partial(online_pca, lr=0.05, penalty=0.1, use_adam=False, orthonormalize=True),
 }
 GRADIENTS = {
@@ -249,7 +249,7 @@ def test_srht_is_orthonormal_and_spread_out_for_every_size(size: int) -> None:
 
 def test_golore_changes_over_at_its_share_of_the_run() -> None:
     gradient = GRADIENTS["ordinary"]
-    sampler = partial(samplers.golore, random_fraction=0.25)
+    sampler = partial(samplers.golore, switch=0.75)
     assert torch.equal(sampler(draw_of(gradient, progress=0.74)), samplers.svd(draw_of(gradient)))
     assert torch.equal(sampler(draw_of(gradient, progress=0.75)), samplers.haar(draw_of(gradient)))
 

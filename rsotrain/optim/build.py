@@ -79,8 +79,8 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
         case c.GoLoreConfig():
             fraction = config.random_fraction
             _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
-            draw = partial(samplers.golore, random_fraction=fraction)
-            return Sampler(name, draw, informed=True, switch=1.0 - fraction)
+            switch = 1.0 - fraction - 1e-9  # 1 − 0.7 is rounded up, past the step meant
+            return Sampler(name, partial(samplers.golore, switch=switch), informed=True, switch=switch)
     raise UserError(f"sampler={name} draws no basis")
 
 

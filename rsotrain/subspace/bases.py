@@ -96,8 +96,8 @@ class Bases:
 
     @staticmethod
     def _restart(sampler: Sampler, total_steps: int) -> int | None:
-        """The first step, from 2 on, whose progress reaches ``sampler.switch``."""
-        if sampler.switch is None:
+        """The first step at which ``sampler.switch`` of training is done, if it is not the first of all."""
+        if sampler.switch is None or sampler.switch <= 0:
             return None
         steps = (s for s in range(2, total_steps + 1) if (s - 1) / total_steps >= sampler.switch)
         return next(steps, None)

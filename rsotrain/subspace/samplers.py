@@ -261,6 +261,6 @@ def mixture(draw: Draw, principal_fraction: float) -> Tensor:
     return align_signs(basis, draw.previous)
 
 
-def golore(draw: Draw, random_fraction: float) -> Tensor:
-    """svd, then haar in the last ``random_fraction`` of training (GoLore, arXiv 2410.11289)."""
-    return haar(draw) if draw.progress >= 1.0 - random_fraction else svd(draw)
+def golore(draw: Draw, switch: float) -> Tensor:
+    """svd, then haar once the share ``switch`` of training is done (GoLore, arXiv 2410.11289)."""
+    return haar(draw) if draw.progress >= switch else svd(draw)
