@@ -93,6 +93,16 @@ def validate_model(model: ModelConfig) -> None:
     )
 
 
+# settings that some optimizers have: the smallest and the largest value
+_OWN_RANGES = {
+    "max_growth": (1.0, math.inf),
+    "free_scale": (0.0, math.inf),
+    "rho": (0.0, 1.0),
+    "momentum": (0.0, 1.0),
+    "ns_steps": (1, 99),
+}
+
+
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     _require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
     _require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
@@ -106,6 +116,12 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         optimizer.weight_decay >= 0,
         f"optimizer.weight_decay={optimizer.weight_decay} must not be negative",
     )
+    for key, (low, high) in _OWN_RANGES.items():
+        value = getattr(optimizer, key, None)
+        _require(
+            value is None or low <= value <= high,
+            f"optimizer.{key}={value} must lie between {low} and {high}",
+        )
 
 
 def _validate_subspace(config: Config) -> None:

@@ -122,10 +122,15 @@ class Part(ABC):
     def resume(self, step: int) -> None:  # noqa: B027, most parts have nothing to do
         """Called when the state after ``step`` steps has been loaded."""
 
-    def decay_(self, weight: Tensor, lr: float) -> None:
-        """Decoupled weight decay, in place."""
+    def kept_share(self, lr: float) -> float:
+        """1 − ηλ: what decoupled weight decay leaves of a weight."""
+        return 1.0 - lr * self.settings.weight_decay
+
+    def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
+        """W ← (1 − ηλ)W + η·update, rounded once; overwrites ``update``, which is at least float32."""
         if self.settings.weight_decay:
-            weight.mul_(1.0 - lr * self.settings.weight_decay)
+            update.sub_(weight, alpha=self.settings.weight_decay)
+        weight.add_(update, alpha=lr)
 
     def metrics(self) -> dict[str, float]:
         """Of the last refresh; reads device tensors, so it may synchronise."""

@@ -73,14 +73,13 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             return Sampler(name, samplers.srht)
         case c.GaussianConfig():
             hint = "use sampler=haar, which is its orthonormal form"
-            return Sampler(name, samplers.gaussian, orthonormal=False, hint=hint)
+            return Sampler(name, samplers.gaussian, orthonormal=False, unit_columns=False, hint=hint)
         case c.OnlinePCAConfig():
             return _online_pca(config)
         case c.GoLoreConfig():
             fraction = config.random_fraction
             _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
-            switch = 1.0 - fraction - 1e-9  # 1 − 0.7 is rounded up, past the step meant
-            return Sampler(name, partial(samplers.golore, switch=switch), informed=True, switch=switch)
+            return Sampler(name, samplers.golore, informed=True, switch=1.0 - fraction)
     raise UserError(f"sampler={name} draws no basis")
 
 

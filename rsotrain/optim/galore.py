@@ -81,5 +81,4 @@ class GaLore(SubspacePart):
     ) -> None:
         descents = self.descend(bucket, projected, step)
         for m, descent in zip(bucket, descents, strict=True):
-            self.decay_(m.weight, lr)
-            add_lifted_(m.weight, descent, self.bases[m.name], lr)
+            add_lifted_(m.weight, descent, self.bases[m.name], lr, self.kept_share(lr))

@@ -44,8 +44,9 @@ class Muon(Part):
             state = [self.state[name]["momentum_buffer"]]
             buffers = self.keeper.read(state)
             gradient = gradient_of(name, parameter).to(work_dtype(parameter.dtype))
+            weight = parameter.data.to(gradient.dtype)  # decay and update are rounded once
             muon(
-                [parameter.data],
+                [weight],
                 [gradient],
                 buffers,
                 lr=self.peak_lr * lr_factor,
@@ -58,4 +59,6 @@ class Muon(Part):
                 adjust_lr_fn="match_rms_adamw",
                 has_complex=False,
             )
+            if weight is not parameter.data:
+                parameter.data.copy_(weight)
             self.keeper.write(state, buffers, [f"{name}.momentum_buffer"], step)

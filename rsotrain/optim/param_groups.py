@@ -73,6 +73,7 @@ def claim_parameters(
         if pattern not in used:
             raise UserError(
                 f"optimizer.block_parameters: {pattern!r} matches no trainable parameter"
-                f" (names look like {next(iter(unique.values()))[0]!r}); remove or correct it"
+                f" (names look like {next(iter(unique.values()))[0]!r}, and a tied one goes by its"
+                " first name); remove or correct it"
             )
     return Claims(patterns, blocks, rest, frozen)

@@ -100,7 +100,7 @@ class RSO(Part):
             site.regenerate = lambda: self.bases[site.name]
             return
         site.basis = self.bases[site.name]
-        if self.subspace.sampler.informed:
+        if self.bases.informed(1):
             self.bases.place(site.name, haar(self.bases.request(site.name, "start")))
         else:
             self.bases.refresh(site.name, lambda: None, step=1, lr_factor=1.0)
@@ -118,7 +118,7 @@ class RSO(Part):
     @contextmanager
     def observing(self, step: int) -> Iterator[None]:
         due = []
-        if self.subspace.sampler.informed:
+        if self.bases.informed(step + 1):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
@@ -140,8 +140,7 @@ class RSO(Part):
                 lr = self.peak_lr * lr_factor * self._rewarmed(site, step)
                 for name, layer in site.layers.items():
                     descent = descents[name]
-                    self.decay_(layer.weight, lr)
-                    add_lifted_(layer.weight, descent, basis, lr)
+                    add_lifted_(layer.weight, descent, basis, lr, self.kept_share(lr))
                     if self.proximal_eta is not None:
                         self.state[name][_COEFFICIENTS].add_(descent, alpha=lr)
         for site in self.sites:
@@ -178,7 +177,7 @@ class RSO(Part):
 
     def _next_draw(self, site: Site, step: int) -> int | None:
         """Index of the draw at the end of ``step``, for the next one; None: the basis stays."""
-        if step == 1 and self.subspace.sampler.informed:
+        if step == 1 and self.bases.informed(2):
             return 0
         return self.bases.schedule.draw_index(self.bases.positions[site.name], step + 1)
 

@@ -68,8 +68,7 @@ class SubsetNorm(Part):
             sums = subset_sums(oriented(gradient, side), self.sizes[name])
             subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
             weight = oriented(parameter.data, side)
-            self.decay_(weight, lr)
-            weight.add_(update, alpha=lr)
+            self.apply_(weight, update, lr)
             self.keeper.write(state, [exp_avg, subset_sq], [f"{name}.{kind}" for kind in kinds], step)
 
 
@@ -128,6 +127,5 @@ class SubspaceMomentum(SubspacePart):
             sums = subset_sums(update, m.size // subset_sq.shape[1])
             add_lifted_(update, difference, self.bases[m.name], 1.0)
             subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
-            self.decay_(m.weight, lr)
-            m.weight.add_(update, alpha=lr)
+            self.apply_(m.weight, update, lr)
         self.keeper.write(state, wide, [f"{m.name}.{kind}" for kind in kinds for m in bucket], step)

@@ -1,5 +1,6 @@
 """The bases of a set of matrices: drawing, replacing and measuring them."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -65,9 +66,12 @@ class Bases:
         assert stored or not sampler.informed, "data cannot be drawn again"
         self.sizes = sizes
         self.sampler = sampler
-        self.schedule = RefreshSchedule(gap, len(sizes), staggered, self._restart(sampler, total_steps))
+        self.switch_step: int | None = None
+        if sampler.switch is not None:  # 1 − 0.7 is rounded up: not a step later for that
+            self.switch_step = 1 + math.ceil(sampler.switch * total_steps - 1e-6)
+        restart = self.switch_step if self.switch_step != 1 else None
+        self.schedule = RefreshSchedule(gap, len(sizes), staggered, restart)
         self.seed = seed
-        self.total_steps = total_steps
         self.dtype = dtype
         self.devices = devices
         self.scaled = scaled
@@ -81,6 +85,7 @@ class Bases:
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
+        self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
         self.unobserved: set[str] = set()  # drawn since ``observe``
         self.skipped = 0  # draws that failed
         self._refresh_step = 0
@@ -93,14 +98,6 @@ class Bases:
         if self.stored:
             return self.state[name]["basis"]
         return self._drawn(self.request(name, self.indices[name]))
-
-    @staticmethod
-    def _restart(sampler: Sampler, total_steps: int) -> int | None:
-        """The first step at which ``sampler.switch`` of training is done, if it is not the first of all."""
-        if sampler.switch is None or sampler.switch <= 0:
-            return None
-        steps = (s for s in range(2, total_steps + 1) if (s - 1) / total_steps >= sampler.switch)
-        return next(steps, None)
 
     def resume(self, step: int) -> None:
         """``step`` is the last that the bases in use were drawn for."""
@@ -133,13 +130,22 @@ class Bases:
     def _scale(self, size: int, rank: int) -> float:
         return (size / rank) ** 0.5 if self.scaled else 1.0
 
+    def informed(self, step: int) -> bool:
+        """Does a draw for ``step`` need data?"""
+        return self.sampler.informed and not self._switched(step)
+
+    def _switched(self, step: int) -> bool:
+        return self.switch_step is not None and step >= self.switch_step
+
     def due(self, name: str, step: int, *, after_update: bool) -> bool:
         """Is a draw due at ``step`` before (or after) the weights are updated?
 
-        The first draw is due until it has succeeded.
+        The first draw is due until it has succeeded; no other follows in that step.
         """
         if name in self.waiting:
             return not after_update
+        if after_update and self._first_draws[name] == step:
+            return False
         index = self.schedule.draw_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.lagged and index > 0)
 
@@ -180,7 +186,9 @@ class Bases:
             self.unobserved.add(name)
             if change is not None:
                 self._overlaps[name] = change.overlap(self.sampler.orthonormal)
-        self.waiting.discard(name)
+        if name in self.waiting:
+            self.waiting.remove(name)
+            self._first_draws[name] = step
         self.indices[name] = index
         if self.stored:
             old.copy_(new)
@@ -196,14 +204,14 @@ class Bases:
         index: int,
     ) -> Tensor | None:
         draw = self.request(name, index)
-        if self.sampler.informed:
+        if self.informed(step):
             draw.gram = gram()
             if draw.gram is None:
                 self._skip(name, step, "is not finite")
                 return None
             if not bool(draw.gram.energy() > 0):
                 return None
-        draw.progress = (step - 1) / self.total_steps
+        draw.switched = self._switched(step)
         draw.lr_factor = lr_factor
         draw.state = self.state[name]
         if index > 0 and name not in self.waiting:
@@ -228,7 +236,10 @@ class Bases:
 
     def metrics(self) -> dict[str, float]:
         """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
-        with draws; how many draws failed, once one has."""
+        with draws; how many draws failed in this process, once one has.
+
+        Where draws come more often than every ten steps, not all are measured.
+        """
         result = {}
         if self._overlaps:
             result["subspace/overlap"] = float(torch.stack(list(self._overlaps.values())).mean())
