@@ -21,3 +21,11 @@ INTERRUPTED_STATUS = 75
 
 class StoppedEarly(Exception):  # noqa: N818 (it is no error)
     """The run's time budget is spent and everything is saved; exits with ``INTERRUPTED_STATUS``."""
+
+
+class Interrupted(SystemExit):
+    """A signal has stopped the run, and everything is saved; ends the process with ``INTERRUPTED_STATUS``."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(INTERRUPTED_STATUS)
+        self.signal_number = signal_number

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# submitit warns with this one. It is left alone, and ends the process, where nobody else handles it.
+FOREIGN = signal.SIGUSR2
 
 
 class StopRequest:
@@ -15,15 +17,16 @@ class StopRequest:
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._max_seconds = max_seconds
-        self._signal: str | None = None
+        self._signal: signal.Signals | None = None
 
     @property
-    def signalled(self) -> bool:
-        return self._signal is not None
+    def signal(self) -> signal.Signals | None:
+        """The first that came."""
+        return self._signal
 
     def reason(self) -> str | None:
         if self._signal is not None:
-            return self._signal
+            return self._signal.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"max_seconds={self._max_seconds:g}"
         return None
@@ -31,12 +34,13 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+        self._signal = self._signal or signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Take the signals over inside the block, which must be entered on the main thread."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        foreign = [FOREIGN] if callable(signal.getsignal(FOREIGN)) else []
+        before = {number: signal.signal(number, self._handle) for number in [*SIGNALS, *foreign]}
         try:
             yield self
         finally:

@@ -13,7 +13,7 @@ from rsotrain.config import Config, Mode
 from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
-from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import StopRequest
@@ -42,8 +42,8 @@ def train(config: Config) -> dict[str, Any]:
     """Train to ``config.steps``, or on from the newest checkpoint of the same run.
 
     Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
-    checkpoint cannot be written; StoppedEarly after ``max_seconds``, and SystemExit with
-    ``INTERRUPTED_STATUS`` after a signal, the checkpoint written.
+    checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
+    checkpoint written.
     """
     check_composition(config)
     resolve_mode(config.logger.wandb_mode)
@@ -101,6 +101,7 @@ class TrainingRun:
         self.record: dict[str, float | int | str] = {}
         self.earlier_seconds = 0.0  # of earlier starts of this run
         resumed = self._resume()
+        folder.record(data=self.data.fingerprint)
         print_parameter_table(self.trainer.optimizer.table(), folder.path / "train.log")
         self.matmul_rate = matmul_flops_per_second(self.trainer.device, COMPUTE_DTYPE[config.precision])
         self.loggers = build_loggers(
@@ -133,7 +134,7 @@ class TrainingRun:
                     f"stopped by {reason} after step {self.trainer.step}, everything saved;"
                     f" the same command goes on (exit status {INTERRUPTED_STATUS})"
                 )
-                raise SystemExit(INTERRUPTED_STATUS) if stop.signalled else StoppedEarly
+                raise StoppedEarly if stop.signal is None else Interrupted(stop.signal)
             summary = self._summary()
             write_json_atomic(self.folder.summary, summary)
             exit_code = 0
