@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
 from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
+from rsotrain.interrupt import leaving_on_warning
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
 from rsotrain.run_folder import plain, run_folder_path
 from rsotrain.slurm import adopt_slurm_step
@@ -108,9 +109,10 @@ def run(composed: DictConfig) -> dict[str, Any]:
         validate(config)
         outcome["folder"] = run_folder_path(config).resolve()
         keep_freed_memory()
-        from rsotrain.run import run_mode  # torch is imported from here on
+        with leaving_on_warning():
+            from rsotrain.run import run_mode  # torch is imported from here on
 
-        run_mode(config)
+            run_mode(config)
     except StoppedEarly:  # has said so; the other runs of a multirun go on
         outcome["status"] = INTERRUPTED_STATUS
     except Interrupted as end:

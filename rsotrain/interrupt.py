@@ -1,14 +1,19 @@
 """Requests to stop: a signal, or a time budget that is spent. The step that runs is finished first."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rsotrain.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # submitit warns with this one. It is left alone, and ends the process, where nobody else handles it.
 FOREIGN = signal.SIGUSR2
+# By these a scheduler says that it takes the machine away; SIGTERM may as well end a run for good.
+SCHEDULERS_WARNINGS = (signal.SIGUSR1, FOREIGN)
 
 
 class StopRequest:
@@ -46,3 +51,18 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_on_warning() -> Iterator[None]:
+    """Outside of training SIGUSR1 ends the process at once, to be started again: nothing is unsaved."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"rsotrain: stopped by SIGUSR1 outside of training; the same command starts again\n")
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

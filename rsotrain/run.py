@@ -16,7 +16,7 @@ from rsotrain.display import Display, build_display, print_closing_table, print_
 from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
-from rsotrain.interrupt import StopRequest
+from rsotrain.interrupt import SCHEDULERS_WARNINGS, StopRequest
 from rsotrain.loggers import build_loggers
 from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
@@ -127,9 +127,11 @@ class TrainingRun:
             stop = StopRequest(self.config.max_seconds)
             with stop.listening():
                 reason = self._loop(stop)
-            self._save_or_fail()
+                self._save_or_fail()
             if reason is not None:
                 exit_code = INTERRUPTED_STATUS
+                if stop.signal in SCHEDULERS_WARNINGS:
+                    self.loggers.preempted()
                 self.display.message(
                     f"stopped by {reason} after step {self.trainer.step}, everything saved;"
                     f" the same command goes on (exit status {INTERRUPTED_STATUS})"

@@ -111,6 +111,8 @@ def compare(runs: Sequence[Run], group_by: Sequence[str] = (), *, mixed: bool = 
     for (which, *_), label, of_group in zip(members, labels, members.values(), strict=True):
         varies = [k for k in differing_keys(of_group) if k != REPLICATE_KEY]
         mark = f"[{chr(ord('a') + which)}]" if len(sets) > 1 else ""
+        if len(of_group) > 1 and label == of_group[0].name:
+            label = _names(of_group[0]) or label
         groups.append(Group(label, of_group, varies, mark))
     return sorted(groups, key=_rank)
 
@@ -165,6 +167,12 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
         run.name if not label or labels.count(label) > 1 else label
         for run, label in zip(runs, labels, strict=True)
     ]
+
+
+def _names(run: Run) -> str:
+    """Model, optimizer and sampler."""
+    names = [run.config.get(f"{group}.name") for group in ("model", "optimizer", "sampler")]
+    return " ".join(str(name) for name in names if name not in (None, "none"))
 
 
 def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
