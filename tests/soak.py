@@ -116,9 +116,7 @@ def main() -> None:
         )
         if differing:
             sys.exit(f"{len(differing)} {kind} tensors differ, {differing[0]} first: see {folder}")
-    print(
-        f"{arguments.kills} kills ({dict(found)}): weights and states are bitwise those of the undisturbed run"
-    )
+    print(f"{arguments.kills} kills ({dict(found)}): bitwise the weights and states of the undisturbed run")
 
 
 if __name__ == "__main__":
