@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
-from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import (
+    INTERRUPTED_STATUS,
+    Interrupted,
+    LostRankError,
+    StoppedEarly,
+    TrainingError,
+    UserError,
+)
 from rsotrain.interrupt import leaving_on_warning
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
 from rsotrain.run_folder import plain, run_folder_path
@@ -28,6 +36,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
+_PATIENCE_SECONDS = 5.0
 
 
 def conf_dir() -> Path:
@@ -119,13 +128,13 @@ def run(composed: DictConfig) -> dict[str, Any]:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
         # What submitit does on its signal, now that all is saved: it submits the run again and exits.
-        if callable(signal.getsignal(end.signal_number)):
+        if end.signal_number is not None and callable(signal.getsignal(end.signal_number)):
             signal.raise_signal(end.signal_number)
         outcome["status"] = INTERRUPTED_STATUS
     except (UserError, TrainingError, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
-        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        say(error)
         outcome["status"] = FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS
     _status = max(_status, outcome["status"])
     return outcome
@@ -159,6 +168,16 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
     runs = [read_run(folder) for folder in folders if has_metrics(folder)]
     if len(runs) > 1:
         print_comparison(compare(runs, mixed=True))
+
+
+def say(error: Exception) -> None:
+    """Print the sentence. Of several processes on a node the first does so at once.
+
+    The others wait a little: if it has failed, too, torchrun has ended them by then.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LostRankError):
+        time.sleep(_PATIENCE_SECONDS)
+    print(f"rsotrain: {explain(error)}", file=sys.stderr)
 
 
 def explain(error: Exception) -> str:
@@ -209,7 +228,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         if _wants_traceback:
             raise
-        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        say(error)
         sys.exit(USER_ERROR_STATUS)
     finally:
         if not _wants_traceback:

@@ -15,6 +15,10 @@ class TrainingError(RuntimeError):
     """
 
 
+class LostRankError(TrainingError):
+    """Another process of the run has ended or cannot be reached; each of those left says so."""
+
+
 # sysexits.h EX_TEMPFAIL: stopped before the end with everything saved; the same command goes on.
 INTERRUPTED_STATUS = 75
 
@@ -24,8 +28,11 @@ class StoppedEarly(Exception):  # noqa: N818 (it is no error)
 
 
 class Interrupted(SystemExit):
-    """A signal has stopped the run, and everything is saved; ends the process with ``INTERRUPTED_STATUS``."""
+    """A signal has stopped the run, and everything is saved; ends the process with ``INTERRUPTED_STATUS``.
 
-    def __init__(self, signal_number: int) -> None:
+    ``signal_number``: None where it came to another rank.
+    """
+
+    def __init__(self, signal_number: int | None) -> None:
         super().__init__(INTERRUPTED_STATUS)
         self.signal_number = signal_number

@@ -16,6 +16,12 @@ FOREIGN = signal.SIGUSR2
 SCHEDULERS_WARNINGS = (signal.SIGUSR1, FOREIGN)
 
 
+class Reason(str):
+    """Why training stops, in words; ``signalled``: by a signal, not by the time budget."""
+
+    signalled = False
+
+
 class StopRequest:
     """``reason()`` is None until training should stop. A second SIGINT ends the process at once."""
 
@@ -29,12 +35,19 @@ class StopRequest:
         """The first that came."""
         return self._signal
 
-    def reason(self) -> str | None:
+    def reason(self) -> Reason | None:
         if self._signal is not None:
-            return self._signal.name
+            reason = Reason(self._signal.name)
+            reason.signalled = True
+            return reason
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return f"max_seconds={self._max_seconds:g}"
+            return Reason(f"max_seconds={self._max_seconds:g}")
         return None
+
+    def signals(self) -> tuple[float, float]:
+        """(1 if asked to stop, 1 if by a signal), to be summed over ranks."""
+        reason = self.reason()
+        return float(reason is not None), float(reason is not None and reason.signalled)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -66,3 +79,13 @@ def leaving_on_warning() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def agreed_reason(stop: StopRequest, signals: tuple[float, ...]) -> Reason | None:
+    """The reason that all ranks have, given the sums over them of ``StopRequest.signals``."""
+    asked, signalled = signals
+    if not asked:
+        return None
+    reason = stop.reason() or Reason("a request to another rank")
+    reason.signalled = bool(signalled)
+    return reason

@@ -132,6 +132,31 @@ def test_mistakes_cost_one_sentence_and_no_second_start(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_two_tasks_shard_one_run_and_survive_a_preemption(
+    cluster: dict[str, str], tmp_path: Path, tiny: list[str]
+) -> None:
+    overrides = [*without(tiny, "steps", "save_every"), "steps=200"]
+    job = submit(tmp_path, cluster, ["run_name=sharded"], [*overrides, "parallelism=fsdp"], "--ntasks=2")
+    assert job.stdout is not None
+    number = job.stdout.readline().strip()
+    run = tmp_path / "outputs/sharded"
+    until(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 5)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{number}_0"], env=cluster, check=True)
+    assert job.wait(400) == 0
+    log = (tmp_path / f"rsotrain_{number}_0.out").read_text()
+    assert log.count("stopped by SIGUSR1") == log.count("resumed from") == 1  # rank 0 speaks
+    assert steps_of(run) == list(range(1, 201))
+    single = [sys.executable, "-m", "rsotrain", *overrides, "run_name=single"]
+    assert call(single, tmp_path, cluster).returncode == 0
+    sharded, alone = (
+        json.loads((run.parent / name / "summary.json").read_text()) for name in ("sharded", "single")
+    )
+    assert sharded["finished"]
+    assert sharded["tokens"] == alone["tokens"]
+    # Sums over ranks round in another order, 1e-7 a step, and 200 steps of Adam spread that.
+    assert sharded["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-3)
+
+
 def test_submitit_starts_a_preempted_member_again(
     cluster: dict[str, str], tmp_path: Path, tiny: list[str]
 ) -> None:
