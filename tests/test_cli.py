@@ -183,3 +183,20 @@ def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path
         (line,) = (line for line in table.splitlines() if f"│ {name} " in line)
         assert f"{sum(losses) / 2:.4f} ± " in line
         assert "2 runs" in line
+
+
+def test_submitit_members_hand_back_their_status(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    result = cli(
+        "-m", *launcher, "optimizer.lr=-1,0.01,0.02", "steps=1", *[o for o in tiny if "steps=" not in o]
+    )
+    assert result.returncode == 2  # of the first; the others have run
+    assert len(list((tmp_path / "outputs").glob("*/summary.json"))) == 2
+    assert "Comparison" in result.stdout
+    (log,) = (
+        path
+        for path in (tmp_path / "outputs/.submitit").glob("*/*_log.err")
+        if "must not be negative" in path.read_text()
+    )
+    assert "Traceback" not in log.read_text()
