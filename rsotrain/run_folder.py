@@ -21,7 +21,7 @@ from rsotrain.overrides import flatten
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
     "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger",
+    "save_every", "log_every", "logger", "parallelism", "micro_batch_size",
 )  # fmt: skip
 
 

@@ -18,6 +18,14 @@ class Claims:
     rest: dict[str, nn.Parameter]
     frozen: dict[str, nn.Parameter]
 
+    def renewed(self, model: nn.Module) -> "Claims":
+        """The same claims on a model whose parameters have been replaced, under the same names."""
+        now = dict(model.named_parameters())
+        blocks, rest, frozen = (
+            {name: now[name] for name in group} for group in (self.blocks, self.rest, self.frozen)
+        )
+        return Claims(self.patterns, blocks, rest, frozen)
+
 
 @dataclass(frozen=True)
 class ClaimRow:

@@ -55,17 +55,25 @@ class Fira(GaLore):
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
             if m.rank == m.size:
-                add_lifted_(m.weight, descent, self.bases[m.name], lr, self.kept_share(lr))
+                add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
                 continue
             residual = a.to(r.dtype, copy=True)
-            add_lifted_(residual, r, self.bases[m.name], -1.0)
+            add_lifted_(residual, r, self.basis(m), -1.0)
             residual.mul_(channel_scales(descent, r))
             # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
-            noise = rounding_noise(m.size, self.basis_dtype) * torch.linalg.vector_norm(descent)
-            limit_norm_growth_(residual, self.state[m.name]["residual_norm"], self.max_growth, noise)
+            norm, inside = self._norms(m, residual, descent)
+            noise = rounding_noise(m.size, self.basis_dtype) * inside
+            previous = self.state[m.name]["residual_norm"]
+            limit_norm_growth_(residual, previous, self.max_growth, noise, norm)
             update = residual.neg_()
-            add_lifted_(update, descent, self.bases[m.name], 1.0)
+            add_lifted_(update, descent, self.basis(m), 1.0)
             self.apply_(m.weight, update, lr)
+
+    @staticmethod
+    def _norms(matrix: Matrix, residual: Tensor, descent: Tensor) -> list[Tensor]:
+        if matrix.by_columns:
+            return [*matrix.norms(residual), *matrix.low_rank_norms(descent)]
+        return matrix.norms(residual, descent)  # one all-reduce for both
 
 
 class Frugal(GaLore):
@@ -100,14 +108,13 @@ class Frugal(GaLore):
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
             if m.rank == m.size:
-                add_lifted_(m.weight, descent, self.bases[m.name], lr, self.kept_share(lr))
+                add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
                 continue
             residual = a.to(r.dtype, copy=True)
-            add_lifted_(residual, r, self.bases[m.name], -1.0)
-            noise = torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=residual.dtype)
-            noise.mul_(rounding_noise(m.size, residual.dtype))
+            add_lifted_(residual, r, self.basis(m), -1.0)
+            noise = m.row_norms(a, residual.dtype).mul_(rounding_noise(m.size, residual.dtype))
             update = torch.where(residual.abs() > noise, residual.sign(), 0.0).mul_(-self.free_scale)
-            add_lifted_(update, descent, self.bases[m.name], 1.0)
+            add_lifted_(update, descent, self.basis(m), 1.0)
             self.apply_(m.weight, update, lr)
 
 
@@ -148,11 +155,13 @@ class Apollo(GaLore):
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
             if self.per_tensor:
-                scales = channel_scales(descent.reshape(1, -1), r.reshape(1, -1))
+                adapted, plain = m.low_rank_norms(descent, r)
+                scales = (adapted / plain).where(plain > 0, 0.0)
             else:
                 scales = channel_scales(descent, r)
             update = a * scales
-            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth)
+            (norm,) = m.norms(update)
+            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth, norm=norm)
             self.apply_(m.weight, update.neg_(), lr)
 
 
@@ -189,6 +198,11 @@ class LDAdam(GaLore):
         error = torch.zeros_like(matrix.weight, dtype=work_dtype(matrix.parameter.dtype))
         return super().initial_state(matrix) | {"error": error}
 
+    def state_dim(self, name: str, key: str) -> int | None:
+        if key == "error":  # M×k
+            return 1 if self.by_name[name].by_columns else 0
+        return super().state_dim(name, key)
+
     def gradient(self, matrix: Matrix) -> Tensor:
         return self.state[matrix.name]["error"].add_(super().gradient(matrix))
 
@@ -199,7 +213,7 @@ class LDAdam(GaLore):
         correction = 1.0 - self.settings.betas[0] ** (step - 1)
         mixed = gradient * (1.0 - self.rho)
         momentum = state["exp_avg"].to(mixed.dtype) / correction
-        add_lifted_(mixed, momentum, self.bases[matrix.name], self.rho)
+        add_lifted_(mixed, momentum, self.basis(matrix), self.rho)
         return mixed
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
@@ -208,14 +222,14 @@ class LDAdam(GaLore):
         old = state["exp_avg"].to(error.dtype)
         beta1 = self.settings.betas[0]
         # orthogonal to the new basis, so it may be added before A is projected
-        add_lifted_(error, old, change.old, beta1 / (1.0 - beta1))
+        add_lifted_(error, old, matrix.columns_of(change.old), beta1 / (1.0 - beta1))
         moved = old @ change.transition.T
-        add_lifted_(error, moved, self.bases[matrix.name], -beta1 / (1.0 - beta1))
+        add_lifted_(error, moved, self.basis(matrix), -beta1 / (1.0 - beta1))
         super().basis_changed(matrix, change, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         for m, a, r in zip(bucket, gradients, projected, strict=True):
-            add_lifted_(a, r, self.bases[m.name], -1.0)  # a is the error's memory
+            add_lifted_(a, r, self.basis(m), -1.0)  # a is the error's memory
         super().apply(bucket, gradients, projected, step, lr)

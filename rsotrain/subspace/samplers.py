@@ -44,8 +44,9 @@ class Sampler:
     not. ``unit_columns``: they are of norm 1, if only about so; else E[QQᵀ] = I. ``informed``: it needs the
     Gram matrix. ``lagged``: after the first draw, it draws after the update, for the next step.
     ``switch``: share of training after which it draws by another rule, which needs no data; there is a
-    draw then, wherever the last one was. ``state_shapes``: of the float32 tensors it keeps for a k×r basis,
-    by name.
+    draw then, wherever the last one was. ``by_products``: after the first draw it is content with a few
+    products with the Gram matrix, so that ranks that share a matrix draw together; otherwise one draws for
+    all. ``state_shapes``: of the float32 tensors it keeps for a k×r basis, by name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Sampler:
     unit_columns: bool = True
     informed: bool = False
     lagged: bool = False
+    by_products: bool = False
     switch: float | None = None
     hint: str = ""
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
