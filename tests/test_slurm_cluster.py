@@ -79,8 +79,8 @@ def test_an_array_survives_a_requeue_and_a_preemption(
     cluster: dict[str, str], tmp_path: Path, tiny: list[str]
 ) -> None:
     lines = [f"seed={seed} run_name=r{seed}" for seed in range(4)]
-    lines[1] += " steps=800 logger=jsonl"
-    lines[2] += " steps=800 logger=wandb"
+    lines[1] += " steps=400 logger=jsonl"
+    lines[2] += " steps=400 logger=wandb"
     lines[3] += " logger=jsonl steps=6"
     lines[0] += " logger=jsonl steps=6"
     job = submit(tmp_path, cluster, lines, without(tiny, "steps", "save_every", "logger"))
@@ -100,7 +100,7 @@ def test_an_array_survives_a_requeue_and_a_preemption(
     assert "stopped by SIGTERM" in logs[1]
     assert "stopped by SIGUSR1" in logs[2]
     assert "task 2 is queued again" in logs[2]
-    for i, steps in enumerate((6, 800, 800, 6)):
+    for i, steps in enumerate((6, 400, 400, 6)):
         summary = json.loads((runs[i] / "summary.json").read_text())
         assert (summary["finished"], summary["step"]) == (True, steps)
         assert steps_of(runs[i])[-1] == steps
@@ -111,7 +111,7 @@ def test_an_array_survives_a_requeue_and_a_preemption(
     assert len(folders) == 2
     assert len({folder.name.split("-")[-1] for folder in folders}) == 1  # W&B's id
     # the losses of the one that was stopped are those of one that was not
-    straight = ["seed=1", "steps=800", "run_name=straight", *without(tiny, "steps", "save_every")]
+    straight = ["seed=1", "steps=400", "run_name=straight", *without(tiny, "steps", "save_every")]
     assert call([sys.executable, "-m", "rsotrain", *straight], tmp_path, cluster).returncode == 0
     whole = json.loads((tmp_path / "outputs/straight/summary.json").read_text())
     assert json.loads((runs[1] / "summary.json").read_text())["val/loss"] == whole["val/loss"]
@@ -187,6 +187,7 @@ def test_submitit_starts_a_preempted_member_again(
     assert "resumed from" in (run / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_four_ways_to_sweep_give_the_same_losses(
     cluster: dict[str, str], tmp_path: Path, tiny: list[str]
 ) -> None:
