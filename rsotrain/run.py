@@ -94,6 +94,9 @@ class TrainingRun:
             seq_len=config.seq_len,
             cache_dir=cache_dir(config),
             notify=display.message,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_validation_tokens=config.evaluation.max_tokens,
         )
         self.trainer = Trainer(config, self.data)
         self.validation: dict[str, float] = {}  # the last evaluation, and its step
@@ -144,6 +147,7 @@ class TrainingRun:
                 f"{error}: stopped before the update, {last}; a lower optimizer.lr or grad_clip=1.0 may help"
             ) from error
         finally:
+            self.data.train.close()
             self.loggers.close(summary, exit_code)
         return summary
 
@@ -270,7 +274,8 @@ class TrainingRun:
         if median is not None:
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}
         unigram = unigram_loss(self.data.train, self.data.validation, self.config.evaluation.max_tokens)
-        summary["val/unigram_perplexity"] = perplexity(unigram)
+        if unigram is not None:
+            summary["val/unigram_perplexity"] = perplexity(unigram)
         return {
             "finished": True,
             "run": self.folder.path.name,

@@ -3,19 +3,19 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from rsotrain.config import Config, Device
 from rsotrain.data.build import Data
-from rsotrain.data.order import SequenceOrder
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.evaluation import IGNORE_INDEX, evaluate
 from rsotrain.flops import training_flops_per_token
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
-from rsotrain.models.build import build_model
+from rsotrain.models.build import build_model, model_vocab_size
 from rsotrain.optim.build import build_optimizer
 
 
@@ -73,12 +73,7 @@ class Trainer:
         self.config = config
         self.data = data
         self.device = resolve_device(config.device)
-        self.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
-        if self.vocab_size < data.tokenizer.vocab_size:
-            raise UserError(
-                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's"
-                f" {data.tokenizer.vocab_size} pieces; leave it null"
-            )
+        self.vocab_size = model_vocab_size(config.model, data.tokenizer.vocab_size)
         self.model = build_model(
             config.model,
             vocab_size=self.vocab_size,
@@ -86,6 +81,7 @@ class Trainer:
             device=self.device,
             seed=config.seed,
             activation_checkpointing=config.activation_checkpointing,
+            separator_id=data.tokenizer.eos_id if config.data.document_mask else None,
         )
         self.optimizer = build_optimizer(
             self.model,
@@ -98,7 +94,7 @@ class Trainer:
         if config.compile:
             for block in self.model.model.layers:
                 block.compile()
-        self.order = SequenceOrder(len(data.train), config.seed)
+        self.order = data.train.order(config.seed)
         self.parameters = self.optimizer.gradient_holders()
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
@@ -181,17 +177,15 @@ class Trainer:
             self.model,
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.device,
-            bytes_per_token=self._validation_bytes_per_token(),
+            bytes_per_token=self._validation_bytes_per_token,
         )
 
+    @cached_property
     def _validation_bytes_per_token(self) -> float:
         """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
         validation, limit = self.data.validation, self.config.evaluation.max_tokens
-        if limit is None or limit >= validation.num_tokens - 1:
-            return validation.bytes_per_token
-        scored = validation.num_targets(limit)
-        text = self.data.tokenizer.decode(validation.tokens[: scored + 1].tolist())
-        return len(text.encode()) / scored
+        num_bytes = validation.num_target_bytes(self.data.tokenizer.decode, limit)
+        return num_bytes / validation.num_targets(limit)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part; peak memory is the process's and is measured by whoever logs it."""
@@ -207,7 +201,7 @@ class Trainer:
         return {
             "model": {name: p.detach() for name, p in self.model.named_parameters()},  # tied weights once
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "tokens": self.tokens},
+            "trainer": {"step": self.step, "tokens": self.tokens, "data": self.data.train.state_dict()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,5 +215,6 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
+        self.data.train.load_state_dict(state["trainer"]["data"])
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
