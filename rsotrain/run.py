@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rsotrain import modes
 from rsotrain.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from rsotrain.config import Config, Mode
 from rsotrain.data.build import build_data
@@ -21,13 +22,22 @@ from rsotrain.loggers import build_loggers
 from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.run_folder import RunFolder, identity, open_run_folder
+from rsotrain.trained_model import save_tokenizer
 from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition
 from rsotrain.wandb_logger import resolve_mode
 
 
 def run_mode(config: Config) -> dict[str, Any]:
     """Do what ``config.mode`` says and return the run's summary."""
-    return {Mode.train: train}[config.mode](config)
+    match config.mode:
+        case Mode.train:
+            return train(config)
+        case Mode.evaluate:
+            return modes.evaluate_mode(config, cache_dir(config))
+        case Mode.generate:
+            return modes.generate_mode(config)
+        case Mode.export:
+            return modes.export_mode(config)
 
 
 def cache_dir(config: Config) -> Path:
@@ -98,6 +108,7 @@ class TrainingRun:
             seed=config.seed,
             max_validation_tokens=config.evaluation.max_tokens,
         )
+        save_tokenizer(self.data.tokenizer, folder.path)
         self.trainer = Trainer(config, self.data)
         self.validation: dict[str, float] = {}  # the last evaluation, and its step
         self.best_loss = math.inf
@@ -207,6 +218,10 @@ class TrainingRun:
         self.validation = {"step": self.trainer.step, **metrics}
         self.best_loss = min(self.best_loss, metrics["val/loss"])
         self._log(metrics)
+        if self.config.logger.wandb and self.config.evaluation.samples:
+            self.loggers.log_table(
+                "val/samples", ("prompt", "continuation"), self.trainer.generate(), self.trainer.step
+            )
 
     def _save_or_fail(self) -> None:
         try:

@@ -13,6 +13,7 @@ from rsotrain.data.build import Data
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.evaluation import IGNORE_INDEX, evaluate
 from rsotrain.flops import training_flops_per_token
+from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
 from rsotrain.models.build import build_model, model_vocab_size
@@ -178,6 +179,18 @@ class Trainer:
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.device,
             bytes_per_token=self._validation_bytes_per_token,
+        )
+
+    def generate(self) -> list[tuple[str, str]]:
+        """(prompt, continuation) for each of ``generate.prompts``."""
+        config = self.config
+        return generate_texts(
+            self.model,
+            self.data.tokenizer,
+            config.generate,
+            max_context=config.model.max_position_embeddings,
+            device=self.device,
+            seed=config.seed,
         )
 
     @cached_property

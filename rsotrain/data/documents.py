@@ -215,10 +215,10 @@ def batches(documents: Iterator[Document], max_bytes: int) -> Iterator[list[Docu
 
 
 def sample_texts(documents: Iterator[Document], max_bytes: int, read_bytes: int | None) -> list[str]:
-    """A fair sample of at most about ``max_bytes`` of text, in a random but fixed order.
+    """A fair sample of ``max_bytes`` of text and what is left of the last piece, in a random but fixed order.
 
-    Those pieces whose hash is smallest, so the order of the documents does not matter, and memory holds
-    the sample only. ``read_bytes``: stop reading there; null: read all.
+    As many pieces with the smallest hashes as it takes: so the order of the documents does not matter,
+    and memory holds the sample only. ``read_bytes``: stop reading there; null: read all.
     """
     kept: list[tuple[int, str]] = []  # a heap whose first is the next to go
     kept_bytes = seen_bytes = 0
@@ -229,7 +229,7 @@ def sample_texts(documents: Iterator[Document], max_bytes: int, read_bytes: int 
             seen_bytes += len(piece.encode())
             kept_bytes += len(piece.encode())
             heapq.heappush(kept, (-_hash(piece), piece))
-            while kept_bytes > max_bytes and len(kept) > 1:
+            while kept_bytes - len(kept[0][1].encode()) >= max_bytes:
                 kept_bytes -= len(heapq.heappop(kept)[1].encode())
         if read_bytes is not None and seen_bytes >= read_bytes:
             break

@@ -62,12 +62,13 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         self.num_threads = -1
         if not 0 <= self.eos_id < self.vocab_size or not self._processor.is_control(self.eos_id):
             raise UserError(
                 f"{name} has no end-of-sequence piece (its eos id is {self.eos_id}); train one with eos_id"
             )
-        if self.bos_id == self.eos_id or self._processor.unk_id() == self.eos_id:
+        if self.eos_id in (self.bos_id, self.unk_id):
             raise UserError(f"{name} uses id {self.eos_id} for eos and for another special piece")
 
     def __getstate__(self) -> tuple[bytes, int]:
@@ -84,6 +85,10 @@ class SentencePieceTokenizer:
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self.model}
 
+    def piece(self, number: int) -> str:
+        """The piece of an id."""
+        return self._processor.id_to_piece(number)
+
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
@@ -96,7 +101,7 @@ class SentencePieceTokenizer:
     @cached_property
     def _keeps_space_marks(self) -> bool:
         """Whether the character can be spelled in bytes, and texts be encoded in parts around it."""
-        if self._processor.unk_id() in self._space_mark_ids:
+        if self.unk_id in self._space_mark_ids:
             return False
         return self.decode(self._encode_space_marks(f" a{SPACE_MARK} a")) == f" a{SPACE_MARK} a"
 

@@ -33,6 +33,12 @@ class HuggingFaceFolder:
             return [self.path / name for name in sorted(set(names))]
         return [self.path / WHOLE]
 
+    def dtype(self) -> torch.dtype:
+        """That of the first tensor."""
+        for _, _, read in self.tensors():
+            return read().dtype  # while the file is open
+        raise UserError(f"the weights in {self.path} are empty")
+
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
         """(name, shape, a function that reads the tensor), file by file.
 
