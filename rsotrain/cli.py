@@ -44,10 +44,12 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
 
 
-def pretrained_value(folder: str, name: str) -> Any:
+def pretrained_value(folder: str | None, name: str) -> Any:
     """One field of the model in a Hugging Face folder, for conf/model/pretrained.yaml."""
     from rsotrain.models.huggingface_config import read_config
 
+    if folder is None:
+        raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
     return getattr(read_config(Path(folder).expanduser()), name)
 
 

@@ -55,7 +55,10 @@ class HuggingFaceTokenizer:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        # A unigram model spells "</s>" as the piece itself where it lacks one of the characters, and a
+        # separator inside a document must not be.
+        return [i[i != self.eos_id] for i in ids]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
