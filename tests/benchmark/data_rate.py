@@ -22,7 +22,7 @@ CORPUS = ROOT / "rsotrain" / "data" / "corpus"
 
 
 def write_corpus(path: Path, megabytes: float) -> None:
-    lines = gzip.open(CORPUS / "train.json.gz", "rb").read().splitlines(keepends=True)
+    lines = gzip.decompress((CORPUS / "train.json.gz").read_bytes()).splitlines()
     written = copy = 0
     with gzip.open(path, "wb", compresslevel=1) as out:
         while written < megabytes * 1e6:
@@ -50,13 +50,15 @@ from rsotrain.metrics import peak_resident_bytes
 folder = Path({folder!r})
 data = FilesDataConfig("files", path={str(path)!r}, validation_path={str(CORPUS / "validation.json.gz")!r})
 train, validation = open_corpora(data, folder)
-model = build_tokenizer(TrainedTokenizerConfig("trained"), validation, folder, lambda _: None, streaming=False)
+config = TrainedTokenizerConfig("trained")
+model = build_tokenizer(config, validation, folder, lambda _: None, streaming=False)
 model.use_threads({workers})
 start, cpu = time.perf_counter(), time.process_time()
 stream, _ = _tokens(train, model, folder / "{workers}", lambda _: None, None)
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 rate = stream.num_bytes / 1e6
-print(f"{{rate:.0f}} MB, {{len(stream.ids):,}} tokens, threads {workers or "all"}: {{rate / seconds:.1f}} MB/s,"
+print(f"{{rate:.0f}} MB, {{len(stream.ids):,}} tokens, threads {workers or "all"}:"
+      f" {{rate / seconds:.1f}} MB/s,"
       f" {{rate / cpu:.1f}} MB per processor second, peak {{peak_resident_bytes() / 2**20:.0f}} MiB")
 """
             subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
@@ -105,13 +107,15 @@ def stream(model: str, steps: int) -> None:
         seconds = time.perf_counter() - start
         print(
             f"{model}, {os.cpu_count()} cores: one loader process {loader:,.0f} tokens/s, training"
-            f" {steps * tokens / seconds:,.0f} tokens/s, {100 * waiting / seconds:.2f} % of it waiting for data"
+            f" {steps * tokens / seconds:,.0f} tokens/s, {100 * waiting / seconds:.2f} % of it waiting"
         )
         trainer.data.train.close()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("tokenise", "stream"))
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--model", default="llama_9m")
