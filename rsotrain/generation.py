@@ -32,24 +32,23 @@ def generate_tokens(
     model.eval()
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(prompts))]
     rows = [list(prompt) for prompt in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    open_rows = list(range(len(rows)))
+    unfinished = set(range(len(rows)))
+    # One shape throughout, for compiled models; what stands after a row's end is not attended to.
+    length = min(max_context, max(map(len, rows)) + config.max_new_tokens)
     for _ in range(config.max_new_tokens):
-        contexts = [rows[i][-max_context:] for i in open_rows]
-        tokens = torch.zeros(len(open_rows), max(map(len, contexts)), dtype=torch.int64)
-        for row, context in zip(tokens, contexts, strict=True):
-            row[: len(context)] = torch.tensor(context)
-        logits = model(tokens.to(device))[:, :, :num_ids].float().cpu()
-        for i, row_logits, context in zip(list(open_rows), logits, contexts, strict=True):
-            token = _draw(row_logits[len(context) - 1], config, generators[i])
+        contexts = [row[-length:] for row in rows]
+        tokens = torch.tensor([context + [0] * (length - len(context)) for context in contexts])
+        logits = model(tokens.to(device))
+        for i in sorted(unfinished):
+            token = _draw(logits[i, len(contexts[i]) - 1, :num_ids].float().cpu(), config, generators[i])
             if token == eos_id:
-                open_rows.remove(i)
+                unfinished.remove(i)
             else:
                 rows[i].append(token)
-        if not open_rows:
+        if not unfinished:
             break
     model.train(was_training)
-    return [row[length:] for row, length in zip(rows, lengths, strict=True)]
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def _draw(logits: Tensor, config: GenerateConfig, generator: torch.Generator) -> int:

@@ -228,6 +228,6 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
-        self.data.train.load_state_dict(state["trainer"]["data"])
+        self.data.train.load_state_dict(state["trainer"].get("data", {}))
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]

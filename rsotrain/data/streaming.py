@@ -130,7 +130,9 @@ class StreamedSequences:
         return {"step": step, "lanes": {str(lane): list(mark) for lane, mark in sorted(marks.items())}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of any number of ranks."""
+        """Go on from a state of any number of ranks; without one, from the beginning."""
+        if not state:
+            return
         self.close()
         self._state = (state["step"], {int(lane): Mark(*mark) for lane, mark in state["lanes"].items()})
 
