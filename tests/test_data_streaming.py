@@ -10,6 +10,7 @@ import torch
 from test_data_sources import write_c4
 
 from rsotrain.config import (
+    C4DataConfig,
     DataConfig,
     FilesDataConfig,
     HubDataConfig,
@@ -168,6 +169,35 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
     assert torch.equal(steps(late, range(7, 8))[0], expected[7])
     for data in (first, late):
         data.train.close()
+
+
+def test_c4_shards_stream_alike_from_files_and_through_datasets_and_resume_inside_one(
+    tmp_path: Path, cache_dir: Path, tokenizer: Tokenizer
+) -> None:
+    folder = write_c4(tmp_path / "c4")  # three shards of 100 documents
+    files = C4DataConfig(
+        "c4", path=str(folder / "en/c4-train.*"), validation_path=str(folder / "en/c4-val*"), lanes=3
+    )
+    sources = (files, HubDataConfig(name=str(folder), config="en", lanes=3))
+
+    def stream(data: DataConfig) -> StreamedSequences:
+        data.streaming, data.shuffle_buffer = True, 30
+        train, _ = open_corpora(data, cache_dir)
+        return StreamedSequences(train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0)
+
+    streams = [stream(data) for data in sources]
+    for step in range(6):
+        one, other = (torch.stack(s.batch(s.order(0).indices(step, BATCH))) for s in streams)
+        assert torch.equal(one, other)
+    state = streams[0].state_dict()
+    assert {mark[1] for mark in state["lanes"].values()} == {0}  # inside the first shard of each lane
+    expected = streams[0].batch(np.arange(6 * BATCH, 7 * BATCH))
+    late = stream(sources[1])
+    late.load_state_dict(state)
+    for one, other in zip(late.batch(np.arange(6 * BATCH, 7 * BATCH)), expected, strict=True):
+        assert torch.equal(one, other)
+    for each in (*streams, late):
+        each.close()
 
 
 def test_seeds_shuffle_and_epochs_differ(corpus: Files, cache_dir: Path) -> None:
