@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
-from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import INTERRUPTED_STATUS, LostRankError, StoppedEarly, TrainingError, UserError
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
 from rsotrain.run_folder import plain
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
+_PATIENCE_SECONDS = 5.0
 
 
 def conf_dir() -> Path:
@@ -115,9 +117,19 @@ def run(composed: DictConfig) -> Any:
     except (UserError, TrainingError, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
-        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        say(error)
         _status = max(_status, FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS)
     return None
+
+
+def say(error: Exception) -> None:
+    """Print the sentence. Of several processes on a node the first does so at once.
+
+    The others wait a little: if it has failed, too, torchrun has ended them by then.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LostRankError):
+        time.sleep(_PATIENCE_SECONDS)
+    print(f"rsotrain: {explain(error)}", file=sys.stderr)
 
 
 def explain(error: Exception) -> str:
@@ -168,7 +180,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         if _wants_traceback:
             raise
-        print(f"rsotrain: {explain(error)}", file=sys.stderr)
+        say(error)
         sys.exit(USER_ERROR_STATUS)
     finally:
         if not _wants_traceback:

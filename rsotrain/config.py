@@ -66,7 +66,7 @@ from rsotrain.config_methods import (  # noqa: F401 (one module names the whole 
 
 
 class Mode(Enum):
-    """All but train act on ``checkpoint``: its model and tokenizer, not those of the command line."""
+    """All but train act on ``checkpoint.path``: its model and tokenizer, not those of the command line."""
 
     train = "train"
     evaluate = "evaluate"
@@ -163,12 +163,42 @@ class WSDConfig(LRSchedulerConfig):
 
 
 class Strategy(Enum):
+    """single: one process. ddp: a whole copy on each rank. fsdp: one copy, sharded over all ranks.
+    hsdp: sharded inside groups of ranks, replicated between them."""
+
     single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
 
 
 @dataclass
 class ParallelismConfig:
+    """``world_size``: processes the run must have; null: as many as were started. ``shard_size``: hsdp's
+    ranks that share one copy; null: those of one node. ``timeout_seconds``: how long a rank waits for the
+    others in one collective before it gives them up."""
+
     strategy: Strategy = Strategy.single
+    world_size: int | None = None
+    shard_size: int | None = None
+    timeout_seconds: float = 300.0
+
+
+class LoadWhat(Enum):
+    """all: weights, optimizer state and step. weights: the weights alone, for a new run from step 0."""
+
+    all = "all"
+    weights = "weights"
+
+
+@dataclass
+class CheckpointConfig:
+    """``path``: a checkpoint, or a run's folder with some, that a run without own checkpoints begins from.
+    ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
+    Hugging Face folder then; null: this run's newest."""
+
+    path: str | None = None
+    load: LoadWhat = LoadWhat.all
 
 
 class WandbMode(Enum):
@@ -212,7 +242,7 @@ class Config:
     mode: Mode = Mode.train
     steps: int = MISSING
     batch_size: int = MISSING  # sequences per optimizer step, all ranks
-    micro_batch_size: int | None = None  # sequences per forward pass and rank; null: batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass and rank; null: all
     seq_len: int = MISSING
     seed: int = 0
     device: Device = Device.auto
@@ -229,7 +259,6 @@ class Config:
     output_dir: str = "outputs"
     cache_dir: str | None = None  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
     overwrite: bool = False
-    checkpoint: str | None = None  # a run, one of its checkpoints or a Hugging Face folder; null: this run
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -240,6 +269,7 @@ class Config:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

@@ -114,7 +114,7 @@ class Display:
 
     ``live``: a bar and the latest figures that stay in place at the bottom, from the first ``update`` on;
     otherwise a line for each record. Messages and lines go to ``log_path`` (appended) in both cases,
-    without control codes. ``message`` may be called from any thread.
+    without control codes; ``silent``: neither. ``message`` may be called from any thread.
     """
 
     def __init__(
@@ -124,8 +124,10 @@ class Display:
         total_steps: int,
         start_step: int = 0,
         log_path: Path | None = None,
+        silent: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._silent = silent
         self._total_steps = total_steps
         self._step = start_step
         self._clock = clock
@@ -133,8 +135,9 @@ class Display:
         self._end: float | None = None  # when training ends, by the pace since the first update
         self._latest: dict[str, float | int | str] = {}
         self._lock = threading.RLock()  # a signal handler may speak while its thread does
-        self._log: IO[str] | None = open(log_path, "a", encoding="utf-8") if log_path else None  # noqa: SIM115
-        self._live = _build_live(self._render) if live else None
+        log = log_path if not silent else None
+        self._log: IO[str] | None = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115
+        self._live = _build_live(self._render) if live and not silent else None
 
     def update(self, step: int, record: Mapping[str, float | int | str]) -> None:
         """Show the metrics of ``step``: those of training, of an evaluation, or both."""
@@ -170,7 +173,7 @@ class Display:
             if self._log is not None:
                 self._log.write(text + "\n")
                 self._log.flush()
-            if not screen:
+            if not screen or self._silent:
                 return
             try:
                 if self._live is not None:
@@ -235,12 +238,19 @@ def _silence_stdout() -> None:
 
 
 def build_display(
-    progress: Progress, total_steps: int, start_step: int = 0, *, log_path: Path | None = None
+    progress: Progress,
+    total_steps: int,
+    start_step: int = 0,
+    *,
+    log_path: Path | None = None,
+    silent: bool = False,
 ) -> Display:
     """The display of one run; ``auto`` is live if stdout is a terminal that can move its cursor."""
     terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     live = progress is Progress.live or (progress is Progress.auto and terminal)
-    return Display(live=live, total_steps=total_steps, start_step=start_step, log_path=log_path)
+    return Display(
+        live=live, total_steps=total_steps, start_step=start_step, log_path=log_path, silent=silent
+    )
 
 
 # --- tables ------------------------------------------------------------------------------------

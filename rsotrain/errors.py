@@ -15,6 +15,10 @@ class TrainingError(RuntimeError):
     """
 
 
+class LostRankError(TrainingError):
+    """Another process of the run has ended or cannot be reached; each of those left says so."""
+
+
 # sysexits.h EX_TEMPFAIL: stopped before the end with everything saved; the same command goes on.
 INTERRUPTED_STATUS = 75
 

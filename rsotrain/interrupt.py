@@ -9,6 +9,12 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class Reason(str):
+    """Why training stops, in words; ``signalled``: by a signal, not by the time budget."""
+
+    signalled = False
+
+
 class StopRequest:
     """``reason()`` is None until training should stop. A second SIGINT ends the process at once."""
 
@@ -17,16 +23,19 @@ class StopRequest:
         self._max_seconds = max_seconds
         self._signal: str | None = None
 
-    @property
-    def signalled(self) -> bool:
-        return self._signal is not None
-
-    def reason(self) -> str | None:
+    def reason(self) -> Reason | None:
         if self._signal is not None:
-            return self._signal
+            reason = Reason(self._signal)
+            reason.signalled = True
+            return reason
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return f"max_seconds={self._max_seconds:g}"
+            return Reason(f"max_seconds={self._max_seconds:g}")
         return None
+
+    def signals(self) -> tuple[float, float]:
+        """(1 if asked to stop, 1 if by a signal), to be summed over ranks."""
+        reason = self.reason()
+        return float(reason is not None), float(reason is not None and reason.signalled)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -42,3 +51,13 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def agreed_reason(stop: StopRequest, signals: tuple[float, ...]) -> Reason | None:
+    """The reason that all ranks have, given the sums over them of ``StopRequest.signals``."""
+    asked, signalled = signals
+    if not asked:
+        return None
+    reason = stop.reason() or Reason("a request to another rank")
+    reason.signalled = bool(signalled)
+    return reason

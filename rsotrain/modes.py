@@ -9,6 +9,7 @@ import torch
 from rsotrain.config import Config, ExportDtype, Precision
 from rsotrain.data.build import build_validation
 from rsotrain.display import print_result_table
+from rsotrain.distributed import World, resolve_device
 from rsotrain.errors import UserError
 from rsotrain.evaluation import evaluate
 from rsotrain.export import export_huggingface
@@ -16,7 +17,6 @@ from rsotrain.generation import generate_texts
 from rsotrain.metrics import finite
 from rsotrain.run_folder import run_folder_path
 from rsotrain.trained_model import TrainedModel, open_trained
-from rsotrain.trainer import resolve_device
 
 
 def _open(config: Config, precision: Precision) -> tuple[TrainedModel, torch.device]:
@@ -44,7 +44,7 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         validation.evaluation_batches(
             config.evaluation.micro_batch_size or config.micro_batch_size or config.batch_size, limit
         ),
-        device,
+        World(device),
         bytes_per_token=validation.num_target_bytes(trained.tokenizer.decode, limit) / num_targets,
     )
     result["tokens"] = num_targets

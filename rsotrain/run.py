@@ -3,27 +3,32 @@
 import math
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from rsotrain import modes
-from rsotrain.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from rsotrain.config import Config, Mode
+from rsotrain.checkpoint import KINDS, list_checkpoints, read_checkpoint
+from rsotrain.config import Config, LoadWhat, Mode
 from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.distributed import World, start
 from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
-from rsotrain.interrupt import StopRequest
-from rsotrain.loggers import build_loggers
+from rsotrain.interrupt import Reason, StopRequest, agreed_reason
+from rsotrain.loggers import Loggers, build_loggers
 from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
-from rsotrain.run_folder import RunFolder, identity, open_run_folder
+from rsotrain.overrides import flatten
+from rsotrain.run_folder import RunFolder, identity, open_run_folder, plain
+from rsotrain.saving import BackgroundSaver
 from rsotrain.trained_model import save_tokenizer
-from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition
+from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition, share_of_batch
 from rsotrain.wandb_logger import resolve_mode
 
 
@@ -55,26 +60,36 @@ def train(config: Config) -> dict[str, Any]:
     checkpoint cannot be written; StoppedEarly after ``max_seconds``, and SystemExit with
     ``INTERRUPTED_STATUS`` after a signal, the checkpoint written.
     """
-    check_composition(config)
-    resolve_mode(config.logger.wandb_mode)
-    with open_run_folder(config, os.environ.get("WANDB_RUN_ID")) as folder:
-        summary = folder.finished_summary()
+    world = start(config.parallelism, config.device)
+    with world.reporting_losses(), ExitStack() as stack:
+        world.together(lambda: check_composition(config))
+        resolve_mode(config.logger.wandb_mode)
+
+        def enter() -> tuple[str, str, dict[str, Any] | None]:
+            folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID")))
+            return str(folder.path), folder.run_id, folder.finished_summary()
+
+        path, run_id, summary = world.from_main(enter)  # rank 0 alone makes and locks it
+        folder = RunFolder(Path(path), run_id)
         if summary is not None:
-            print(f"{folder.path} is finished already; overwrite=true runs it again")
-            print_closing_table(summary, _files(folder))
+            if world.is_main:
+                print(f"{folder.path} is finished already; overwrite=true runs it again")
+                print_closing_table(summary, _files(folder))
             return summary
+        log_path = folder.path / "train.log"
         display = build_display(
-            config.logger.progress, config.steps, start_step=0, log_path=folder.path / "train.log"
+            config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
         )
         try:
-            run = TrainingRun(config, folder, display)
+            run = TrainingRun(config, folder, display, world)
             summary = run.run()
         finally:
             display.close()
-        files = _files(folder)
-        if (wandb := run.loggers.places().get("wandb")) is not None:
-            files["wandb"] = _inside(folder.path, wandb)
-        print_closing_table(summary, files, folder.path / "train.log")
+        if world.is_main:
+            files = _files(folder)
+            if (wandb := run.loggers.places().get("wandb")) is not None:
+                files["wandb"] = _inside(folder.path, wandb)
+            print_closing_table(summary, files, log_path)
         return summary
 
 
@@ -94,39 +109,49 @@ def _inside(folder: Path, place: Path | str) -> str:
 class TrainingRun:
     """Drives a Trainer: resuming, logging, evaluating, saving, stopping, the summary."""
 
-    def __init__(self, config: Config, folder: RunFolder, display: Display) -> None:
+    def __init__(self, config: Config, folder: RunFolder, display: Display, world: World) -> None:
         self.config = config
         self.folder = folder
         self.display = display
-        self.data = build_data(
-            config.data,
-            config.tokenizer,
-            seq_len=config.seq_len,
-            cache_dir=cache_dir(config),
-            notify=display.message,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_validation_tokens=config.evaluation.max_tokens,
+        self.world = world
+        self.data = world.in_turn(
+            lambda: build_data(
+                config.data,
+                config.tokenizer,
+                seq_len=config.seq_len,
+                cache_dir=cache_dir(config),
+                notify=display.message,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                share=share_of_batch(config.batch_size, world),
+                max_validation_tokens=config.evaluation.max_tokens,
+            )
         )
-        save_tokenizer(self.data.tokenizer, folder.path)
-        self.trainer = Trainer(config, self.data)
+        world.main_together(lambda: save_tokenizer(self.data.tokenizer, folder.path))
+        self.trainer = Trainer(config, self.data, world)
         self.validation: dict[str, float] = {}  # the last evaluation, and its step
         self.best_loss = math.inf
         self.record: dict[str, float | int | str] = {}
         self.earlier_seconds = 0.0  # of earlier starts of this run
         resumed = self._resume()
-        print_parameter_table(self.trainer.optimizer.table(), folder.path / "train.log")
         self.matmul_rate = matmul_flops_per_second(self.trainer.device, COMPUTE_DTYPE[config.precision])
-        self.loggers = build_loggers(
-            config.logger,
-            run_dir=folder.path,
-            run_id=folder.run_id,
-            run_name=folder.path.name,
-            flat_config=identity(config),
-            resume_step=resumed,
-            warn=display.message,
-        )
+        self.loggers = Loggers([])
+        world.main_together(lambda: self._start_loggers(resumed))
+        self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints)
         self.start = time.monotonic()
+
+    def _start_loggers(self, resumed: int | None) -> None:
+        print_parameter_table(self.trainer.optimizer.table(), self.folder.path / "train.log")
+        self.loggers = build_loggers(
+            self.config.logger,
+            run_dir=self.folder.path,
+            run_id=self.folder.run_id,
+            run_name=self.folder.path.name,
+            flat_config=identity(self.config)
+            | dict(flatten({"parallelism": plain(self.config.parallelism)})),
+            resume_step=resumed,
+            warn=self.display.message,
+        )
 
     @property
     def seconds(self) -> float:
@@ -147,11 +172,11 @@ class TrainingRun:
                     f"stopped by {reason} after step {self.trainer.step}, everything saved;"
                     f" the same command goes on (exit status {INTERRUPTED_STATUS})"
                 )
-                raise SystemExit(INTERRUPTED_STATUS) if stop.signalled else StoppedEarly
-            summary = self._summary()
-            write_json_atomic(self.folder.summary, summary)
+                raise SystemExit(INTERRUPTED_STATUS) if reason.signalled else StoppedEarly
+            summary = self.world.from_main(self._write_summary)
             exit_code = 0
         except NonFiniteError as error:
+            self._warn_of_failed_save()
             kept = list_checkpoints(self.folder.checkpoints)[-1:]
             last = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
             raise TrainingError(
@@ -159,17 +184,23 @@ class TrainingRun:
             ) from error
         finally:
             self.data.train.close()
+            self.saver.close()
             self.loggers.close(summary, exit_code)
         return summary
 
-    def _loop(self, stop: StopRequest) -> str | None:
+    def _write_summary(self) -> dict[str, Any]:
+        summary = self._summary()
+        write_json_atomic(self.folder.summary, summary)
+        return summary
+
+    def _loop(self, stop: StopRequest) -> Reason | None:
         """Train to the last step, or to the first request to stop, whose reason is returned."""
         config, trainer = self.config, self.trainer
         self.timer = StepTimer()
         reason = stop.reason()
         while trainer.step < config.steps and reason is None:
             lr = trainer.lr
-            result = trainer.train_step()
+            result = trainer.train_step(stop.signals)
             self.timer.tick(result.tokens)
             step, last = trainer.step, trainer.step == config.steps
             if step == 1 or step % config.log_every == 0 or last:
@@ -178,8 +209,9 @@ class TrainingRun:
                 if config.eval_every is not None and step % config.eval_every == 0 and not last:
                     self._evaluate()
                 if config.save_every is not None and step % config.save_every == 0 and not last:
-                    self._save_or_warn()
-            reason = stop.reason()
+                    self._begin_save()
+            # with several ranks all stop after the same step, whichever of them was asked to
+            reason = stop.reason() if self.world.size == 1 else agreed_reason(stop, result.signals)
         if trainer.step == config.steps:
             if self.validation.get("step") != trainer.step:
                 self._evaluate()
@@ -204,7 +236,8 @@ class TrainingRun:
 
     def _mfu(self, tokens_per_second: float) -> float:
         """Model FLOPs utilisation: share of the matrix-multiply rate measured at the start."""
-        return tokens_per_second * self.trainer.flops_per_token / self.matmul_rate
+        rate = self.matmul_rate * self.world.size
+        return tokens_per_second * self.trainer.flops_per_token / rate
 
     def _log(self, values: dict[str, float]) -> None:
         trainer = self.trainer
@@ -224,25 +257,24 @@ class TrainingRun:
             )
 
     def _save_or_fail(self) -> None:
-        try:
-            self._save()
-        except (OSError, SafetensorError) as error:
+        """The last checkpoint, and wait for it."""
+        self._begin_save()
+        if (failed := self.saver.wait()) is not None:
+            step, error = failed
             raise TrainingError(
-                f"the checkpoint of step {self.trainer.step} could not be written ({error});"
+                f"the checkpoint of step {step} could not be written ({error});"
                 " make room, and the same command trains on from the one before"
             ) from error
 
-    def _save_or_warn(self) -> None:
-        """In the middle of a run a full disk costs a warning, not the run."""
-        try:
-            self._save()
-        except (OSError, SafetensorError) as error:
-            self.display.message(
-                f"warning: the checkpoint of step {self.trainer.step} was not written: {error}"
-            )
+    def _warn_of_failed_save(self) -> None:
+        """Wait for what is being written. In the middle of a run a full disk costs a warning, not the run."""
+        if (failed := self.saver.wait()) is not None:
+            step, error = failed
+            self.display.message(f"warning: the checkpoint of step {step} was not written: {error}")
 
-    def _save(self) -> None:
-        state = self.trainer.state_dict()
+    def _begin_save(self) -> None:
+        self._warn_of_failed_save()
+        state, step = self.trainer.state_dict(), self.trainer.step
         own = {
             "seconds": self.seconds,
             "best_loss": self.best_loss,
@@ -250,37 +282,79 @@ class TrainingRun:
             "record": finite(self.record),
             "data": self.data.fingerprint,
         }
-        save_checkpoint(
-            self.folder.checkpoints,
-            self.trainer.step,
-            state["model"],
-            state["optimizer"],
-            {**state["trainer"], "run": {k: v for k, v in own.items() if v != math.inf}},
-            keep=self.config.keep_checkpoints,
+        evaluated = self.validation.get("step") == step
+        self.saver.start(
+            step,
+            state,
+            self.trainer.shards(),
+            {
+                **state["trainer"],
+                "run": {k: v for k, v in own.items() if v != math.inf},
+                "score": finite(self.validation["val/loss"]) if evaluated else None,
+            },
         )
 
     def _resume(self) -> int | None:
-        """Load the newest checkpoint that can be read; its step, or None to start afresh."""
-        for path in reversed(list_checkpoints(self.folder.checkpoints)):
-            try:
-                model, optimizer, record = load_checkpoint(path, self.trainer.device)
-                own, _, _ = record["run"], record["step"], record["tokens"]
-                fingerprint, seconds = own["data"], own["seconds"]
-                validation, last = own["validation"], own["record"]
-            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-                self.display.message(f"warning: {path.name} cannot be read and is passed over: {error}")
-                continue
-            if fingerprint != self.data.fingerprint:
-                raise UserError(
-                    f"the data or the tokenizer have changed since {path} was written;"
-                    " bring the old files back, choose another run_name, or overwrite=true to start again"
-                )
-            self.trainer.load_state_dict({"model": model, "optimizer": optimizer, "trainer": record})
-            self.earlier_seconds, self.validation, self.record = seconds, validation, last
-            self.best_loss = own.get("best_loss", math.inf)
-            self.display.message(f"resumed from {path}")
-            return self.trainer.step
+        """Load the newest checkpoint that is whole; its step, or None to start afresh."""
+        own = self.world.from_main(lambda: [str(p) for p in list_checkpoints(self.folder.checkpoints)])
+        for path in map(Path, reversed(own)):
+            found = self._read(path)
+            if found is not None:
+                state, run = found
+                if run["data"] != self.data.fingerprint:
+                    raise UserError(
+                        f"the data or the tokenizer have changed since {path} was written;"
+                        " bring the old files back, choose another run_name, or overwrite=true to start again"
+                    )
+                self._take_up(state, run, path)
+                return self.trainer.step
+        if self.config.checkpoint.path is not None:
+            return self._begin_from(Path(self.config.checkpoint.path).expanduser())
         return None
+
+    def _read(self, path: Path, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What ``load_state_dict`` takes, and the run's own record; None, said aloud, if it is damaged."""
+
+        def read() -> tuple[dict[str, Any], dict[str, Any]]:
+            try:
+                return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+                raise OSError(str(error)) from error
+
+        try:
+            return self.world.together(read)
+        except OSError as error:
+            self.display.message(f"warning: {path.name} cannot be read and is passed over: {error}")
+            return None
+
+    def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path) -> None:
+        self.trainer.load_state_dict(state)
+        self.earlier_seconds, self.validation, self.record = run["seconds"], run["validation"], run["record"]
+        self.best_loss = run.get("best_loss", math.inf)
+        self.display.message(f"resumed from {path}")
+
+    def _begin_from(self, given: Path) -> int | None:
+        """Start from another run's checkpoint, or from its weights alone."""
+        inside = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        candidates = self.world.from_main(lambda: [str(p) for p in list_checkpoints(inside)]) or [str(given)]
+        for path in map(Path, reversed(candidates)):
+            weights_only = self.config.checkpoint.load is LoadWhat.weights
+            found = self._read(path, KINDS[:1] if weights_only else KINDS)
+            if found is None:
+                continue
+            state, run = found
+            if weights_only:
+                self.trainer.load_weights(state["model"])
+                self.display.message(f"begins with the weights of {path}")
+                return None
+            if run["data"] != self.data.fingerprint:
+                raise UserError(
+                    f"checkpoint.path={path} was trained on other data or with another tokenizer;"
+                    " take the weights alone with checkpoint.load=weights"
+                )
+            self._take_up(state, run, path)
+            return self.trainer.step
+        raise UserError(f"checkpoint.path={given} holds no checkpoint that can be read")
 
     def _summary(self) -> dict[str, Any]:
         """The last of each metric, the best validation loss, the median throughput."""

@@ -21,9 +21,9 @@ from rsotrain.overrides import flatten
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger", "checkpoint", "generate", "export", "data.workers",
-    "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path", "evaluation.num_fewshot",
-    "evaluation.task_limit", "evaluation.micro_batch_size",
+    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export",
+    "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
+    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
 )  # fmt: skip
 
 

@@ -49,11 +49,11 @@ def save_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
 def open_trained(
     config: Config, run_folder: Path, device: torch.device, precision: Precision
 ) -> TrainedModel:
-    """The model that ``config.checkpoint`` names, or the newest checkpoint in ``run_folder``.
+    """The model that ``config.checkpoint.path`` names, or the newest checkpoint in ``run_folder``.
 
     Raises UserError where there is none, or one that cannot be read.
     """
-    path = Path(config.checkpoint).expanduser() if config.checkpoint is not None else run_folder
+    path = Path(config.checkpoint.path).expanduser() if config.checkpoint.path is not None else run_folder
     if (path / "config.json").is_file():
         trained = _from_huggingface(path, device, precision)
     elif (path / "trainer.json").is_file():
@@ -63,7 +63,7 @@ def open_trained(
         if not checkpoints:
             raise UserError(
                 f"{path} is neither a run with a checkpoint, nor a checkpoint, nor a Hugging Face folder;"
-                " give one with checkpoint=…"
+                " give one with checkpoint.path=…"
             )
         trained = _from_run(path, checkpoints[-1], device, precision)
     if trained.vocab_size < trained.tokenizer.vocab_size:

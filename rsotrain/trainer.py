@@ -1,23 +1,29 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from rsotrain.config import Config, Device
+from rsotrain.config import Config
 from rsotrain.data.build import Data
+from rsotrain.data.sequences import merged_states
+from rsotrain.distributed import World, resolve_device
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.evaluation import IGNORE_INDEX, evaluate
 from rsotrain.flops import training_flops_per_token
 from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
-from rsotrain.models.build import build_model, model_vocab_size
+from rsotrain.models.build import build_model, materialize, model_vocab_size
+from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
+from rsotrain.sharding import Shard, local, shard_model, shard_of
 
 
 class NonFiniteError(TrainingError):
@@ -26,19 +32,20 @@ class NonFiniteError(TrainingError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean nats per valid token of the batch. ``grad_norm``: before clipping."""
+    """``loss``: mean nats per valid token of the batch. ``grad_norm``: before clipping. Of all ranks, as are
+    ``tokens``; ``signals``: the sums over ranks of what ``train_step`` was given to pass around."""
 
     loss: float
     grad_norm: float
     tokens: int
+    signals: tuple[float, ...] = ()
 
 
-def resolve_device(device: Device) -> torch.device:
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch finds no CUDA device here; use device=cpu or device=auto")
-    if device is Device.cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda")
+Signals = Callable[[], tuple[float, ...]]
+
+
+def no_signals() -> tuple[float, ...]:
+    return ()
 
 
 def check_composition(config: Config) -> None:
@@ -64,22 +71,30 @@ def check_composition(config: Config) -> None:
     )
 
 
+def share_of_batch(batch_size: int, world: World) -> range:
+    """The places of a batch that are this rank's."""
+    own = batch_size // world.size
+    return range(world.rank * own, (world.rank + 1) * own)
+
+
 class Trainer:
     """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
 
-    ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs.
+    ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs. With
+    several ranks each has a Trainer; all call its methods together, and each batch is divided among them.
     """
 
-    def __init__(self, config: Config, data: Data) -> None:
+    def __init__(self, config: Config, data: Data, world: World | None = None) -> None:
         self.config = config
         self.data = data
-        self.device = resolve_device(config.device)
+        self.world = world or World(resolve_device(config.device))
+        self.device = self.world.device
         self.vocab_size = model_vocab_size(config.model, data.tokenizer.vocab_size)
         self.model = build_model(
             config.model,
             vocab_size=self.vocab_size,
             precision=config.precision,
-            device=self.device,
+            device=self.device if self.world.mesh is None else torch.device("meta"),
             seed=config.seed,
             activation_checkpointing=config.activation_checkpointing,
             separator_id=data.tokenizer.eos_id if config.data.document_mask else None,
@@ -91,16 +106,23 @@ class Trainer:
             precision=config.precision,
             seed=config.seed,
             total_steps=config.steps,
+            place=None if self.world.mesh is None else self._place,
         )
         if config.compile:
             for block in self.model.model.layers:
                 block.compile()
         self.order = data.train.order(config.seed)
-        self.parameters = self.optimizer.gradient_holders()
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
+
+    def _place(self, model: nn.Module) -> None:
+        """Shard a model that has no memory yet, then give it memory and weights."""
+        assert isinstance(model, Llama)
+        assert self.world.mesh is not None
+        shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
+        materialize(model, self.device, self.config.seed)
 
     @property
     def lr(self) -> float:
@@ -114,27 +136,37 @@ class Trainer:
     def flops_per_token(self) -> int:
         return training_flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
 
+    @property
+    def _batch_size_of_rank(self) -> int:
+        return self.config.batch_size // self.world.size
+
     def _micro_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        indices = self.order.indices(self.step, self.config.batch_size)
-        size = self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(indices), size):
+        """This rank's part of the step's batch: which sequences that has does not depend on the ranks."""
+        share = share_of_batch(self.config.batch_size, self.world)
+        indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
+        size = self.config.micro_batch_size or len(share)
+        for start in range(0, len(share), size):
             yield self.data.train.batch(indices[start : start + size])
 
-    def train_step(self) -> StepResult:
+    def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
 
-        The loss is the sum over all micro-batches divided by their number of valid tokens, so that
-        k micro-batches give the update of one batch. Raises NonFiniteError before the update.
+        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens,
+        so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
+        update, and what the ranks answer is summed. Raises NonFiniteError before the update.
         """
         batches = list(self._micro_batches())
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
+        tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
-        for inputs, targets in batches:
+        for i, (inputs, targets) in enumerate(batches):
+            if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
+                self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
             loss = self._forward(inputs, targets) / tokens
             loss.backward()
             total += loss.detach()
-        grad_norm = self._clip_gradients()
-        loss_value, norm_value = torch.stack([total, grad_norm]).tolist()  # the step's one host sync
+        self.optimizer.reduce_gradients()
+        loss_value, norm_value, *answers = self._finish_gradients(total, signals).tolist()  # one host sync
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad()
             raise NonFiniteError(
@@ -143,11 +175,11 @@ class Trainer:
         self.optimizer.set_lr_factor(self._lr_factor())
         self.optimizer.step()
         if self.gradients_bytes == 0:
-            self.gradients_bytes = tensors_bytes(p.grad for p in self.parameters)
+            self.gradients_bytes = tensors_bytes(self.optimizer.gradients())
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens += tokens
-        return StepResult(loss_value, norm_value, tokens)
+        return StepResult(loss_value, norm_value, tokens, tuple(answers))
 
     def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         inputs = inputs.to(self.device, non_blocking=True)
@@ -160,31 +192,48 @@ class Trainer:
             self.saved_activations_bytes = saved.total
             return loss
 
-    def _clip_gradients(self) -> torch.Tensor:
-        """Global 2-norm of the gradients, fp32, before they are scaled down to ``grad_clip``."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+    def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
+        """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.
+
+        The norm is fp32, and that before they are scaled down.
+        """
+        gradients = self.optimizer.gradients()
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.world.size == 1:
+            result = torch.stack([loss, norm, *(loss.new_tensor(s) for s in signals())])
+        else:
+            mesh = self.world.mesh
+            assert mesh is not None
+            replicas = self.world.size // mesh["shard"].size()  # each piece is on so many ranks
+            own = torch.stack([loss.double(), norm.double().square() / replicas])
+            result = torch.cat([own, own.new_tensor(signals())])
+            dist.all_reduce(result)
+            result[1].sqrt_()
+            norm = result[1].to(norm.dtype)
         if self.config.grad_clip is not None:
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor)
-        return norm
+        return result
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics at the present weights."""
         config, validation = self.config, self.data.validation
-        size = config.evaluation.micro_batch_size or config.micro_batch_size or config.batch_size
-        return evaluate(
+        size = config.evaluation.micro_batch_size or config.micro_batch_size or self._batch_size_of_rank
+        metrics = evaluate(
             self.model,
             validation.evaluation_batches(size, config.evaluation.max_tokens),
-            self.device,
+            self.world,
             bytes_per_token=self._validation_bytes_per_token,
         )
+        if self.world.mesh is not None:
+            self.model.reshard()  # type: ignore[operator]
+        return metrics
 
     def generate(self) -> list[tuple[str, str]]:
         """(prompt, continuation) for each of ``generate.prompts``."""
         config = self.config
-        return generate_texts(
+        texts = generate_texts(
             self.model,
             self.data.tokenizer,
             config.generate,
@@ -192,6 +241,9 @@ class Trainer:
             device=self.device,
             seed=config.seed,
         )
+        if self.world.mesh is not None:
+            self.model.reshard()  # type: ignore[operator]
+        return texts
 
     @cached_property
     def _validation_bytes_per_token(self) -> float:
@@ -201,7 +253,7 @@ class Trainer:
         return num_bytes / validation.num_targets(limit)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part; peak memory is the process's and is measured by whoever logs it."""
+        """Bytes of this rank by part; peak memory is the process's and is measured by whoever logs it."""
         return {
             "memory/parameters_bytes": tensors_bytes(self.model.parameters()),
             "memory/gradients_bytes": self.gradients_bytes,
@@ -210,24 +262,46 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """``model`` and ``optimizer``: flat name -> tensor. ``trainer``: what JSON can hold."""
+        """``model`` and ``optimizer``: flat name -> tensor, of which this rank's piece, as ``shards`` says.
+
+        ``trainer``: what JSON can hold, the same on every rank.
+        """
+        data = merged_states(self.world.gathered(self.data.train.state_dict()))
+        named = self.model.named_parameters()  # tied weights once
         return {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},  # tied weights once
+            "model": {name: local(p).detach() for name, p in named},
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "tokens": self.tokens, "data": self.data.train.state_dict()},
+            "trainer": {"step": self.step, "tokens": self.tokens, "data": data},
         }
 
+    def shards(self) -> dict[str, Shard]:
+        """Which piece of each tensor ``state_dict`` has, by name; what is absent is whole."""
+        shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+        return {name: s for name, s in (shards | self.optimizer.shards()).items() if s.dim is not None}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        parameters = dict(self.model.named_parameters())
-        saved = state["model"]
-        for name in sorted(parameters.keys() | saved.keys()):
-            here, there = parameters.get(name), saved.get(name)
-            if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
-                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+        """Raises UserError, changing nothing, if ``state`` is not of this model and optimizer."""
+        self._check_weights(state["model"], same_dtype=True)
         self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+        self._copy_weights(state["model"])
         self.data.train.load_state_dict(state["trainer"].get("data", {}))
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """The weights alone, of any dtype, for a new run; UserError if they are another model's."""
+        self._check_weights(weights, same_dtype=False)
+        self._copy_weights(weights)
+
+    def _check_weights(self, saved: Mapping[str, torch.Tensor], *, same_dtype: bool) -> None:
+        parameters = {name: local(p) for name, p in self.model.named_parameters()}
+        for name in sorted(parameters.keys() | saved.keys()):
+            here, there = parameters.get(name), saved.get(name)
+            same = here is not None and there is not None and here.shape == there.shape
+            if not same or (same_dtype and parameters[name].dtype != saved[name].dtype):
+                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+
+    @torch.no_grad()
+    def _copy_weights(self, saved: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            local(parameter).copy_(saved[name])

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rsotrain.config import (
     Config,
+    LoadWhat,
     LRSchedulerConfig,
     ModelConfig,
     NoSamplerConfig,
     OptimizerConfig,
+    Strategy,
     SubspaceConfig,
 )
 from rsotrain.errors import UserError
@@ -39,11 +41,7 @@ def validate(config: Config) -> None:
         "save_every", "log_every", "keep_checkpoints", "max_seconds",
     )  # fmt: skip
     _require(config.seed >= 0, f"seed={config.seed} must not be negative")
-    micro = config.micro_batch_size
-    _require(
-        micro is None or config.batch_size % micro == 0,
-        f"batch_size={config.batch_size} is not divisible by micro_batch_size={micro}; change one of them",
-    )
+    _validate_parallelism(config, int(os.environ.get("WORLD_SIZE", "1")))
     _positive(config.evaluation, "evaluation.", "max_tokens", "micro_batch_size")
     validate_model(config.model)
     longest = config.model.max_position_embeddings
@@ -59,16 +57,47 @@ def validate(config: Config) -> None:
     validate_tokenizer(config.tokenizer, config.model)
     validate_modes(config)
     _positive(config.logger, "logger.", "wandb_init_timeout_seconds")
+    _validate_checkpoint(config)
     name = config.run_name
     _require(
         name is None or (name not in ("", ".", "..") and Path(name).name == name),
         f"run_name={name} must be the name of one folder, without a slash",
     )
     _validate_output(Path(config.output_dir).expanduser())
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _validate_parallelism(config: Config, started: int) -> None:
+    """``started``: processes that torchrun says there are."""
+    parallelism = config.parallelism
+    _positive(parallelism, "parallelism.", "world_size", "shard_size", "timeout_seconds")
+    wanted, shards = parallelism.world_size, parallelism.shard_size
     _require(
-        world_size == 1,
-        f"parallelism=single is for one process, but {world_size} were started; start one",
+        wanted in (None, started),
+        f"parallelism.world_size={wanted}, but {started} processes were started;"
+        f" start {wanted} with torchrun --nproc_per_node, or leave it null",
+    )
+    _require(
+        started == 1 or parallelism.strategy is not Strategy.single,
+        f"parallelism=single is for one process, but {started} were started;"
+        " start one, or choose parallelism=fsdp, ddp or hsdp",
+    )
+    _require(
+        shards is None or parallelism.strategy is Strategy.hsdp,
+        f"parallelism.shard_size={shards} is for parallelism=hsdp; leave it out",
+    )
+    _require(
+        shards is None or started % shards == 0,
+        f"parallelism.shard_size={shards} does not divide the {started} processes; choose a divisor",
+    )
+    _require(
+        config.batch_size % started == 0,
+        f"batch_size={config.batch_size} does not divide among {started} processes; make it a multiple",
+    )
+    micro, of_rank = config.micro_batch_size, config.batch_size // started
+    _require(
+        micro is None or of_rank % micro == 0,
+        f"batch_size={config.batch_size}{f' ({of_rank} a process)' if started > 1 else ''} is not divisible"
+        f" by micro_batch_size={micro}; change one of them",
     )
 
 
@@ -100,6 +129,16 @@ def validate_model(model: ModelConfig) -> None:
     )
 
 
+# settings that some optimizers have: the smallest and the largest value
+_OWN_RANGES = {
+    "max_growth": (1.0, math.inf),
+    "free_scale": (0.0, math.inf),
+    "rho": (0.0, 1.0),
+    "momentum": (0.0, 1.0),
+    "ns_steps": (1, 99),
+}
+
+
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
     _require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
     _require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
@@ -113,6 +152,12 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         optimizer.weight_decay >= 0,
         f"optimizer.weight_decay={optimizer.weight_decay} must not be negative",
     )
+    for key, (low, high) in _OWN_RANGES.items():
+        value = getattr(optimizer, key, None)
+        _require(
+            value is None or low <= value <= high,
+            f"optimizer.{key}={value} must lie between {low} and {high}",
+        )
 
 
 def _validate_subspace(config: Config) -> None:
@@ -158,6 +203,17 @@ def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
         fraction + decay <= 1,
         f"warm-up ({fraction:.3g}) and lr_scheduler.decay_fraction={decay} take more than all the steps",
     )
+
+
+def _validate_checkpoint(config: Config) -> None:
+    path = config.checkpoint.path
+    if path is None:
+        _require(
+            config.checkpoint.load is LoadWhat.all,
+            "checkpoint.load=weights takes them from checkpoint.path, which is null; give a checkpoint",
+        )
+        return
+    _require(Path(path).expanduser().is_dir(), f"checkpoint.path={path} is not a folder")
 
 
 def _validate_output(output_dir: Path) -> None:

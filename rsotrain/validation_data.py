@@ -1,5 +1,6 @@
 """Ranges and cross-field rules of data, tokenizers and modes; part of ``validation.py``."""
 
+import os
 import string
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rsotrain.config import (
     HubDataConfig,
     HuggingFaceTokenizerConfig,
     InstructionsDataConfig,
+    LoadWhat,
     Mode,
     ModelConfig,
     Packing,
@@ -154,16 +156,20 @@ def validate_modes(config: Config) -> None:
         )
     _require(
         not evaluation.tasks or config.mode is Mode.evaluate,
-        "evaluation.tasks is for mode=evaluate; give the run there with checkpoint=…",
+        "evaluation.tasks is for mode=evaluate; give the run there with checkpoint.path=…",
     )
     _require(
-        config.checkpoint is None or config.mode is not Mode.train,
-        f"checkpoint={config.checkpoint} is for mode=evaluate, generate and export;"
-        " to start from a Hugging Face folder give model.init_from",
+        config.checkpoint.load is LoadWhat.all or config.mode is Mode.train,
+        "checkpoint.load=weights is for mode=train; the other modes take nothing else",
     )
-    if config.checkpoint is not None:
-        path = Path(config.checkpoint).expanduser()
-        _require(path.is_dir(), f"checkpoint={path} is not a folder")
+    _require(
+        config.mode is Mode.train or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        f"mode={config.mode.name} is for one process; start one",
+    )
+    _require(
+        config.model.init_from is None or config.checkpoint.path is None or config.mode is not Mode.train,
+        "model.init_from and checkpoint.path both give the first weights; leave one of them out",
+    )
     _require(
         config.mode is Mode.export or (config.export.path is None and config.export.dtype is None),
         "export.path and export.dtype are for mode=export",

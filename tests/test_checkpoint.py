@@ -8,16 +8,15 @@ import torch
 from safetensors import SafetensorError
 
 import rsotrain.checkpoint as checkpoint
-from rsotrain.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from rsotrain.checkpoint import DamagedError, list_checkpoints, load_checkpoint, load_tensors, save_checkpoint
 
 CPU = torch.device("cpu")
 
 
-def save(folder: Path, step: int, keep: int = 2) -> Path:
+def save(folder: Path, step: int, keep: int = 2, score: float | None = None) -> Path:
     weight = torch.full((3, 2), float(step), dtype=torch.bfloat16)
-    return save_checkpoint(
-        folder, step, {"w": weight, "v": weight.t()}, {"w.exp_avg": weight.float()}, {"step": step}, keep=keep
-    )
+    tensors = {"model": {"w": weight, "v": weight.t()}, "optimizer": {"w.exp_avg": weight.float()}}
+    return save_checkpoint(folder, step, tensors, {"step": step, "score": score}, keep=keep)
 
 
 def test_round_trip_keeps_dtype_and_bits(tmp_path: Path) -> None:
@@ -27,7 +26,7 @@ def test_round_trip_keeps_dtype_and_bits(tmp_path: Path) -> None:
     assert model["w"].dtype == torch.bfloat16
     assert model["v"].shape == (2, 3)
     assert optimizer["w.exp_avg"].eq(100).all()
-    assert record == {"step": 100}
+    assert record == {"step": 100, "score": None}
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
@@ -37,6 +36,29 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
         save(tmp_path, step)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, 2.0), (6, 2.1), (7, float("nan"))):
+        save(tmp_path, step, keep=1, score=score)
+        kept = [int(p.name[5:]) for p in list_checkpoints(tmp_path)]
+        assert kept == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6], 7: [5, 7]}[step]
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "no checksums"])
+def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    file = path / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    if kind == "flipped":  # the last byte is one of the tensors'
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif kind == "truncated":
+        file.write_bytes(content[:-4])
+    else:
+        (file if kind == "missing" else path / "checksums.json").unlink()
+    with pytest.raises(OSError if kind in ("missing", "no checksums") else DamagedError):
+        load_checkpoint(path, CPU)
 
 
 def test_saving_replaces_a_damaged_one_of_that_step_and_drops_later_ones(tmp_path: Path) -> None:
@@ -76,8 +98,11 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path: Path) -> None:
 
     path = save(tmp_path, 1)
     (path / "model.safetensors").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(SafetensorError):
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))  # where torch's own format has a pickle
+    with pytest.raises(DamagedError, match=r"model\.safetensors is damaged"):
         load_checkpoint(path, CPU)
+    with pytest.raises(SafetensorError):
+        load_tensors(path, "model")
     assert not (tmp_path / "executed").exists()
 
 

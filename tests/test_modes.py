@@ -43,13 +43,13 @@ def test_a_run_is_evaluated_exported_and_continued(
     evaluated = cli(*command, "mode=evaluate")
     assert evaluated.returncode == 0, evaluated.stderr
     for checkpoint in ("outputs/r", "outputs/r/checkpoints/step_00000006"):
-        here("mode=evaluate", f"checkpoint={checkpoint}")
+        here("mode=evaluate", f"checkpoint.path={checkpoint}")
     here("mode=export")
     config = json.loads((run / "export/config.json").read_text())
     assert config["vocab_size"] == 320
     with pytest.raises(UserError, match="overwrite=true replaces it"):
         here("mode=export")
-    here("mode=evaluate", "checkpoint=outputs/r/export")
+    here("mode=evaluate", "checkpoint.path=outputs/r/export")
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert len(lines) == 3  # a foreign folder is not written to
     for line in lines:
@@ -74,8 +74,8 @@ def test_a_run_is_evaluated_exported_and_continued(
     ("arguments", "sentence"),
     [
         (["mode=evaluate"], "is neither a run with a checkpoint"),
-        (["mode=evaluate", "checkpoint=nowhere"], "checkpoint=nowhere is not a folder"),
-        (["checkpoint=."], "is for mode=evaluate, generate and export"),
+        (["mode=evaluate", "checkpoint.path=nowhere"], "checkpoint.path=nowhere is not a folder"),
+        (["mode=export", "checkpoint.path=.", "checkpoint.load=weights"], "is for mode=train"),
         (["evaluation.tasks=[x]"], "evaluation.tasks is for mode=evaluate"),
         (["export.path=x"], "are for mode=export"),
         (["model=pretrained"], "model.init_from has no value"),

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsotrain.config import Config, EmbeddedDataConfig, Precision
+from rsotrain.config import CheckpointConfig, Config, EmbeddedDataConfig, Precision
 from rsotrain.data.build import build_validation
+from rsotrain.distributed import World
 from rsotrain.evaluation import evaluate
 from rsotrain.trained_model import open_trained
 
@@ -99,14 +100,16 @@ def test_a_real_model_reads_a_book_and_a_wrong_order_of_rows_does_not(
     for permute in (True, False):
         folder = tmp_path / str(permute)
         write_folder(folder, fields, tensors, permute)
-        trained = open_trained(Config(checkpoint=str(folder)), tmp_path, torch.device("cpu"), Precision.fp32)
+        trained = open_trained(
+            Config(checkpoint=CheckpointConfig(str(folder))), tmp_path, torch.device("cpu"), Precision.fp32
+        )
         validation = build_validation(
             EmbeddedDataConfig("embedded"), trained.tokenizer, seq_len=512, cache_dir=cache_dir,
             notify=lambda _: None, max_tokens=2048,
         )  # fmt: skip
         size = validation.num_target_bytes(trained.tokenizer.decode, 2048)
         metrics = evaluate(
-            trained.model, validation.evaluation_batches(2, 2048), torch.device("cpu"),
+            trained.model, validation.evaluation_batches(2, 2048), World(torch.device("cpu")),
             bytes_per_token=size / 2048,
         )  # fmt: skip
         perplexities[permute] = metrics["val/perplexity"]

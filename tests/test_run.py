@@ -74,7 +74,7 @@ def test_the_default_name_tells_runs_apart(cli: Cli, tmp_path: Path, tiny: list[
         assert cli(*tiny, "steps=1", *extra).returncode == 0
     names = sorted(p.name for p in (tmp_path / "outputs").iterdir())
     assert len(names) == 2  # how often a run logs does not make it another run
-    assert all(name.startswith("llama_tiny-adam-seed0-") for name in names)
+    assert all(name.startswith("llama_tiny-rso_pca-svd-seed0-") for name in names)
 
 
 def test_the_same_command_resumes_and_other_settings_are_refused(
@@ -86,7 +86,7 @@ def test_the_same_command_resumes_and_other_settings_are_refused(
     assert "stopped by max_seconds=0.5 after step" in stopped.stdout
     refused = cli(*command, "optimizer.lr=0.1")
     assert refused.returncode == 2
-    assert "holds a run with other settings (optimizer.lr: 0.01 there, 0.1 here)" in refused.stderr
+    assert "holds a run with other settings (optimizer.lr: 0.02 there, 0.1 here)" in refused.stderr
     resumed = cli(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stdout

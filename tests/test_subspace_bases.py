@@ -19,7 +19,7 @@ from rsotrain.subspace.projection import (
     resolve_rank,
     side_of,
 )
-from rsotrain.subspace.samplers import Draw, Sampler, gaussian, haar, svd
+from rsotrain.subspace.samplers import Draw, Sampler, gaussian, golore, haar, svd
 from rsotrain.subspace.schedule import RefreshSchedule
 
 SVD = Sampler("svd", svd, informed=True)
@@ -199,15 +199,15 @@ def test_a_sampler_that_switches_draws_at_the_switch() -> None:
     schedule = RefreshSchedule(gap=200, num_matrices=2, staggered=False, restart=321)
     assert [s for s in range(1, 401) if schedule.draw_index(0, s) is not None] == [1, 201, 321]
     assert [schedule.draw_index(1, s) for s in (1, 201, 321)] == [0, 1, 2]
-    progress = []
+    switched = []
 
     def draws(draw: Draw) -> torch.Tensor:
-        progress.append(draw.progress)
+        switched.append(draw.switched)
         return haar(draw)
 
     galore, parameter = part(gap=8, sampler=Sampler("two rules", draws, switch=0.8), total_steps=10)
     steps(galore, parameter, noise(10))
-    assert progress == [0.0, 0.8]
+    assert switched == [False, True]
 
 
 def test_zero_gradient_keeps_the_basis_and_the_weight_stays_finite() -> None:
@@ -275,3 +275,27 @@ def test_reduced_precision_basis_is_stored_in_it() -> None:
     steps(galore, parameter, noise(2))
     assert galore.state["w"]["basis"].dtype is torch.bfloat16
     assert galore.state["w"]["exp_avg_sq"].dtype is torch.float32
+
+
+def test_no_lagged_draw_follows_in_the_step_of_a_late_first_one() -> None:
+    calls: list[int] = []
+
+    def draws(draw: Draw) -> torch.Tensor:
+        calls.append(len(calls))
+        return haar(draw)
+
+    lagged = Sampler("lagged", draws, informed=True, lagged=True)
+    galore, parameter = part(gap=1, sampler=lagged)
+    drawn = []
+    for step, gradient in enumerate([torch.zeros(12, 8), *noise(3)], start=1):
+        steps(galore, parameter, [gradient], first=step)
+        drawn.append(len(calls))
+    assert drawn == [0, 1, 2, 3]
+
+
+def test_a_switch_to_random_bases_needs_no_gradient() -> None:
+    galore, parameter = part(gap=100, total_steps=4, sampler=Sampler("g", golore, informed=True, switch=0.5))
+    steps(galore, parameter, noise(2))
+    before = galore.state["w"]["basis"].clone()
+    steps(galore, parameter, [torch.zeros(12, 8)], first=3)
+    assert not torch.equal(galore.state["w"]["basis"], before)

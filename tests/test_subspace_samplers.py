@@ -38,7 +38,7 @@ ORTHONORMAL = {
     "haar": samplers.haar,
     "coordinate": samplers.coordinate,
     "srht": samplers.srht,
-    "golore": partial(samplers.golore, switch=0.8),
+    "golore": samplers.golore,
     "online_pca": partial(online_pca, lr=0.05, penalty=0.1, use_adam=False, orthonormalize=True),
 }
 GRADIENTS = {
@@ -249,9 +249,9 @@ def test_srht_is_orthonormal_and_spread_out_for_every_size(size: int) -> None:
 
 def test_golore_changes_over_at_its_share_of_the_run() -> None:
     gradient = GRADIENTS["ordinary"]
-    sampler = partial(samplers.golore, switch=0.75)
-    assert torch.equal(sampler(draw_of(gradient, progress=0.74)), samplers.svd(draw_of(gradient)))
-    assert torch.equal(sampler(draw_of(gradient, progress=0.75)), samplers.haar(draw_of(gradient)))
+    assert torch.equal(samplers.golore(draw_of(gradient)), samplers.svd(draw_of(gradient)))
+    switched = draw_of(gradient, switched=True)
+    assert torch.equal(samplers.golore(switched), samplers.haar(draw_of(gradient)))
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])

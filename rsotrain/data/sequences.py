@@ -33,7 +33,10 @@ class TrainingSequences(Protocol):
         """Inputs and targets, both int64, shape (len(indices), seq_len); IGNORE_INDEX is no target."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs beside the step, as JSON can hold it; nothing for cached tokens."""
+        """What an exact resume needs beside the step, as JSON can hold it; nothing for cached tokens.
+
+        Of several ranks each has a part, which ``merged_states`` puts together.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -52,6 +55,13 @@ class EvaluationSequences(Protocol):
     def target_counts(self, max_tokens: int | None = None) -> np.ndarray: ...
 
     def evaluation_batches(self, micro_batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]: ...
+
+
+def merged_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """That of a run from the ``state_dict`` of each rank: the lanes of all."""
+    if not states[0]:
+        return {}
+    return {"step": states[0]["step"], "lanes": {n: m for state in states for n, m in state["lanes"].items()}}
 
 
 class CachedSequences:

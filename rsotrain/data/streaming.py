@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from rsotrain.config import DataConfig
@@ -121,12 +120,8 @@ class StreamedSequences:
             self._groups.append(iter(loader))
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step and the lanes' places in the corpus; call it on all ranks of a distributed run."""
+        """The next step and the places in the corpus of the lanes that this process reads."""
         step, marks = self._state
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list[dict[int, Mark]] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, marks)
-            marks = {lane: mark for part in parts for lane, mark in part.items()}
         return {"step": step, "lanes": {str(lane): list(mark) for lane, mark in sorted(marks.items())}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rsotrain.sharding import local
+
 
 @dataclass
 class SavedBytes:
@@ -14,8 +16,8 @@ class SavedBytes:
 
 
 def tensors_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the elements of ``tensors``; None counts nothing."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    """Bytes of the elements of ``tensors`` on this rank; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in (local(t) for t in tensors if t is not None))
 
 
 @contextmanager
@@ -26,10 +28,12 @@ def saved_activation_bytes(model: nn.Module) -> Iterator[SavedBytes]:
     casts of parameters are.
     """
     saved = SavedBytes()
-    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
     kept: list[torch.UntypedStorage] = []  # keeps addresses from being used again while we count
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):  # gathered by FSDP: its memory is not that of the shard
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())

@@ -10,6 +10,7 @@ from rsotrain.config import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama, RMSNorm
 from rsotrain.models.pretrained import load_weights, read_huggingface
+from rsotrain.sharding import local, shard_of
 from rsotrain.validation import validate_model
 
 PARAMETER_DTYPE = {
@@ -52,11 +53,7 @@ def build_model(
         ).to(PARAMETER_DTYPE[precision])
         model.tie_weights()
     if device.type != "meta":
-        model.to_empty(device=device)
-        model.tie_weights()
-        initialize(model, seed)
-        if config.init_from is not None:
-            load_weights(model, read_huggingface(Path(config.init_from).expanduser()))
+        materialize(model, device, seed)
     return model
 
 
@@ -74,22 +71,32 @@ def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:
     return size
 
 
+def materialize(model: Llama, device: torch.device, seed: int) -> None:
+    """Give a model on the meta device, sharded or not, memory on ``device`` and its initial weights."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    initialize(model, seed)
+    if model.config.init_from is not None:
+        load_weights(model, read_huggingface(Path(model.config.init_from).expanduser()))
+
+
 @torch.no_grad()
 def initialize(model: Llama, seed: int) -> None:
     """Gains 1, every other weight normal with standard deviation ``initializer_range``.
 
-    Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU: its
-    values depend neither on the order of construction, nor on the precision or the device.
+    Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
+    which a rank keeps its piece: its values depend neither on the order of construction, nor on the
+    precision, the device or the number of ranks, and one weight at a time is whole.
     """
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm):
-                nn.init.ones_(parameter)
+                nn.init.ones_(local(parameter))
             elif module is not model.lm_head or not model.config.tie_word_embeddings:
                 generator = torch.Generator().manual_seed(_seed_of(f"{name}.{parameter_name}", seed))
                 values = torch.empty(parameter.shape, dtype=torch.float32)
                 values.normal_(0.0, model.config.initializer_range, generator=generator)
-                parameter.copy_(values)
+                local(parameter).copy_(shard_of(parameter).of(values))
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config import ModelConfig
 from rsotrain.errors import UserError
 from rsotrain.models.huggingface_config import read_config
+from rsotrain.sharding import local, shard_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -87,7 +88,7 @@ def _is_superfluous(name: str, parameters: Mapping[str, object]) -> bool:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: HuggingFaceFolder) -> None:
-    """Copy a folder's tensors into the model's parameters, in the parameters' dtype.
+    """Copy a folder's tensors into the model's parameters, sharded or not, in the parameters' dtype.
 
     Raises UserError, before anything is changed, where names or shapes differ.
     """
@@ -95,7 +96,7 @@ def load_weights(model: nn.Module, folder: HuggingFaceFolder) -> None:
     parameters = dict(model.named_parameters())
     for name, _, read in folder.tensors():
         if name in parameters:
-            parameters[name].copy_(read())
+            local(parameters[name]).copy_(shard_of(parameters[name]).of(read()))
 
 
 def save_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:

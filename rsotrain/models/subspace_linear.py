@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from rsotrain.errors import UserError
 from rsotrain.models.functional import Context, shared_input_linear
 from rsotrain.models.llama import Linear
+from rsotrain.sharding import local
 from rsotrain.subspace.projection import resolve_rank
 
 _GRAM_BLOCKS = 4
@@ -122,7 +123,12 @@ class SubspaceLinear(Linear):
         self.weight = weight
         self.weight.requires_grad_(False)
         self.site = site
-        self.coefficients = weight.new_zeros(()).expand(weight.shape[0], site.rank).requires_grad_()
+        self.place_coefficients()
+
+    def place_coefficients(self) -> None:
+        """Make ``coefficients`` anew, where the weight is; of a sharded weight, too, for all its rows."""
+        zero = local(self.weight).new_zeros(())
+        self.coefficients = zero.expand(self.weight.shape[0], self.site.rank).requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_shared([self], x)[0]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.functional import fused_adamw_
+from rsotrain.sharding import local
 
 # Elements that are widened at a time: 4 MiB of float32 each for weight and gradient, to stay in the cache
 PIECE_ELEMENTS = 1 << 20
@@ -36,10 +37,14 @@ class AdamW(Part):
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings)
         for name, parameter in parameters.items():
+            shape = local(parameter).shape
             self.state[name] = {
-                "exp_avg": self.keeper.zeros(parameter.shape, parameter),
-                "exp_avg_sq": self.keeper.zeros(parameter.shape, parameter),
+                "exp_avg": self.keeper.zeros(shape, parameter),
+                "exp_avg_sq": self.keeper.zeros(shape, parameter),
             }
+
+    def state_dim(self, name: str, key: str) -> int | None:
+        return self.shards[name].dim
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
@@ -58,13 +63,14 @@ class AdamW(Part):
 
     def _pieces(self, name: str, limit: int | None) -> list[_Piece]:
         parameter, state = self.parameters[name], self.state[name]
-        gradient = gradient_of(name, parameter)
-        tensors = (parameter.data, gradient, state["exp_avg"], state["exp_avg_sq"])
+        weight = local(parameter).detach()
+        tensors = (weight, gradient_of(name, parameter), state["exp_avg"], state["exp_avg_sq"])
         if limit is None:
             return [_Piece(name, *tensors)]
-        assert parameter.is_contiguous(), "its flat view must write to it"
+        assert weight.is_contiguous(), "its flat view must write to it"
         flat = [t.reshape(-1).split(limit) for t in tensors]
-        return [_Piece(f"{name}:{i}", *run) for i, run in enumerate(zip(*flat, strict=True))]
+        label = f"{name}{self.shards[name].label}"
+        return [_Piece(f"{label}:{i}", *run) for i, run in enumerate(zip(*flat, strict=True))]
 
     def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float) -> None:
         weights = [p.weight for p in pieces]

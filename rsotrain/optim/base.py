@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.rounding import stochastic_round_
+from rsotrain.sharding import Shard, local, shard_of
 from rsotrain.subspace.seeding import generator
 
 # Elements that one batch of matrices may hold in temporaries of each kind: 32 MiB in float32.
@@ -35,10 +36,10 @@ def buckets(
 
 
 def gradient_of(name: str, parameter: Tensor) -> Tensor:
-    """The gradient; RuntimeError if the backward pass left none."""
+    """This rank's piece of the gradient; RuntimeError if the backward pass left none."""
     if parameter.grad is None:
         raise RuntimeError(f"{name} has no gradient: it took no part in the loss")
-    return parameter.grad
+    return local(parameter.grad)
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,6 +89,8 @@ class Part(ABC):
     """A rule, the parameters it updates, and one dictionary of state tensors for each.
 
     ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
+    Parameters may be sharded: a part reads and writes this rank's piece of each, and keeps its state laid
+    out like it.
     ``own_settings``: what the constructor takes beside that, by the names of the configuration.
     """
 
@@ -101,6 +104,7 @@ class Part(ABC):
         self.peak_lr = peak_lr
         self.settings = settings
         self.keeper = settings.keeper
+        self.shards: dict[str, Shard] = {name: shard_of(p) for name, p in parameters.items()}
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
 
     @abstractmethod
@@ -110,6 +114,33 @@ class Part(ABC):
     def gradient_holders(self) -> dict[str, Tensor]:
         """The leaves whose ``grad`` this part reads: the parameters, unless others stand in for them."""
         return dict(self.parameters)
+
+    def reduce_gradients(self) -> None:  # noqa: B027, FSDP has reduced those of the parameters
+        """Sum over ranks what the backward pass has not, after the last micro-batch."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
+        return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+
+    def state_dim(self, name: str, key: str) -> int | None:
+        """The dimension in which this state is split like its parameter; None: whole on every rank."""
+        return None
+
+    def state_shards(self) -> dict[str, Shard]:
+        """Which piece each state tensor is, by ``<parameter name>.<state name>``."""
+        result = {}
+        for name, state in self.state.items():
+            own = self.shards[name]
+            for key, tensor in state.items():
+                shape, dim = list(tensor.shape), self.state_dim(name, key)
+                if own.dim is None or dim is None:
+                    result[f"{name}.{key}"] = Shard(tuple(shape), mesh=own.mesh)
+                else:
+                    shape[dim] = own.shape[own.dim]
+                    result[f"{name}.{key}"] = Shard(
+                        tuple(shape), dim, own.start, own.stop, own.group, own.mesh
+                    )
+        return result
 
     def zero_grad(self) -> None:
         for holder in self.gradient_holders().values():
@@ -122,10 +153,15 @@ class Part(ABC):
     def resume(self, step: int) -> None:  # noqa: B027, most parts have nothing to do
         """Called when the state after ``step`` steps has been loaded."""
 
-    def decay_(self, weight: Tensor, lr: float) -> None:
-        """Decoupled weight decay, in place."""
+    def kept_share(self, lr: float) -> float:
+        """1 − ηλ: what decoupled weight decay leaves of a weight."""
+        return 1.0 - lr * self.settings.weight_decay
+
+    def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
+        """W ← (1 − ηλ)W + η·update, rounded once; overwrites ``update``, which is at least float32."""
         if self.settings.weight_decay:
-            weight.mul_(1.0 - lr * self.settings.weight_decay)
+            update.sub_(weight, alpha=self.settings.weight_decay)
+        weight.add_(update, alpha=lr)
 
     def metrics(self) -> dict[str, float]:
         """Of the last refresh; reads device tensors, so it may synchronise."""
@@ -136,4 +172,5 @@ class Part(ABC):
         return "full"
 
     def state_bytes(self) -> int:
+        """On this rank."""
         return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())

@@ -1,6 +1,6 @@
 """Configuration -> optimizer: the only place where names of methods and samplers meet classes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from rsotrain import config as c
 from rsotrain.errors import UserError
-from rsotrain.models.subspace_linear import attach_subspace
+from rsotrain.models.subspace_linear import Site, attach_subspace
 from rsotrain.optim import inner_solvers
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import Part, Settings, StateKeeper
@@ -58,9 +58,10 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             return Sampler(name, partial(samplers.importance, power=config.power), informed=True)
         case c.RandomizedSvdConfig():
             _require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
-            return Sampler(name, partial(samplers.randomized_svd, rounds=config.rounds), informed=True)
+            draw = partial(samplers.randomized_svd, rounds=config.rounds)
+            return Sampler(name, draw, informed=True, by_products=True)
         case c.TopkNormConfig():
-            return Sampler(name, samplers.topk_norm, informed=True)
+            return Sampler(name, samplers.topk_norm, informed=True, by_products=True)
         case c.MixtureConfig():
             fraction = config.principal_fraction
             _require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
@@ -73,14 +74,13 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             return Sampler(name, samplers.srht)
         case c.GaussianConfig():
             hint = "use sampler=haar, which is its orthonormal form"
-            return Sampler(name, samplers.gaussian, orthonormal=False, hint=hint)
+            return Sampler(name, samplers.gaussian, orthonormal=False, unit_columns=False, hint=hint)
         case c.OnlinePCAConfig():
             return _online_pca(config)
         case c.GoLoreConfig():
             fraction = config.random_fraction
             _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
-            switch = 1.0 - fraction - 1e-9  # 1 − 0.7 is rounded up, past the step meant
-            return Sampler(name, partial(samplers.golore, switch=switch), informed=True, switch=switch)
+            return Sampler(name, samplers.golore, informed=True, switch=1.0 - fraction)
     raise UserError(f"sampler={name} draws no basis")
 
 
@@ -101,6 +101,7 @@ def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
         orthonormal=config.orthonormalize,
         informed=True,
         lagged=True,
+        by_products=True,
         hint="set sampler.orthonormalize=true",
         state_shapes=online_pca.adam_state if use_adam else samplers.no_state,
     )
@@ -165,10 +166,10 @@ def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -
 
 def _build_rso(
     config: c.RSOConfig,
-    model: nn.Module,
     parameters: dict[str, nn.Parameter],
     settings: Settings,
     subspace: Subspace,
+    sites: list[Site],
 ) -> RSO:
     return RSO(
         config.name,
@@ -176,7 +177,7 @@ def _build_rso(
         config.lr * config.scale,
         settings,
         subspace,
-        sites=attach_subspace(model, list(parameters), config.rank),
+        sites=sites,
         solver=_INNER_SOLVERS[config.solver],
         basis_scale=config.basis_scale,
         proximal_eta=config.proximal_eta,
@@ -185,25 +186,18 @@ def _build_rso(
     )
 
 
-def _build_blocks(
-    model: nn.Module | Iterable[tuple[str, nn.Parameter]],
-    config: c.OptimizerConfig,
-    sampler: c.SamplerConfig,
-    parameters: dict[str, nn.Parameter],
-    settings: Settings,
-    subspace: dict[str, Any],
-) -> Part:
-    peak_lr = config.lr * config.scale
-    kind = type(config)
-    if kind in _FULL:
+def _choose_subspace(
+    config: c.OptimizerConfig, sampler: c.SamplerConfig, settings: dict[str, Any]
+) -> Subspace | None:
+    """How the bases are chosen; None for a method without any. Refuses what makes no sense."""
+    if type(config) in _FULL:
         _require(
             isinstance(sampler, c.NoSamplerConfig),
             f"optimizer={config.name} has no subspace, so sampler={sampler.name} would do nothing;"
             " use sampler=none",
         )
-        full = _FULL[kind]
-        return full(config.name, parameters, peak_lr, settings, **_own_settings(full, config))
-    assert isinstance(config, c.SubspaceConfig), f"{kind.__name__} is not in the tables of this file"
+        return None
+    assert isinstance(config, c.SubspaceConfig), f"{type(config).__name__} is not in the tables of this file"
     _require(
         not isinstance(sampler, c.NoSamplerConfig),
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
@@ -217,22 +211,35 @@ def _build_blocks(
         _refuse_rso(config, sampler, built)
         needs_orthonormal = False
     else:
-        needs_orthonormal = _LOW_RANK[kind].needs_orthonormal
+        needs_orthonormal = _LOW_RANK[type(config)].needs_orthonormal
     _refuse_pairs(config, built, needs_orthonormal)
-    chosen = Subspace(
+    return Subspace(
         sampler=built,
         rank=config.rank,
         gap=config.update_proj_gap,
         on_refresh=config.on_refresh,
         staggered=config.staggered,
-        **subspace,
+        **settings,
     )
+
+
+def _build_blocks(
+    config: c.OptimizerConfig,
+    parameters: dict[str, nn.Parameter],
+    settings: Settings,
+    subspace: Subspace | None,
+    sites: list[Site],
+) -> Part:
+    peak_lr = config.lr * config.scale
     if isinstance(config, c.RSOConfig):
-        assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
-        return _build_rso(config, model, parameters, settings, chosen)
-    low_rank = _LOW_RANK[kind]
+        assert subspace is not None
+        return _build_rso(config, parameters, settings, subspace, sites)
+    if subspace is None:
+        full = _FULL[type(config)]
+        return full(config.name, parameters, peak_lr, settings, **_own_settings(full, config))
+    low_rank = _LOW_RANK[type(config)]
     own = _own_settings(low_rank, config)
-    return low_rank(config.name, parameters, peak_lr, settings, chosen, **own)
+    return low_rank(config.name, parameters, peak_lr, settings, subspace, **own)
 
 
 def _own_settings(method: type[Part], config: c.OptimizerConfig) -> dict[str, Any]:
@@ -247,13 +254,15 @@ def build_optimizer(
     precision: c.Precision = c.Precision.fp32,
     seed: int,
     total_steps: int,
+    place: Callable[[nn.Module], None] | None = None,
 ) -> CompositeOptimizer:
     """The method of ``config`` for the block linears, AdamW for the rest.
 
     ``model``: a module, or pairs of name and parameter; for RSO a module, whose block linears are
     replaced. ``precision``: unless fp32, projections run in bfloat16. ``seed``: the run's;
-    ``total_steps``: of the run. Raises UserError if the patterns do not fit the model, the rank does not
-    fit a matrix, or the pair of optimizer and sampler makes no sense.
+    ``total_steps``: of the run. ``place``: shards the model and gives it memory, once the method has changed
+    its modules and before there is any state. Raises UserError if the patterns do not fit the model, the rank
+    does not fit a matrix, or the pair of optimizer and sampler makes no sense.
     """
     _require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
     _require(
@@ -270,9 +279,18 @@ def build_optimizer(
     )
     compute_dtype = None if precision is c.Precision.fp32 else torch.bfloat16
     subspace = {"seed": seed, "total_steps": total_steps, "compute_dtype": compute_dtype}
+    chosen = _choose_subspace(config, sampler, subspace) if claims.blocks else None
+    sites = []
+    if isinstance(config, c.RSOConfig) and claims.blocks:
+        assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
+        sites = attach_subspace(model, list(claims.blocks), config.rank)
+    if place is not None:
+        assert isinstance(model, nn.Module)
+        place(model)
+        claims = claims.renewed(model)
     parts = []
     if claims.blocks:
-        parts.append(_build_blocks(model, config, sampler, claims.blocks, settings, subspace))
+        parts.append(_build_blocks(config, claims.blocks, settings, chosen, sites))
     if claims.rest:
         if settings.betas[1] == 1.0:  # AdaGrad in the blocks; the rest is Adam all the same
             settings = replace(settings, betas=(settings.betas[0], 0.999))

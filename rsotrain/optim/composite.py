@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rsotrain.errors import UserError
-from rsotrain.optim.base import Part, gradient_of
+from rsotrain.optim.base import Part
 from rsotrain.optim.param_groups import ClaimRow, Claims
+from rsotrain.sharding import Shard
 
 _STEP = "step"
 
@@ -34,9 +35,7 @@ class CompositeOptimizer:
 
     def step(self) -> None:
         """One update. RuntimeError, nothing changed, if a parameter has no gradient."""
-        for part in self.parts:
-            for name, holder in part.gradient_holders().items():
-                gradient_of(name, holder)
+        self.gradients()
         self.steps_done += 1
         for part in self.parts:
             part.update(self.steps_done, self.lr_factor)
@@ -49,6 +48,15 @@ class CompositeOptimizer:
         """The leaves whose gradients ``step`` reads, each once."""
         return [holder for part in self.parts for holder in part.gradient_holders().values()]
 
+    def reduce_gradients(self) -> None:
+        """Sum over ranks the gradients that the backward pass leaves to the optimizer."""
+        for part in self.parts:
+            part.reduce_gradients()
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
+        return [gradient for part in self.parts for gradient in part.gradients().values()]
+
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Each forward pass of training runs inside it; backward passes do not."""
@@ -58,18 +66,25 @@ class CompositeOptimizer:
             yield
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors, not copies; only ``step`` is made anew."""
+        """The live tensors, not copies; only ``step`` is made anew. Of sharded state this rank's pieces."""
         result = {_STEP: torch.tensor(self.steps_done)}
         for part in self.parts:
             for name, state in part.state.items():
                 result |= {f"{name}.{key}": tensor for key, tensor in state.items()}
         return result
 
+    def shards(self) -> dict[str, Shard]:
+        """Which piece of each state tensor ``state_dict`` has."""
+        result: dict[str, Shard] = {}
+        for part in self.parts:
+            result |= part.state_shards()
+        return result
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises UserError, changing nothing, if names, shapes or dtypes are not those of ``state_dict``."""
         own = self.state_dict()
-        hint = "resume with the settings it was saved with, or start a new run"
+        hint = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
         for name in [*sorted(own.keys() - state.keys()), *sorted(state.keys() - own.keys())]:
             holds = "has no" if name in own else "has an unexpected"
             raise UserError(f"the checkpoint {holds} optimizer state {name!r}: {hint}")

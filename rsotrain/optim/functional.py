@@ -101,14 +101,19 @@ def channel_scales(descent: Tensor, projected: Tensor) -> Tensor:
 
 
 def limit_norm_growth_(
-    update: Tensor, previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0
+    update: Tensor,
+    previous_norm: Tensor,
+    max_growth: float,
+    noise: Tensor | float = 0.0,
+    norm: Tensor | None = None,
 ) -> None:
     """Norm-growth limiter (Fira, arXiv 2410.01623): ‖U_t‖ ≤ γ‖U_{t−1}‖, γ = ``max_growth``.
 
-    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting. Nothing is limited while it is at most ``noise``,
-    the norm that rounding alone may give: growing by γ from there would take thousands of steps.
+    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting. ``norm``: ‖U‖, where ``update`` is a piece of U.
+    Nothing is limited while ``previous_norm`` is at most ``noise``, the norm that rounding alone may give:
+    growing by γ from there would take thousands of steps.
     """
-    norm = torch.linalg.vector_norm(update).to(previous_norm.dtype)
+    norm = (torch.linalg.vector_norm(update) if norm is None else norm).to(previous_norm.dtype)
     allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
     factor = torch.where(norm > allowed, allowed / norm, 1.0)
     update.mul_(factor.to(update.dtype))
@@ -121,12 +126,19 @@ def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
 
 
 def subset_norm_descent_(
-    numerator: Tensor, subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float
+    numerator: Tensor,
+    subset_sq: Tensor,
+    sums: Tensor,
+    step: int,
+    betas: Betas,
+    eps: float,
+    subsets: Tensor | None = None,
 ) -> None:
     """numerator ← −√(1−β₂ᵗ)/(1−β₁ᵗ) · numerator / (√V + ε), after V ← β₂V + (1−β₂)s (SN, algorithm 1).
 
     β₂ = 1 is AdaGrad: V ← V + s, without its bias correction. ``numerator``: M×k; ``subset_sq``: V and
-    ``sums``: s, M×(number of subsets in a row).
+    ``sums``: s, M×(number of subsets in a row). ``subsets``: where ``numerator`` is some of the columns,
+    the subset of each.
     """
     beta1, beta2 = betas
     if beta2 == 1.0:
@@ -137,5 +149,7 @@ def subset_norm_descent_(
         correction2 = 1.0 - beta2**step
     scale = -(correction2**0.5) / (1.0 - beta1**step)
     factors = subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
-    subsets = numerator.unflatten(1, (subset_sq.shape[1], -1))
-    subsets.mul_(factors.unsqueeze(2))
+    if subsets is not None:
+        numerator.mul_(factors[:, subsets])
+    else:
+        numerator.unflatten(1, (subset_sq.shape[1], -1)).mul_(factors.unsqueeze(2))

@@ -53,7 +53,7 @@ class GaLore(SubspacePart):
             moments = [state[kind] for kind in _MOMENTS]
             wide = self.keeper.read(moments)
             transport_adam_(wide[0], wide[1], change.transition, state["step"], self.settings.betas)
-            labels = [f"{matrix.name}.{kind}.transport" for kind in _MOMENTS]
+            labels = [f"{matrix.label}.{kind}.transport" for kind in _MOMENTS]
             self.keeper.write(moments, wide, labels, step)
 
     def descend(self, bucket: list[Matrix], projected: list[Tensor], step: int) -> list[Tensor]:
@@ -72,7 +72,7 @@ class GaLore(SubspacePart):
             eps=self.settings.eps,
             corrected_eps=self.corrected_eps,
         )
-        labels = [f"{m.name}.{kind}" for kind in _MOMENTS for m in bucket]
+        labels = [f"{m.label}.{kind}" for kind in _MOMENTS for m in bucket]
         self.keeper.write(moments, wide, labels, step)
         return descents
 
@@ -81,5 +81,4 @@ class GaLore(SubspacePart):
     ) -> None:
         descents = self.descend(bucket, projected, step)
         for m, descent in zip(bucket, descents, strict=True):
-            self.decay_(m.weight, lr)
-            add_lifted_(m.weight, descent, self.bases[m.name], lr)
+            add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))

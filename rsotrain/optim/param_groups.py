@@ -18,6 +18,14 @@ class Claims:
     rest: dict[str, nn.Parameter]
     frozen: dict[str, nn.Parameter]
 
+    def renewed(self, model: nn.Module) -> "Claims":
+        """The same claims on a model whose parameters have been replaced, under the same names."""
+        now = dict(model.named_parameters())
+        blocks, rest, frozen = (
+            {name: now[name] for name in group} for group in (self.blocks, self.rest, self.frozen)
+        )
+        return Claims(self.patterns, blocks, rest, frozen)
+
 
 @dataclass(frozen=True)
 class ClaimRow:
@@ -73,6 +81,7 @@ def claim_parameters(
         if pattern not in used:
             raise UserError(
                 f"optimizer.block_parameters: {pattern!r} matches no trainable parameter"
-                f" (names look like {next(iter(unique.values()))[0]!r}); remove or correct it"
+                f" (names look like {next(iter(unique.values()))[0]!r}, and a tied one goes by its"
+                " first name); remove or correct it"
             )
     return Claims(patterns, blocks, rest, frozen)

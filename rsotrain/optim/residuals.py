@@ -13,12 +13,13 @@ from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_
 
 
-def rounding_noise(residual: Tensor) -> float:
-    """Relative size of what A − AQQᵀ is by rounding alone; ``residual``: M×k.
+def rounding_noise(size: int, dtype: torch.dtype) -> float:
+    """Relative size of what A − AQQᵀ is by rounding alone; ``size``: k, ``dtype``: that of Q.
 
-    Four times the rounding of sums of k, for the basis is only as exact as the Gram matrix it came from.
+    Four times the rounding of sums of k in float32, and of the entries of Q if they have less.
     """
-    return 4 * residual.shape[1] ** 0.5 * torch.finfo(residual.dtype).eps
+    noise = 4 * size**0.5 * torch.finfo(torch.float32).eps
+    return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps
 
 
 class Fira(GaLore):
@@ -53,16 +54,26 @@ class Fira(GaLore):
     ) -> None:
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
-            self.decay_(m.weight, lr)
-            add_lifted_(m.weight, descent, self.bases[m.name], lr)
-            if m.rank < m.size:
-                residual = a.to(r.dtype, copy=True)
-                add_lifted_(residual, r, self.bases[m.name], -1.0)
-                residual.mul_(channel_scales(descent, r))
-                # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
-                noise = rounding_noise(residual) * torch.linalg.vector_norm(descent)
-                limit_norm_growth_(residual, self.state[m.name]["residual_norm"], self.max_growth, noise)
-                m.weight.add_(residual, alpha=-lr)
+            if m.rank == m.size:
+                add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
+                continue
+            residual = a.to(r.dtype, copy=True)
+            add_lifted_(residual, r, self.basis(m), -1.0)
+            residual.mul_(channel_scales(descent, r))
+            # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
+            norm, inside = self._norms(m, residual, descent)
+            noise = rounding_noise(m.size, self.basis_dtype) * inside
+            previous = self.state[m.name]["residual_norm"]
+            limit_norm_growth_(residual, previous, self.max_growth, noise, norm)
+            update = residual.neg_()
+            add_lifted_(update, descent, self.basis(m), 1.0)
+            self.apply_(m.weight, update, lr)
+
+    @staticmethod
+    def _norms(matrix: Matrix, residual: Tensor, descent: Tensor) -> list[Tensor]:
+        if matrix.by_columns:
+            return [*matrix.norms(residual), *matrix.low_rank_norms(descent)]
+        return matrix.norms(residual, descent)  # one all-reduce for both
 
 
 class Frugal(GaLore):
@@ -70,7 +81,8 @@ class Frugal(GaLore):
 
     W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
     too: so this method projects in float32 at least, whatever the run's precision, and a residual that is
-    no larger than they are, relative to its row of A, counts as 0. At full rank there is no outside.
+    no larger than they are, relative to its row of A, counts as 0. (Of the products: a basis that is
+    itself inexact, as randomized_svd's, leaves residuals that count.) At full rank there is no outside.
     """
 
     own_settings: ClassVar = ("free_scale",)
@@ -95,24 +107,24 @@ class Frugal(GaLore):
     ) -> None:
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
-            self.decay_(m.weight, lr)
-            add_lifted_(m.weight, descent, self.bases[m.name], lr)
-            if m.rank < m.size:
-                residual = a.to(r.dtype, copy=True)
-                add_lifted_(residual, r, self.bases[m.name], -1.0)
-                noise = torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=residual.dtype)
-                noise.mul_(rounding_noise(residual))
-                signs = torch.where(residual.abs() > noise, residual.sign(), 0.0)
-                m.weight.add_(signs, alpha=-lr * self.free_scale)
+            if m.rank == m.size:
+                add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
+                continue
+            residual = a.to(r.dtype, copy=True)
+            add_lifted_(residual, r, self.basis(m), -1.0)
+            noise = m.row_norms(a, residual.dtype).mul_(rounding_noise(m.size, residual.dtype))
+            update = torch.where(residual.abs() > noise, residual.sign(), 0.0).mul_(-self.free_scale)
+            add_lifted_(update, descent, self.basis(m), 1.0)
+            self.apply_(m.weight, update, lr)
 
 
 class Apollo(GaLore):
     """The gradient itself, scaled as Adam scales its random projection (APOLLO, arXiv 2412.05270).
 
     W ← (1 − ηλ)W − η·limit(s ⊙ A), s_j = ‖N_j‖/‖R_j‖ for each row, or s = ‖N‖_F/‖R‖_F for the whole
-    matrix (``per_tensor``, APOLLO-Mini). The paper's random P has E[PPᵀ] = I; orthonormal bases are scaled
-    by √(k/r) to match, so that one learning rate serves every sampler. The paper's factor √scale belongs
-    to the learning rate.
+    matrix (``per_tensor``, APOLLO-Mini). The paper's random P has E[PPᵀ] = I; bases of unit columns are
+    scaled by √(k/r) to match, so that one learning rate serves every sampler. The paper's factor √scale
+    belongs to the learning rate.
     """
 
     own_settings: ClassVar = ("per_tensor", "max_growth")
@@ -138,18 +150,19 @@ class Apollo(GaLore):
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
-        if self.subspace.sampler.orthonormal:
+        if self.subspace.sampler.unit_columns:
             torch._foreach_mul_(projected, [(m.size / m.rank) ** 0.5 for m in bucket])
         descents = self.descend(bucket, projected, step)
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
             if self.per_tensor:
-                scales = channel_scales(descent.reshape(1, -1), r.reshape(1, -1))
+                adapted, plain = m.low_rank_norms(descent, r)
+                scales = (adapted / plain).where(plain > 0, 0.0)
             else:
                 scales = channel_scales(descent, r)
             update = a * scales
-            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth)
-            self.decay_(m.weight, lr)
-            m.weight.add_(update, alpha=-lr)
+            (norm,) = m.norms(update)
+            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth, norm=norm)
+            self.apply_(m.weight, update.neg_(), lr)
 
 
 class LDAdam(GaLore):
@@ -160,8 +173,8 @@ class LDAdam(GaLore):
     E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
     E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
     So are the products and the bases, whatever the run's precision: E would gather what a bfloat16 basis
-    is short of orthonormal. Meant for ``update_proj_gap`` 1; with a larger one E carries what is outside
-    the subspace from one basis to the next.
+    is short of orthonormal. Captured energy is of A, not of G. Meant for ``update_proj_gap`` 1; with a
+    larger one E carries what is outside the subspace from one basis to the next.
     """
 
     own_settings: ClassVar = ("rho",)
@@ -185,6 +198,11 @@ class LDAdam(GaLore):
         error = torch.zeros_like(matrix.weight, dtype=work_dtype(matrix.parameter.dtype))
         return super().initial_state(matrix) | {"error": error}
 
+    def state_dim(self, name: str, key: str) -> int | None:
+        if key == "error":  # M×k
+            return 1 if self.by_name[name].by_columns else 0
+        return super().state_dim(name, key)
+
     def gradient(self, matrix: Matrix) -> Tensor:
         return self.state[matrix.name]["error"].add_(super().gradient(matrix))
 
@@ -195,7 +213,7 @@ class LDAdam(GaLore):
         correction = 1.0 - self.settings.betas[0] ** (step - 1)
         mixed = gradient * (1.0 - self.rho)
         momentum = state["exp_avg"].to(mixed.dtype) / correction
-        add_lifted_(mixed, momentum, self.bases[matrix.name], self.rho)
+        add_lifted_(mixed, momentum, self.basis(matrix), self.rho)
         return mixed
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
@@ -204,14 +222,14 @@ class LDAdam(GaLore):
         old = state["exp_avg"].to(error.dtype)
         beta1 = self.settings.betas[0]
         # orthogonal to the new basis, so it may be added before A is projected
-        add_lifted_(error, old, change.old, beta1 / (1.0 - beta1))
+        add_lifted_(error, old, matrix.columns_of(change.old), beta1 / (1.0 - beta1))
         moved = old @ change.transition.T
-        add_lifted_(error, moved, self.bases[matrix.name], -beta1 / (1.0 - beta1))
+        add_lifted_(error, moved, self.basis(matrix), -beta1 / (1.0 - beta1))
         super().basis_changed(matrix, change, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         for m, a, r in zip(bucket, gradients, projected, strict=True):
-            add_lifted_(a, r, self.bases[m.name], -1.0)  # a is the error's memory
+            add_lifted_(a, r, self.basis(m), -1.0)  # a is the error's memory
         super().apply(bucket, gradients, projected, step, lr)

@@ -16,10 +16,11 @@ from rsotrain.models.subspace_linear import Site
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.inner_solvers import Solver
 from rsotrain.optim.subspace_part import Subspace
-from rsotrain.subspace.bases import Bases
-from rsotrain.subspace.gram import DenseGram
+from rsotrain.sharding import local, reduce_rows
+from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import add_lifted_
 from rsotrain.subspace.samplers import haar
+from rsotrain.subspace.sources import SumSource
 
 _COEFFICIENTS = "coefficients"
 
@@ -44,6 +45,8 @@ class RSO(Part):
 
     The proximal term adds B/η to the gradient, after clipping, and needs B itself: r·out elements more.
     ``refresh_warmup_steps`` n: after a refresh the rate is (s+1)/(n+1) of itself in step s = 0, 1, …, n−1.
+
+    Sharded, a weight is split by its rows, and so are B's moments: dB, out × r, is all that is reduced.
     """
 
     def __init__(
@@ -77,30 +80,40 @@ class RSO(Part):
             devices={site.name: parameters[site.name].device for site in sites},
             scaled=basis_scale and subspace.sampler.orthonormal,
             stored=stored,
+            mesh=self.shards[sites[0].name].mesh,
         )
+        self.reduced: dict[str, Tensor] = {}  # this rank's rows of dB, where ranks share them
         for site in sites:
             self._place_first_basis(site)
             for name, layer in site.layers.items():
-                self.state[name] = self._initial_state(layer.coefficients)
+                layer.place_coefficients()
+                self.state[name] = self._initial_state(layer.coefficients, self._num_rows(name))
             self.state[site.name] = self.bases.state[site.name] | self.state[site.name]
         self.buckets = buckets(sites, lambda site: sum(x.coefficients.numel() for x in site.layers.values()))
 
-    def _initial_state(self, coefficients: Tensor) -> dict[str, Tensor]:
-        state = {key: self.keeper.zeros(coefficients.shape, coefficients) for key in self.solver.moments}
+    def _num_rows(self, name: str) -> int:
+        shard = self.shards[name]
+        assert shard.dim in (None, 0), "RSO projects the second dimension"
+        return shard.shape[0] if shard.dim is None else shard.stop - shard.start
+
+    def _initial_state(self, coefficients: Tensor, num_rows: int) -> dict[str, Tensor]:
+        shape = (num_rows, coefficients.shape[1])
+        state = {key: self.keeper.zeros(shape, coefficients) for key in self.solver.moments}
         state["step"] = torch.zeros((), device=coefficients.device)  # gradients in the moments
         if self.proximal_eta is not None:
             wide = work_dtype(coefficients.dtype)
-            state[_COEFFICIENTS] = torch.zeros_like(
-                coefficients, dtype=wide, memory_format=torch.contiguous_format
-            )
+            state[_COEFFICIENTS] = torch.zeros(shape, dtype=wide, device=coefficients.device)
         return state
+
+    def state_dim(self, name: str, key: str) -> int | None:
+        return 0 if key in (*self.solver.moments, _COEFFICIENTS) else None
 
     def _place_first_basis(self, site: Site) -> None:
         if not self.bases.stored:
             site.regenerate = lambda: self.bases[site.name]
             return
         site.basis = self.bases[site.name]
-        if self.subspace.sampler.informed:
+        if self.bases.informed(1):
             self.bases.place(site.name, haar(self.bases.request(site.name, "start")))
         else:
             self.bases.refresh(site.name, lambda: None, step=1, lr_factor=1.0)
@@ -110,15 +123,30 @@ class RSO(Part):
     def gradient_holders(self) -> dict[str, Tensor]:
         return {name: layer.coefficients for site in self.sites for name, layer in site.layers.items()}
 
+    def reduce_gradients(self) -> None:
+        """Sum dB over ranks: one reduce-scatter of a bucket's dB, and one all-reduce between replicas."""
+        if self.bases.mesh is None:
+            return
+        for bucket in self.buckets:
+            layers = {name: layer for site in bucket for name, layer in site.layers.items()}
+            gradients = {name: gradient_of(name, layer.coefficients) for name, layer in layers.items()}
+            self.reduced |= reduce_rows(gradients, self.shards, self.bases.mesh)
+            for layer in layers.values():
+                layer.coefficients.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        return super().gradients() if self.bases.mesh is None else self.reduced
+
     def zero_grad(self) -> None:
         super().zero_grad()
+        self.reduced = {}
         for site in self.sites:
             site.gram = None
 
     @contextmanager
     def observing(self, step: int) -> Iterator[None]:
         due = []
-        if self.subspace.sampler.informed:
+        if self.bases.informed(step + 1):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
@@ -132,28 +160,27 @@ class RSO(Part):
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
+        gradients = self.gradients()
         for bucket in self.buckets:
-            layers = [(name, layer) for site in bucket for name, layer in site.layers.items()]
-            descents = self._descend({name: layer.coefficients for name, layer in layers}, step)
+            names = [name for site in bucket for name in site.layers]
+            descents = self._descend({name: gradients[name] for name in names}, step)
             for site in bucket:
                 basis = site.current_basis()
                 lr = self.peak_lr * lr_factor * self._rewarmed(site, step)
                 for name, layer in site.layers.items():
                     descent = descents[name]
-                    self.decay_(layer.weight, lr)
-                    add_lifted_(layer.weight, descent, basis, lr)
+                    weight = local(layer.weight).detach()
+                    add_lifted_(weight, descent, basis, lr, self.kept_share(lr))
                     if self.proximal_eta is not None:
                         self.state[name][_COEFFICIENTS].add_(descent, alpha=lr)
-        for site in self.sites:
-            index = self._next_draw(site, step)
-            if index is not None:
-                self._refresh(site, index, step, lr_factor)
+        due = {site: i for site in self.sites if (i := self._next_draw(site, step)) is not None}
+        if due:
+            self._refresh(due, step, lr_factor)
 
-    def _descend(self, coefficients: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _descend(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Take dB into the moments; −N by name."""
-        states = [self.state[name] for name in coefficients]
-        gradients = [gradient_of(name, leaf) for name, leaf in coefficients.items()]
-        gradients = [g.to(work_dtype(g.dtype)) for g in gradients]
+        states = [self.state[name] for name in gradients_of]
+        gradients = [g.to(work_dtype(g.dtype)) for g in gradients_of.values()]
         if self.proximal_eta is not None:
             values = [state[_COEFFICIENTS] for state in states]
             gradients = list(torch._foreach_add(gradients, values, alpha=1.0 / self.proximal_eta))
@@ -163,10 +190,12 @@ class RSO(Part):
         wide = self.keeper.read(kept)
         moments = [wide[i : i + len(states)] for i in range(0, len(wide), len(states))]
         descents = self.solver.descend(gradients, moments, counts, self.settings)
-        self.keeper.write(
-            kept, wide, [f"{name}.{key}" for key in self.solver.moments for name in coefficients], step
-        )
-        return dict(zip(coefficients, descents, strict=True))
+        labels = [self._label(name, key) for key in self.solver.moments for name in gradients_of]
+        self.keeper.write(kept, wide, labels, step)
+        return dict(zip(gradients_of, descents, strict=True))
+
+    def _label(self, name: str, key: str) -> str:
+        return f"{name}{self.shards[name].label}.{key}"
 
     def _rewarmed(self, site: Site, step: int) -> float:
         index, since = self.bases.schedule.latest(self.bases.positions[site.name], step)
@@ -178,34 +207,40 @@ class RSO(Part):
 
     def _next_draw(self, site: Site, step: int) -> int | None:
         """Index of the draw at the end of ``step``, for the next one; None: the basis stays."""
-        if step == 1 and self.subspace.sampler.informed:
+        if step == 1 and self.bases.informed(2):
             return 0
         return self.bases.schedule.draw_index(self.bases.positions[site.name], step + 1)
 
-    def _refresh(self, site: Site, index: int, step: int, lr_factor: float) -> None:
-        def gram() -> DenseGram | None:
-            matrix = site.take_gram()
-            return DenseGram(matrix) if bool(matrix.isfinite().all()) else None
+    def _refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
+        sources = {
+            site.name: SumSource(site.take_gram, site.size, shared=self.bases.mesh is not None)
+            for site in due
+        }
+        indices = {site.name: index for site, index in due.items()}
+        changes = self.bases.refresh_all(sources, step + 1, lr_factor, indices.__getitem__)
+        for site in due:
+            if site.name in changes:
+                for name in site.layers:
+                    self._basis_changed(name, changes[site.name], step)
 
-        change = self.bases.refresh(site.name, gram, step + 1, lr_factor, index)
-        if change is None:
-            return
-        for name in site.layers:
-            state = self.state[name]
-            if self.proximal_eta is not None:
-                state[_COEFFICIENTS].zero_()
-            if self.subspace.on_refresh is OnRefresh.reset:
-                for key in (*self.solver.moments, "step"):
-                    state[key].zero_()
-            elif self.subspace.on_refresh is OnRefresh.transport:
-                self._transport(name, change.transition, step)
+    def _basis_changed(self, name: str, change: BasisChange, step: int) -> None:
+        state = self.state[name]
+        if self.proximal_eta is not None:
+            state[_COEFFICIENTS].zero_()
+        if self.subspace.on_refresh is OnRefresh.reset:
+            for key in (*self.solver.moments, "step"):
+                state[key].zero_()
+        elif self.subspace.on_refresh is OnRefresh.transport:
+            self._transport(name, change.transition, step)
 
     def _transport(self, name: str, transition: Tensor, step: int) -> None:
         state = self.state[name]
         kept = [state[key] for key in self.solver.moments]
         wide = self.keeper.read(kept)
         self.solver.transport(wide, transition, state["step"], self.settings)
-        self.keeper.write(kept, wide, [f"{name}.{key}.transport" for key in self.solver.moments], step)
+        self.keeper.write(
+            kept, wide, [self._label(name, f"{key}.transport") for key in self.solver.moments], step
+        )
 
     # --- books ---------------------------------------------------------------------------------
 

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from rsotrain.config import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
-from rsotrain.optim.functional import subset_norm_descent_, subset_sums, transport_momentum_
-from rsotrain.optim.subspace_part import Matrix, Subspace, SubspacePart
+from rsotrain.optim.functional import subset_norm_descent_, transport_momentum_
+from rsotrain.optim.subspace_part import Matrix, Subspace, SubspacePart, matrix_of
+from rsotrain.sharding import local
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, oriented, side_of
+from rsotrain.subspace.projection import add_lifted_, oriented
+
+_KINDS = ("exp_avg", "subset_sq")
 
 
 def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
@@ -46,31 +49,37 @@ class SubsetNorm(Part):
         subset_size: int | None,
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings)
-        self.sizes = {n: resolve_subset_size(subset_size, min(p.shape), n) for n, p in parameters.items()}
-        for name, p in parameters.items():
-            subsets = (max(p.shape), min(p.shape) // self.sizes[name])
-            self.state[name] = {
-                "exp_avg": self.keeper.zeros(p.shape, p),
-                "subset_sq": self.keeper.zeros(subsets, p),
+        self.matrices = [matrix_of(name, p) for name, p in parameters.items()]
+        self.sizes = {m.name: resolve_subset_size(subset_size, m.size, m.name) for m in self.matrices}
+        for m in self.matrices:
+            subsets = (m.num_rows, m.size // self.sizes[m.name])
+            self.state[m.name] = {
+                "exp_avg": self.keeper.zeros(local(m.parameter).shape, m.parameter),
+                "subset_sq": self.keeper.zeros(subsets, m.parameter),
             }
+
+    def state_dim(self, name: str, key: str) -> int | None:
+        shard = self.shards[name]
+        if key == "exp_avg" or shard.dim is None:
+            return shard.dim
+        return None if matrix_of(name, self.parameters[name]).by_columns else 0
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
-        for name, parameter in self.parameters.items():
-            side = side_of(parameter.shape)
-            gradient = gradient_of(name, parameter).to(work_dtype(parameter.dtype))
-            kinds = ("exp_avg", "subset_sq")
-            state = [self.state[name][kind] for kind in kinds]
+        betas, eps = self.settings.betas, self.settings.eps
+        for m in self.matrices:
+            size = self.sizes[m.name]
+            gradient = gradient_of(m.name, m.parameter).to(work_dtype(m.parameter.dtype))
+            state = [self.state[m.name][kind] for kind in _KINDS]
             exp_avg, subset_sq = self.keeper.read(state)
-            exp_avg.lerp_(gradient, 1.0 - self.settings.betas[0])
-            update = oriented(exp_avg.clone(), side)
-            sums = subset_sums(oriented(gradient, side), self.sizes[name])
-            subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
-            weight = oriented(parameter.data, side)
-            self.decay_(weight, lr)
-            weight.add_(update, alpha=lr)
-            self.keeper.write(state, [exp_avg, subset_sq], [f"{name}.{kind}" for kind in kinds], step)
+            exp_avg.lerp_(gradient, 1.0 - betas[0])
+            update = oriented(exp_avg.clone(), m.side)
+            sums = m.subset_sums(oriented(gradient, m.side), size)
+            subset_norm_descent_(update, subset_sq, sums, step, betas, eps, m.subsets_of_columns(size))
+            self.apply_(m.weight, update, lr)
+            labels = [f"{m.name}{m.shard.label}.exp_avg", f"{m.label}.subset_sq"]
+            self.keeper.write(state, [exp_avg, subset_sq], labels, step)
 
 
 class SubspaceMomentum(SubspacePart):
@@ -112,22 +121,22 @@ class SubspaceMomentum(SubspacePart):
         elif self.subspace.on_refresh is OnRefresh.transport:
             wide = self.keeper.read([exp_avg])
             transport_momentum_(wide[0], change.transition)
-            self.keeper.write([exp_avg], wide, [f"{matrix.name}.exp_avg.transport"], step)
+            self.keeper.write([exp_avg], wide, [f"{matrix.label}.exp_avg.transport"], step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
-        kinds = ("exp_avg", "subset_sq")
-        state = [self.state[m.name][kind] for kind in kinds for m in bucket]
+        betas, eps = self.settings.betas, self.settings.eps
+        state = [self.state[m.name][kind] for kind in _KINDS for m in bucket]
         wide = self.keeper.read(state)
         exp_avgs, subset_sqs = wide[: len(bucket)], wide[len(bucket) :]
-        torch._foreach_lerp_(exp_avgs, projected, 1.0 - self.settings.betas[0])
+        torch._foreach_lerp_(exp_avgs, projected, 1.0 - betas[0])
         differences = torch._foreach_sub(exp_avgs, projected)  # M − R
         for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
             update = a.to(difference.dtype, copy=True)
-            sums = subset_sums(update, m.size // subset_sq.shape[1])
-            add_lifted_(update, difference, self.bases[m.name], 1.0)
-            subset_norm_descent_(update, subset_sq, sums, step, self.settings.betas, self.settings.eps)
-            self.decay_(m.weight, lr)
-            m.weight.add_(update, alpha=lr)
-        self.keeper.write(state, wide, [f"{m.name}.{kind}" for kind in kinds for m in bucket], step)
+            size = m.size // subset_sq.shape[1]
+            sums = m.subset_sums(update, size)
+            add_lifted_(update, difference, self.basis(m), 1.0)
+            subset_norm_descent_(update, subset_sq, sums, step, betas, eps, m.subsets_of_columns(size))
+            self.apply_(m.weight, update, lr)
+        self.keeper.write(state, wide, [f"{m.label}.{kind}" for kind in _KINDS for m in bucket], step)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from rsotrain.config import OnRefresh
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
+from rsotrain.optim.functional import subset_sums
+from rsotrain.sharding import Shard, local, shard_of
 from rsotrain.subspace.bases import Bases, BasisChange
-from rsotrain.subspace.gram import GradientGram
 from rsotrain.subspace.projection import Side, oriented, project_, resolve_rank, side_of
-from rsotrain.subspace.samplers import Sampler
+from rsotrain.subspace.samplers import Sampler, orthonormalised
+from rsotrain.subspace.sources import GradientSource
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,80 @@ class Subspace:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One low-rank parameter. Oriented, it is M×k, with M = ``num_rows``."""
+    """One low-rank parameter. Oriented, it is M×k, of which this rank has a piece, ``num_rows``×(columns).
+
+    It is sharded in M where that can be, and then all is local but what sums over M. Where it is sharded
+    in k, what sums over k is reduced, and what is M×r is the same on every rank.
+    """
 
     name: str
     parameter: nn.Parameter
     side: Side
     rank: int
-
-    @property
-    def num_rows(self) -> int:
-        return max(self.parameter.shape)
+    shard: Shard
 
     @property
     def size(self) -> int:
-        return min(self.parameter.shape)
+        """k, of the whole."""
+        return min(self.shard.shape)
+
+    @property
+    def by_columns(self) -> bool:
+        """Is the projected dimension the sharded one?"""
+        return self.shard.dim == (1 if self.side is Side.right else 0)
+
+    @property
+    def num_rows(self) -> int:
+        if self.shard.dim is None or self.by_columns:
+            return max(self.shard.shape)
+        return self.shard.stop - self.shard.start
+
+    @property
+    def label(self) -> str:
+        """Of what is M×r here."""
+        return self.name if self.by_columns else f"{self.name}{self.shard.label}"
 
     @property
     def weight(self) -> Tensor:
-        return oriented(self.parameter.data, self.side)
+        return oriented(local(self.parameter).detach(), self.side)
+
+    def columns_of(self, basis: Tensor) -> Tensor:
+        """The rows of a k×r basis for the columns that are here."""
+        return basis[self.shard.start : self.shard.stop] if self.by_columns else basis
+
+    def norms(self, *pieces: Tensor) -> list[Tensor]:
+        """Frobenius norms of the wholes of these pieces, M×k or M×r, which are all of one kind."""
+        return self.shard.norms(*pieces)
+
+    def low_rank_norms(self, *pieces: Tensor) -> list[Tensor]:
+        """The same for what is M×r."""
+        return [torch.linalg.vector_norm(p) for p in pieces] if self.by_columns else self.shard.norms(*pieces)
+
+    def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """Norms of the rows of an M×k matrix, num_rows×1."""
+        norms = torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
+        return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
+
+    def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
+        """``subset_sums`` of the rows of an M×k matrix, num_rows×(k/subset_size)."""
+        if not self.by_columns:
+            return subset_sums(piece, subset_size)
+        sums = piece.new_zeros(piece.shape[0], self.size // subset_size)
+        subsets = self.subsets_of_columns(subset_size)
+        assert subsets is not None
+        return self.shard.sum_(sums.index_add_(1, subsets, piece.square()))
+
+    def subsets_of_columns(self, subset_size: int) -> Tensor | None:
+        """Where only some columns are here, the subset of each."""
+        if not self.by_columns:
+            return None
+        columns = torch.arange(self.shard.start, self.shard.stop, device=self.parameter.device)
+        return columns // subset_size
+
+
+def matrix_of(name: str, parameter: nn.Parameter, rank: int = 1) -> Matrix:
+    shard = shard_of(parameter)
+    return Matrix(name, parameter, side_of(parameter.shape), rank, shard)
 
 
 class SubspacePart(Part):
@@ -78,9 +137,10 @@ class SubspacePart(Part):
         super().__init__(label, parameters, peak_lr, settings)
         self.subspace = subspace
         self.matrices = [
-            Matrix(name, p, side_of(p.shape), resolve_rank(subspace.rank, min(p.shape), name))
+            matrix_of(name, p, resolve_rank(subspace.rank, min(p.shape), name))
             for name, p in parameters.items()
         ]
+        self.by_name = {m.name: m for m in self.matrices}
         dtype = next(iter(parameters.values())).dtype
         self.basis_dtype = work_dtype(dtype)
         exact = self.full_precision or subspace.sampler.lagged
@@ -95,10 +155,12 @@ class SubspacePart(Part):
             total_steps=subspace.total_steps,
             dtype=self.basis_dtype,
             devices={m.name: m.parameter.device for m in self.matrices},
+            mesh=self.matrices[0].shard.mesh,
         )
         for m in self.matrices:
             self.state[m.name] = self.bases.state[m.name] | self.initial_state(m)
-        self.buckets = buckets(self.matrices, lambda m: m.num_rows * m.rank)
+        # of the wholes: all ranks have the same buckets
+        self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
 
     # --- what a method defines -----------------------------------------------------------------
 
@@ -119,6 +181,16 @@ class SubspacePart(Part):
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
         """Fit the moments to the new basis, before the gradient of ``step`` enters them."""
 
+    def basis(self, matrix: Matrix) -> Tensor:
+        """The basis in use, of it what belongs to the columns that are here."""
+        return matrix.columns_of(self.bases[matrix.name])
+
+    def state_dim(self, name: str, key: str) -> int | None:
+        """All but what belongs to the basis, and scalars, has one row for each of M."""
+        matrix = self.by_name[name]
+        shared = key in self.bases.state[name] or self.state[name][key].ndim == 0
+        return None if shared or matrix.by_columns else 0
+
     def gradient(self, matrix: Matrix) -> Tensor:
         """What is projected, oriented."""
         return oriented(gradient_of(matrix.name, matrix.parameter), matrix.side)
@@ -132,41 +204,46 @@ class SubspacePart(Part):
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
+        gradients = {m.name: self.gradient(m) for m in self.matrices}
+        self._refresh(gradients, step, lr_factor, after_update=False)
         for bucket in self.buckets:
-            gradients = [self.gradient(m) for m in bucket]
-            self._refresh(bucket, gradients, step, lr_factor, after_update=False)
-            projected = [
-                torch.empty(m.num_rows, m.rank, dtype=work_dtype(a.dtype), device=a.device)
-                for m, a in zip(bucket, gradients, strict=True)
-            ]
-            for i, (m, a) in enumerate(zip(bucket, gradients, strict=True)):
-                project_(projected[i], a, self.bases[m.name])
+            projected = []
+            for m in bucket:
+                a = gradients[m.name]
+                projected.append(self._project(m, a, self.basis(m)))
                 if m.name in self.bases.unobserved:
-                    self.bases.observe(m.name, a, projected[i])
-            self.apply(bucket, gradients, projected, step, lr)
-            if self.subspace.sampler.lagged:
-                self._refresh(bucket, gradients, step, lr_factor, after_update=True)
+                    self._observe(m, a, projected[-1])
+            self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
+        if self.subspace.sampler.lagged:
+            self._refresh(gradients, step, lr_factor, after_update=True)
+
+    def _project(self, matrix: Matrix, gradient: Tensor, basis: Tensor) -> Tensor:
+        """R = A Q in float32 at least."""
+        dtype = work_dtype(gradient.dtype)
+        projected = torch.empty(matrix.num_rows, matrix.rank, dtype=dtype, device=gradient.device)
+        project_(projected, gradient, basis)
+        return matrix.shard.sum_(projected) if matrix.by_columns else projected
+
+    def _observe(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
+        if not self.subspace.sampler.orthonormal:
+            basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
+            projected = self._project(matrix, gradient, matrix.columns_of(basis))
+        copies = matrix.shard.pieces if matrix.by_columns else 1
+        self.bases.observe(matrix.name, gradient, projected, copies)
 
     def _refresh(
-        self,
-        bucket: list[Matrix],
-        gradients: list[Tensor],
-        step: int,
-        lr_factor: float,
-        *,
-        after_update: bool,
+        self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
     ) -> None:
         """Draw the bases that are due."""
-        for m, a in zip(bucket, gradients, strict=True):
-            if not self.bases.due(m.name, step, after_update=after_update):
-                continue
-
-            def gram(m: Matrix = m, a: Tensor = a) -> GradientGram | None:
-                return GradientGram.of_finite(self.sampled_gradient(m, a, step))
-
-            change = self.bases.refresh(m.name, gram, step, lr_factor)
-            if change is not None:
-                self.basis_changed(m, change, step)
+        due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
+        sources = {
+            m.name: GradientSource(
+                partial(self.sampled_gradient, m, gradients[m.name], step), m.shard, m.side, m.by_columns
+            )
+            for m in due
+        }
+        for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
+            self.basis_changed(self.by_name[name], change, step)
 
     def resume(self, step: int) -> None:
         self.bases.resume(step)

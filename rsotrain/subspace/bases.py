@@ -1,18 +1,30 @@
 """The bases of a set of matrices: drawing, replacing and measuring them."""
 
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.sources import Source, spread
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Elements of gathered matrices that one rank holds while the bases of a round are drawn: 128 MiB in float32.
+_ROUND_ELEMENTS = 1 << 25
+_DRAWN, _NOT_FINITE, _ZERO, _FAILED = range(4)
+_REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Bases:
     nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
     from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
     ``stored``: they are then drawn again, bitwise the same, at each use. ``scaled``: what the sampler draws
-    is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal.
+    is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
+    the ranks that have the same bases; they call ``refresh_all`` and ``metrics`` together.
     """
 
     def __init__(
@@ -61,17 +74,22 @@ class Bases:
         devices: dict[str, torch.device],
         scaled: bool = False,
         stored: bool = True,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         assert stored or not sampler.informed, "data cannot be drawn again"
         self.sizes = sizes
         self.sampler = sampler
-        self.schedule = RefreshSchedule(gap, len(sizes), staggered, self._restart(sampler, total_steps))
+        self.switch_step: int | None = None
+        if sampler.switch is not None:  # 1 − 0.7 is rounded up: not a step later for that
+            self.switch_step = 1 + math.ceil(sampler.switch * total_steps - 1e-6)
+        restart = self.switch_step if self.switch_step != 1 else None
+        self.schedule = RefreshSchedule(gap, len(sizes), staggered, restart)
         self.seed = seed
-        self.total_steps = total_steps
         self.dtype = dtype
         self.devices = devices
         self.scaled = scaled
         self.stored = stored
+        self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
         self.indices = dict.fromkeys(sizes, 0)  # of the draws in use
         self.state: dict[str, dict[str, Tensor]] = {}
@@ -81,6 +99,7 @@ class Bases:
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
+        self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
         self.unobserved: set[str] = set()  # drawn since ``observe``
         self.skipped = 0  # draws that failed
         self._refresh_step = 0
@@ -93,14 +112,6 @@ class Bases:
         if self.stored:
             return self.state[name]["basis"]
         return self._drawn(self.request(name, self.indices[name]))
-
-    @staticmethod
-    def _restart(sampler: Sampler, total_steps: int) -> int | None:
-        """The first step at which ``sampler.switch`` of training is done, if it is not the first of all."""
-        if sampler.switch is None or sampler.switch <= 0:
-            return None
-        steps = (s for s in range(2, total_steps + 1) if (s - 1) / total_steps >= sampler.switch)
-        return next(steps, None)
 
     def resume(self, step: int) -> None:
         """``step`` is the last that the bases in use were drawn for."""
@@ -133,13 +144,22 @@ class Bases:
     def _scale(self, size: int, rank: int) -> float:
         return (size / rank) ** 0.5 if self.scaled else 1.0
 
+    def informed(self, step: int) -> bool:
+        """Does a draw for ``step`` need data?"""
+        return self.sampler.informed and not self._switched(step)
+
+    def _switched(self, step: int) -> bool:
+        return self.switch_step is not None and step >= self.switch_step
+
     def due(self, name: str, step: int, *, after_update: bool) -> bool:
         """Is a draw due at ``step`` before (or after) the weights are updated?
 
-        The first draw is due until it has succeeded.
+        The first draw is due until it has succeeded; no other follows in that step.
         """
         if name in self.waiting:
             return not after_update
+        if after_update and self._first_draws[name] == step:
+            return False
         index = self.schedule.draw_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.lagged and index > 0)
 
@@ -147,6 +167,96 @@ class Bases:
         """Measuring costs about a projection: of draws that come thick and fast, one in ten steps."""
         every = max(1, 10 // self.schedule.gap)
         return index == 0 or index % every == 1 % every
+
+    @torch.no_grad()
+    def refresh_all(
+        self,
+        sources: Mapping[str, Source],
+        step: int,
+        lr_factor: float,
+        index: Callable[[str], int] | None = None,
+    ) -> dict[str, BasisChange]:
+        """Draw these bases, those of a mesh divided among its ranks; the changes there were, by name.
+
+        ``index``: number of each draw; None: of that which is due at ``step``.
+        """
+        changes: dict[str, BasisChange | None] = {}
+        alone: list[str] = []
+        number = index or (lambda name: self.schedule.latest(self.positions[name], step)[0])
+        for name, source in sources.items():
+            first = number(name) == 0 or name in self.waiting
+            together = self.sampler.by_products and not first
+            if self.mesh is None or not self.informed(step) or together:
+                changes[name] = self.refresh(name, source.everywhere, step, lr_factor, number(name))
+            else:
+                alone.append(name)
+        for names in self._rounds(alone, sources):
+            changes |= self._share({name: sources[name] for name in names}, step, lr_factor, number)
+        return {name: change for name, change in changes.items() if change is not None}
+
+    def _rounds(self, names: list[str], sources: Mapping[str, Source]) -> Iterator[list[str]]:
+        """In order, as many at a time as the ranks may hold, and at least one for each rank."""
+        if not names:
+            return
+        assert self.mesh is not None
+        largest = max(sources[name].elements for name in names)
+        limit = self.mesh.size() * max(_ROUND_ELEMENTS, largest)
+        round_: list[str] = []
+        held = 0
+        for name in names:
+            if held + sources[name].elements > limit:
+                yield round_
+                round_, held = [], 0
+            round_.append(name)
+            held += sources[name].elements
+        yield round_
+
+    def _share(
+        self, sources: Mapping[str, Source], step: int, lr_factor: float, number: Callable[[str], int]
+    ) -> dict[str, BasisChange | None]:
+        """Each basis is drawn by one rank, which has the whole matrix, and sent to the others."""
+        assert self.mesh is not None
+        names = list(sources)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        owners = dict(zip(names, spread([s.cost for s in sources.values()], size), strict=True))
+        device = self.devices[names[0]]
+        self._start_timer(step, device)
+        try:
+            seen = {name: sources[name].at(owners[name]) for name in names}
+            drawn: dict[str, Tensor] = {}
+            outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
+            for i, name in enumerate(names):
+                if owners[name] == rank:
+                    outcome, new = self._try_draw(
+                        name, self[name], seen.pop(name), step, lr_factor, number(name)
+                    )
+                    outcomes[i] = outcome
+                    if new is not None:
+                        drawn[name] = new
+            dist.all_reduce(outcomes)
+            found = dict(zip(names, outcomes.tolist(), strict=True))
+            for owner in range(size):
+                sent = [name for name in names if owners[name] == owner and found[name] == _DRAWN]
+                if sent:
+                    drawn |= self._broadcast(sent, owner, drawn)
+        finally:
+            self._stop_timer(device)
+        changes = {}
+        for name in names:
+            if reason := _REASONS.get(found[name]):
+                self._skip(name, step, reason)
+            changes[name] = self._settle(name, self[name], drawn.get(name), step, number(name))
+        return changes
+
+    def _broadcast(self, names: list[str], owner: int, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        shapes = [self.sizes[name] for name in names]
+        lengths = [size * rank for size, rank in shapes]
+        if dist.get_rank() == owner:
+            flat = torch.cat([drawn[name].flatten() for name in names])
+        else:
+            flat = torch.empty(sum(lengths), dtype=self.dtype, device=self.devices[names[0]])
+        dist.broadcast(flat, src=owner)
+        return {n: t.view(shape) for n, t, shape in zip(names, flat.split(lengths), shapes, strict=True)}
 
     @torch.no_grad()
     def refresh(
@@ -169,9 +279,18 @@ class Bases:
         old = self[name]
         self._start_timer(step, old.device)
         try:
-            new = self._draw(name, old, gram, step, lr_factor, index)
+            seen = gram() if self.informed(step) else None
+            outcome, new = self._try_draw(name, old, seen, step, lr_factor, index)
         finally:
             self._stop_timer(old.device)
+        if reason := _REASONS.get(outcome):
+            self._skip(name, step, reason)
+        return self._settle(name, old, new, step, index)
+
+    def _settle(
+        self, name: str, old: Tensor, new: Tensor | None, step: int, index: int
+    ) -> BasisChange | None:
+        """Put ``new``, if there is one, in the place of ``old``, which is in use."""
         if new is None:
             return None
         first = name in self.waiting or step == 1
@@ -180,60 +299,63 @@ class Bases:
             self.unobserved.add(name)
             if change is not None:
                 self._overlaps[name] = change.overlap(self.sampler.orthonormal)
-        self.waiting.discard(name)
+        if name in self.waiting:
+            self.waiting.remove(name)
+            self._first_draws[name] = step
         self.indices[name] = index
         if self.stored:
             old.copy_(new)
         return change
 
-    def _draw(
-        self,
-        name: str,
-        old: Tensor,
-        gram: Callable[[], Gram | None],
-        step: int,
-        lr_factor: float,
-        index: int,
-    ) -> Tensor | None:
+    def _try_draw(
+        self, name: str, old: Tensor, seen: Gram | None, step: int, lr_factor: float, index: int
+    ) -> tuple[int, Tensor | None]:
+        """(outcome, basis if there is one). ``seen`` is None where there is nothing finite to see."""
         draw = self.request(name, index)
-        if self.sampler.informed:
-            draw.gram = gram()
-            if draw.gram is None:
-                self._skip(name, step, "is not finite")
-                return None
-            if not bool(draw.gram.energy() > 0):
-                return None
-        draw.progress = (step - 1) / self.total_steps
+        if self.informed(step):
+            if seen is None:
+                return _NOT_FINITE, None
+            if not bool(seen.energy() > 0):
+                return _ZERO, None
+        draw.gram = seen
+        draw.switched = self._switched(step)
         draw.lr_factor = lr_factor
         draw.state = self.state[name]
         if index > 0 and name not in self.waiting:
             draw.previous = old / self._scale(draw.size, draw.rank) if self.scaled else old
         try:
-            return self._drawn(draw)
+            return _DRAWN, self._drawn(draw)
         except torch.linalg.LinAlgError:
-            self._skip(name, step, "could not be decomposed")
-            return None
+            return _FAILED, None
 
-    def observe(self, name: str, gradient: Tensor, projected: Tensor) -> None:
-        """Note the share of ‖A‖_F² that lies in the subspace; ``gradient``: A (M×k), ``projected``: A Q."""
+    def observe(self, name: str, gradient: Tensor, projected: Tensor, copies: int = 1) -> None:
+        """Note the share of ‖A‖_F² that lies in the subspace.
+
+        ``gradient``: A (M×k); ``projected``: A on an orthonormal basis of the subspace (M×r). Of both the
+        pieces that are here; of the latter there are ``copies`` in all.
+        """
         self.unobserved.discard(name)
-        if not self.sampler.orthonormal:
-            basis = orthonormalised(self[name].to(torch.promote_types(self.dtype, torch.float32)))
-            projected = gradient.to(basis.dtype) @ basis
         energy, kept = (
             torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
             for x in (gradient, projected)
         )
-        self._captured[name] = torch.where(energy > 0, kept / energy, 1.0)
+        self._captured[name] = torch.stack([kept / copies, energy])
 
     def metrics(self) -> dict[str, float]:
         """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
-        with draws; how many draws failed, once one has."""
+        with draws; how many draws failed in this process, once one has.
+
+        Where draws come more often than every ten steps, not all are measured.
+        """
         result = {}
         if self._overlaps:
             result["subspace/overlap"] = float(torch.stack(list(self._overlaps.values())).mean())
         if self._captured:
-            result["subspace/captured_energy"] = float(torch.stack(list(self._captured.values())).mean())
+            sums = torch.stack(list(self._captured.values()))
+            if self.mesh is not None:
+                dist.all_reduce(sums)
+            kept, energy = sums.unbind(1)
+            result["subspace/captured_energy"] = float(torch.where(energy > 0, kept / energy, 1.0).mean())
         if self._refresh_step:
             seconds = self._refresh_seconds
             for start, end in self._events:
@@ -252,7 +374,7 @@ class Bases:
                 f"step {step}: the gradient of {name} {what}; {stays}"
                 " (said once, counted in subspace/skipped_draws)",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _start_timer(self, step: int, device: torch.device) -> None:

@@ -46,14 +46,16 @@ class Gram(Protocol):
 class GradientGram:
     """Of a gradient, scaled to a largest entry of 1 so that no square under- or overflows.
 
-    ``gradient``: oriented, M×k, any float dtype, finite.
+    ``gradient``: oriented, M×k, any float dtype, finite. ``largest``: of the whole, for a piece of it.
     """
 
-    def __init__(self, gradient: Tensor) -> None:
+    def __init__(self, gradient: Tensor, largest: Tensor | None = None) -> None:
         self.size = gradient.shape[1]
         self.resolution = torch.finfo(gradient.dtype).eps
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        self.largest = torch.linalg.vector_norm(gradient, ord=float("inf")).to(dtype)
+        if largest is None:
+            largest = torch.linalg.vector_norm(gradient, ord=float("inf")).to(dtype)
+        self.largest = largest
         # divided by it, not times its reciprocal, which is infinite for subnormal gradients
         self.normalised = gradient.to(dtype) / torch.where(self.largest > 0, self.largest, 1.0)
         self._energy: Tensor | None = None

@@ -59,16 +59,23 @@ def project_(out: Tensor, matrix: Tensor, basis: Tensor) -> None:
         out.copy_(matrix.to(basis.dtype) @ basis)
 
 
-def add_lifted_(target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float) -> None:
-    """target ← target + alpha · low_rank Qᵀ, in place.
+def add_lifted_(
+    target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float, kept_share: float = 1.0
+) -> None:
+    """target ← kept_share · target + alpha · low_rank Qᵀ, in place, rounded once to a bfloat16 target.
 
     ``target``: M×k; ``low_rank``: M×r; ``basis``: k×r, whose dtype the product runs in. Where all three
     have one dtype, no M×k temporary is made.
     """
+    factor = low_rank.to(basis.dtype)
     if target.dtype == basis.dtype:
-        target.addmm_(low_rank.to(basis.dtype), basis.T, alpha=alpha)
-    else:
-        # the product in the layout of the target: a left-projected target is a transposed view
-        factor = low_rank.to(basis.dtype)
-        lifted = factor @ basis.T if target.is_contiguous() else (basis @ factor.T).T
-        target.add_(lifted, alpha=alpha)
+        target.addmm_(factor, basis.T, beta=kept_share, alpha=alpha)
+        return
+    # the product in the layout of the target: a left-projected target is a transposed view
+    lifted = factor @ basis.T if target.is_contiguous() else (basis @ factor.T).T
+    if kept_share != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
+        target.add_(lifted.mul_(alpha).add_(target, alpha=kept_share - 1.0))
+        return
+    if kept_share != 1.0:
+        target.mul_(kept_share)
+    target.add_(lifted, alpha=alpha)

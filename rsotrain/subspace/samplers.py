@@ -16,9 +16,9 @@ from rsotrain.subspace.gram import Gram
 class Draw:
     """One request for a basis.
 
-    ``previous``: the basis in use (k×r), None at the first draw. ``progress``: share of the training
-    steps that are done, in [0, 1). ``lr_factor``: of the schedule, 1 at the peak. ``state``: the sampler's
-    own tensors for this matrix, updated in place.
+    ``previous``: the basis in use (k×r), None at the first draw. ``switched``: training is past the
+    sampler's ``switch``. ``lr_factor``: of the schedule, 1 at the peak. ``state``: the sampler's own
+    tensors for this matrix, updated in place.
     """
 
     size: int
@@ -27,7 +27,7 @@ class Draw:
     generator: torch.Generator
     device: torch.device
     previous: Tensor | None = None
-    progress: float = 0.0
+    switched: bool = False
     lr_factor: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -41,17 +41,21 @@ class Sampler:
     """A way to draw bases.
 
     ``orthonormal``: the columns are orthonormal; ``hint`` says what to do where they must be and are
-    not. ``informed``: it needs the Gram matrix. ``lagged``: after the first draw, it draws after the
-    update, for the next step. ``switch``: share of training from which on it draws by another rule; there
-    is a draw then, wherever the last one was. ``state_shapes``: of the float32 tensors it keeps for a k×r
-    basis, by name.
+    not. ``unit_columns``: they are of norm 1, if only about so; else E[QQᵀ] = I. ``informed``: it needs the
+    Gram matrix. ``lagged``: after the first draw, it draws after the update, for the next step.
+    ``switch``: share of training after which it draws by another rule, which needs no data; there is a
+    draw then, wherever the last one was. ``by_products``: after the first draw it is content with a few
+    products with the Gram matrix, so that ranks that share a matrix draw together; otherwise one draws for
+    all. ``state_shapes``: of the float32 tensors it keeps for a k×r basis, by name.
     """
 
     name: str
     draw: Callable[[Draw], Tensor]
     orthonormal: bool = True
+    unit_columns: bool = True
     informed: bool = False
     lagged: bool = False
+    by_products: bool = False
     switch: float | None = None
     hint: str = ""
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
@@ -261,6 +265,6 @@ def mixture(draw: Draw, principal_fraction: float) -> Tensor:
     return align_signs(basis, draw.previous)
 
 
-def golore(draw: Draw, switch: float) -> Tensor:
-    """svd, then haar once the share ``switch`` of training is done (GoLore, arXiv 2410.11289)."""
-    return haar(draw) if draw.progress >= switch else svd(draw)
+def golore(draw: Draw) -> Tensor:
+    """svd, then haar in the last part of training (GoLore, arXiv 2410.11289)."""
+    return haar(draw) if draw.switched else svd(draw)
