@@ -43,6 +43,16 @@ def register_schemas() -> None:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
+
+
+def pretrained_value(folder: str | None, name: str) -> Any:
+    """One field of the model in a Hugging Face folder, for conf/model/pretrained.yaml."""
+    from rsotrain.models.huggingface_config import read_config
+
+    if folder is None:
+        raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
+    return getattr(read_config(Path(folder).expanduser()), name)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -142,6 +152,8 @@ def explain(error: Exception) -> str:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
         return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
+    if isinstance(error.__cause__, UserError):  # raised by a resolver
+        return str(error.__cause__)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = str(cause).split("\n")
     text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])

@@ -20,8 +20,10 @@ from rsotrain.overrides import flatten
 
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
-    "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger", "parallelism", "micro_batch_size",
+    "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
+    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export",
+    "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
+    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
 )  # fmt: skip
 
 
@@ -38,8 +40,20 @@ def plain(value: Any) -> Any:
 
 def identity(config: Config) -> dict[str, Any]:
     """Dotted key -> value of the settings that make a run what it is."""
-    settings = {k: v for k, v in plain(config).items() if k not in OPERATIONAL_KEYS}
-    return dict(flatten(settings))
+    return _identity(plain(config))
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flatten(settings)
+        if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
+    }
+
+
+def run_folder_path(config: Config) -> Path:
+    """Where the run of these settings lies, or would."""
+    return Path(config.output_dir).expanduser() / run_name(config)
 
 
 def run_name(config: Config) -> str:
@@ -93,7 +107,7 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
     Raises UserError if it cannot be written, if another process is at work in it, or if it holds a
     run with other settings and ``overwrite`` is not set.
     """
-    path = Path(config.output_dir).expanduser() / run_name(config)
+    path = run_folder_path(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115 (opened here for its error, closed below)
@@ -123,7 +137,7 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{file} is damaged, so the run there cannot be compared with these settings;"
                 " choose another run_name, or overwrite=true to discard it"
             )
-        old = dict(flatten({k: v for k, v in saved.items() if k not in OPERATIONAL_KEYS}))
+        old = _identity(saved)
         new = identity(config)
         differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if differing:

@@ -1,5 +1,6 @@
 """Ranks of a test: processes forked from it that talk over gloo and run many checks in one start."""
 
+import multiprocessing.forkserver
 import os
 import socket
 import traceback
@@ -60,6 +61,7 @@ def run(
     """What each check returned on each rank, by name; an AssertionError where it raised."""
     parallelism = ParallelismConfig(strategy, shard_size=shard_size, timeout_seconds=60)
     folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.forkserver._forkserver._stop()  # of an earlier test: a fork cannot use it
     torch.multiprocessing.start_processes(
         _enter, (size, free_port(), parallelism, checks, str(folder)), size, start_method="fork"
     )
