@@ -39,6 +39,9 @@ def _enter(
 ) -> None:
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
+    # that of an earlier test is the parent's: a fork cannot use it
+    server = multiprocessing.forkserver._forkserver
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     world = start(parallelism, Device.cpu)
     for name, check in checks.items():
         outcome: Any
@@ -61,7 +64,6 @@ def run(
     """What each check returned on each rank, by name; an AssertionError where it raised."""
     parallelism = ParallelismConfig(strategy, shard_size=shard_size, timeout_seconds=60)
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.forkserver._forkserver._stop()  # of an earlier test: a fork cannot use it
     torch.multiprocessing.start_processes(
         _enter, (size, free_port(), parallelism, checks, str(folder)), size, start_method="fork"
     )
