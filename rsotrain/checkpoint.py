@@ -291,4 +291,5 @@ def read_checkpoint(
     for key in ("data", "seconds", "validation", "record"):
         run[key]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
-    return state | {"trainer": {"step": record["step"], "tokens": record["tokens"]}}, run
+    trainer = {"step": record["step"], "tokens": record["tokens"], "data": record.get("data", {})}
+    return state | {"trainer": trainer}, run

@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
-from rsotrain.config import SCHEMAS, Config
+from rsotrain.config import SCHEMAS, Config, Mode
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
@@ -55,6 +55,16 @@ def register_schemas() -> None:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
+
+
+def pretrained_value(folder: str | None, name: str) -> Any:
+    """One field of the model in a Hugging Face folder, for conf/model/pretrained.yaml."""
+    from rsotrain.models.huggingface_config import read_config
+
+    if folder is None:
+        raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
+    return getattr(read_config(Path(folder).expanduser()), name)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -105,7 +115,7 @@ _status = 0
 def run(composed: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it, possibly in a process of submitit's.
 
-    A mistake or a failed training prints its sentence. Returns the exit status and, where there is one, the
+    A mistake or a failed training prints its sentence. Returns the exit status and, of a training, the
     run's folder: what the process that started a multirun needs to know of its members.
     """
     global _status
@@ -116,7 +126,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
         adopt_slurm_step()
         config = to_config(composed)
         validate(config)
-        outcome["folder"] = run_folder_path(config).resolve()
+        if config.mode is Mode.train:
+            outcome["folder"] = run_folder_path(config).resolve()
         keep_freed_memory()
         with leaving_on_warning():
             from rsotrain.run import run_mode  # torch is imported from here on
@@ -200,6 +211,8 @@ def explain(error: Exception) -> str:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
         return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
+    if isinstance(error.__cause__, UserError):  # raised by a resolver
+        return str(error.__cause__)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = str(cause).split("\n")
     text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])

@@ -9,6 +9,27 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config_data import (  # noqa: F401
+    C4DataConfig,
+    DataConfig,
+    EmbeddedDataConfig,
+    EvaluationConfig,
+    ExportConfig,
+    ExportDtype,
+    FilesDataConfig,
+    GenerateConfig,
+    HubDataConfig,
+    HubTokenizerConfig,
+    HuggingFaceTokenizerConfig,
+    InstructionsDataConfig,
+    ModelType,
+    Packing,
+    SampleBy,
+    SentencePieceTokenizerConfig,
+    SyntheticDataConfig,
+    TokenizerConfig,
+    TrainedTokenizerConfig,
+)
 from rsotrain.config_methods import (  # noqa: F401 (one module names the whole configuration)
     AdamConfig,
     ApolloConfig,
@@ -45,7 +66,12 @@ from rsotrain.config_methods import (  # noqa: F401 (one module names the whole 
 
 
 class Mode(Enum):
+    """All but train act on ``checkpoint.path``: its model and tokenizer, not those of the command line."""
+
     train = "train"
+    evaluate = "evaluate"
+    generate = "generate"
+    export = "export"
 
 
 class Precision(Enum):
@@ -75,7 +101,11 @@ class ActivationCheckpointing(Enum):
 
 @dataclass
 class ModelConfig:
-    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``."""
+    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``.
+
+    ``init_from``: a Hugging Face folder whose weights to start from. ``pad_vocab_to_multiple_of``: rows
+    without a token that round the vocabulary up, for the speed of the matrix products.
+    """
 
     name: str = MISSING
     hidden_size: int = MISSING
@@ -89,42 +119,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-
-
-# --- data and tokenizer ------------------------------------------------------------------------
-
-
-@dataclass
-class DataConfig:
-    name: str = MISSING
-
-
-@dataclass
-class EmbeddedDataConfig(DataConfig):
-    """The corpus that ships with the package."""
-
-
-@dataclass
-class FilesDataConfig(DataConfig):
-    """JSON-lines files (.json, .jsonl, also .gz): one document an object, its text in ``text_field``."""
-
-    path: str = MISSING
-    validation_path: str = MISSING
-    text_field: str = "text"
-
-
-@dataclass
-class TokenizerConfig:
-    name: str = MISSING
-
-
-@dataclass
-class TrainedTokenizerConfig(TokenizerConfig):
-    """A SentencePiece BPE model with byte fallback, trained once on the training documents."""
-
-    vocab_size: int = 4096
-    character_coverage: float = 0.9995
-    max_training_bytes: int = 20_000_000
+    pad_vocab_to_multiple_of: int | None = None
+    init_from: str | None = None
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -198,7 +194,8 @@ class LoadWhat(Enum):
 @dataclass
 class CheckpointConfig:
     """``path``: a checkpoint, or a run's folder with some, that a run without own checkpoints begins from.
-    ``load``: what is taken from it."""
+    ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
+    Hugging Face folder then; null: this run's newest."""
 
     path: str | None = None
     load: LoadWhat = LoadWhat.all
@@ -233,14 +230,6 @@ class LoggerConfig:
     wandb_tags: list[str] = field(default_factory=list)
     wandb_init_timeout_seconds: float = 30.0
     progress: Progress = Progress.auto
-
-
-@dataclass
-class EvaluationConfig:
-    """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation."""
-
-    max_tokens: int | None = 10_000_000
-    micro_batch_size: int | None = None  # null: the training micro-batch
 
 
 @dataclass
@@ -281,6 +270,8 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.
@@ -312,8 +303,20 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "svd": SvdConfig,
         "topk_norm": TopkNormConfig,
     },
-    "data": {"embedded": EmbeddedDataConfig, "files": FilesDataConfig},
-    "tokenizer": {"trained": TrainedTokenizerConfig},
+    "data": {
+        "c4": C4DataConfig,
+        "embedded": EmbeddedDataConfig,
+        "files": FilesDataConfig,
+        "hub": HubDataConfig,
+        "instructions": InstructionsDataConfig,
+        "synthetic": SyntheticDataConfig,
+    },
+    "tokenizer": {
+        "hub": HubTokenizerConfig,
+        "huggingface": HuggingFaceTokenizerConfig,
+        "sentencepiece": SentencePieceTokenizerConfig,
+        "trained": TrainedTokenizerConfig,
+    },
     "lr_scheduler": {
         "constant": ConstantConfig,
         "cosine": CosineConfig,

@@ -289,6 +289,17 @@ def print_closing_table(
     _print_table(table, log_path)
 
 
+def print_result_table(result: Mapping[str, object]) -> None:
+    """Print names and values as they are, figures with four decimals."""
+    table = _table("Result")
+    table.show_header = False
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in result.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _print_table(table, None)
+
+
 class ParameterRow(Protocol):
     """One line of the optimizer's table of claims."""
 

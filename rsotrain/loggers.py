@@ -11,7 +11,7 @@ from typing import Protocol
 
 from rsotrain.config import LoggerConfig
 from rsotrain.metrics import finite, write_atomic
-from rsotrain.wandb_logger import WandbLogger, resolve_mode
+from rsotrain.wandb_logger import Table, WandbLogger, resolve_mode
 
 Record = Mapping[str, float | int | str]
 
@@ -81,6 +81,12 @@ class Loggers:
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 logger.preempted()
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+        """Hand a table of texts to those loggers that show tables: W&B."""
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log({name: Table(columns, rows)}, step)
 
     def close(self, summary: Mapping[str, object], exit_code: int) -> None:
         """Close all, even when one fails; the first failure is raised at the end."""

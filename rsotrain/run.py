@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rsotrain import modes
 from rsotrain.checkpoint import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config import Config, LoadWhat, Mode
 from rsotrain.data.build import build_data
@@ -26,13 +27,22 @@ from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
 from rsotrain.run_folder import RunFolder, identity, open_run_folder, plain
 from rsotrain.saving import BackgroundSaver
-from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition
+from rsotrain.trained_model import save_tokenizer
+from rsotrain.trainer import NonFiniteError, StepResult, Trainer, check_composition, share_of_batch
 from rsotrain.wandb_logger import resolve_mode
 
 
 def run_mode(config: Config) -> dict[str, Any]:
     """Do what ``config.mode`` says and return the run's summary."""
-    return {Mode.train: train}[config.mode](config)
+    match config.mode:
+        case Mode.train:
+            return train(config)
+        case Mode.evaluate:
+            return modes.evaluate_mode(config, cache_dir(config))
+        case Mode.generate:
+            return modes.generate_mode(config)
+        case Mode.export:
+            return modes.export_mode(config)
 
 
 def cache_dir(config: Config) -> Path:
@@ -111,8 +121,13 @@ class TrainingRun:
                 seq_len=config.seq_len,
                 cache_dir=cache_dir(config),
                 notify=display.message,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                share=share_of_batch(config.batch_size, world),
+                max_validation_tokens=config.evaluation.max_tokens,
             )
         )
+        world.main_together(lambda: save_tokenizer(self.data.tokenizer, folder.path))
         self.trainer = Trainer(config, self.data, world)
         self.validation: dict[str, float] = {}  # the last evaluation, and its step
         self.best_loss = math.inf
@@ -171,6 +186,7 @@ class TrainingRun:
                 f"{error}: stopped before the update, {last}; a lower optimizer.lr or grad_clip=1.0 may help"
             ) from error
         finally:
+            self.data.train.close()
             self.saver.close()
             self.loggers.close(summary, exit_code)
         return summary
@@ -238,6 +254,10 @@ class TrainingRun:
         self.validation = {"step": self.trainer.step, **metrics}
         self.best_loss = min(self.best_loss, metrics["val/loss"])
         self._log(metrics)
+        if self.config.logger.wandb and self.config.evaluation.samples:
+            self.loggers.log_table(
+                "val/samples", ("prompt", "continuation"), self.trainer.generate(), self.trainer.step
+            )
 
     def _save_or_fail(self) -> None:
         """The last checkpoint, and wait for it."""
@@ -346,7 +366,8 @@ class TrainingRun:
         if median is not None:
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}
         unigram = unigram_loss(self.data.train, self.data.validation, self.config.evaluation.max_tokens)
-        summary["val/unigram_perplexity"] = perplexity(unigram)
+        if unigram is not None:
+            summary["val/unigram_perplexity"] = perplexity(unigram)
         return {
             "finished": True,
             "run": self.folder.path.name,

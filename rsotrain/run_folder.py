@@ -27,8 +27,10 @@ RUN_RECORD = "run.json"
 
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
-    "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger", "parallelism", "micro_batch_size",
+    "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
+    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export",
+    "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
+    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
 )  # fmt: skip
 
 
@@ -45,8 +47,15 @@ def plain(value: Any) -> Any:
 
 def identity(config: Config) -> dict[str, Any]:
     """Dotted key -> value of the settings that make a run what it is."""
-    settings = {k: v for k, v in plain(config).items() if k not in OPERATIONAL_KEYS}
-    return dict(flatten(settings))
+    return _identity(plain(config))
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flatten(settings)
+        if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
+    }
 
 
 def run_folder_path(config: Config) -> Path:
@@ -183,7 +192,7 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{file} is damaged, so the run there cannot be compared with these settings;"
                 " choose another run_name, or overwrite=true to discard it"
             )
-        old = dict(flatten({k: v for k, v in saved.items() if k not in OPERATIONAL_KEYS}))
+        old = _identity(saved)
         new = identity(config)
         differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if differing:

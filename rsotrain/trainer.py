@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch import nn
 
 from rsotrain.config import Config
 from rsotrain.data.build import Data
-from rsotrain.data.order import SequenceOrder
+from rsotrain.data.sequences import merged_states
 from rsotrain.distributed import World, resolve_device
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.evaluation import IGNORE_INDEX, evaluate
 from rsotrain.flops import training_flops_per_token
+from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
-from rsotrain.models.build import build_model, materialize
+from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
 from rsotrain.sharding import Shard, local, shard_model, shard_of
@@ -69,6 +71,12 @@ def check_composition(config: Config) -> None:
     )
 
 
+def share_of_batch(batch_size: int, world: World) -> range:
+    """The places of a batch that are this rank's."""
+    own = batch_size // world.size
+    return range(world.rank * own, (world.rank + 1) * own)
+
+
 class Trainer:
     """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
 
@@ -81,12 +89,7 @@ class Trainer:
         self.data = data
         self.world = world or World(resolve_device(config.device))
         self.device = self.world.device
-        self.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
-        if self.vocab_size < data.tokenizer.vocab_size:
-            raise UserError(
-                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's"
-                f" {data.tokenizer.vocab_size} pieces; leave it null"
-            )
+        self.vocab_size = model_vocab_size(config.model, data.tokenizer.vocab_size)
         self.model = build_model(
             config.model,
             vocab_size=self.vocab_size,
@@ -94,6 +97,7 @@ class Trainer:
             device=self.device if self.world.mesh is None else torch.device("meta"),
             seed=config.seed,
             activation_checkpointing=config.activation_checkpointing,
+            separator_id=data.tokenizer.eos_id if config.data.document_mask else None,
         )
         self.optimizer = build_optimizer(
             self.model,
@@ -107,7 +111,7 @@ class Trainer:
         if config.compile:
             for block in self.model.model.layers:
                 block.compile()
-        self.order = SequenceOrder(len(data.train), config.seed)
+        self.order = data.train.order(config.seed)
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
         self.gradients_bytes = 0
@@ -138,11 +142,10 @@ class Trainer:
 
     def _micro_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the step's batch: which sequences that has does not depend on the ranks."""
-        own = self._batch_size_of_rank
-        indices = self.order.indices(self.step, self.config.batch_size)
-        indices = indices[self.world.rank * own : (self.world.rank + 1) * own]
-        size = self.config.micro_batch_size or own
-        for start in range(0, own, size):
+        share = share_of_batch(self.config.batch_size, self.world)
+        indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
+        size = self.config.micro_batch_size or len(share)
+        for start in range(0, len(share), size):
             yield self.data.train.batch(indices[start : start + size])
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
@@ -221,20 +224,33 @@ class Trainer:
             self.model,
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.world,
-            bytes_per_token=self._validation_bytes_per_token(),
+            bytes_per_token=self._validation_bytes_per_token,
         )
         if self.world.mesh is not None:
             self.model.reshard()  # type: ignore[operator]
         return metrics
 
+    def generate(self) -> list[tuple[str, str]]:
+        """(prompt, continuation) for each of ``generate.prompts``."""
+        config = self.config
+        texts = generate_texts(
+            self.model,
+            self.data.tokenizer,
+            config.generate,
+            max_context=config.model.max_position_embeddings,
+            device=self.device,
+            seed=config.seed,
+        )
+        if self.world.mesh is not None:
+            self.model.reshard()  # type: ignore[operator]
+        return texts
+
+    @cached_property
     def _validation_bytes_per_token(self) -> float:
         """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
         validation, limit = self.data.validation, self.config.evaluation.max_tokens
-        if limit is None or limit >= validation.num_tokens - 1:
-            return validation.bytes_per_token
-        scored = validation.num_targets(limit)
-        text = self.data.tokenizer.decode(validation.tokens[: scored + 1].tolist())
-        return len(text.encode()) / scored
+        num_bytes = validation.num_target_bytes(self.data.tokenizer.decode, limit)
+        return num_bytes / validation.num_targets(limit)
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank by part; peak memory is the process's and is measured by whoever logs it."""
@@ -250,11 +266,12 @@ class Trainer:
 
         ``trainer``: what JSON can hold, the same on every rank.
         """
+        data = merged_states(self.world.gathered(self.data.train.state_dict()))
         named = self.model.named_parameters()  # tied weights once
         return {
             "model": {name: local(p).detach() for name, p in named},
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "tokens": self.tokens},
+            "trainer": {"step": self.step, "tokens": self.tokens, "data": data},
         }
 
     def shards(self) -> dict[str, Shard]:
@@ -267,6 +284,7 @@ class Trainer:
         self._check_weights(state["model"], same_dtype=True)
         self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
         self._copy_weights(state["model"])
+        self.data.train.load_state_dict(state["trainer"].get("data", {}))
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rsotrain.config import (
     Config,
-    FilesDataConfig,
     LoadWhat,
     LRSchedulerConfig,
     ModelConfig,
@@ -14,11 +13,11 @@ from rsotrain.config import (
     OptimizerConfig,
     Strategy,
     SubspaceConfig,
-    TrainedTokenizerConfig,
 )
 from rsotrain.errors import UserError
 from rsotrain.overrides import flatten
 from rsotrain.run_folder import plain
+from rsotrain.validation_data import validate_data, validate_modes, validate_tokenizer
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -54,7 +53,9 @@ def validate(config: Config) -> None:
     _validate_optimizer(config.optimizer)
     _validate_subspace(config)
     _validate_lr_scheduler(config.lr_scheduler, config.steps)
-    _validate_data(config)
+    validate_data(config)
+    validate_tokenizer(config.tokenizer, config.model)
+    validate_modes(config)
     _positive(config.logger, "logger.", "wandb_init_timeout_seconds")
     _validate_checkpoint(config)
     name = config.run_name
@@ -105,10 +106,16 @@ def validate_model(model: ModelConfig) -> None:
     _positive(
         model, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "vocab_size", "rope_theta", "rms_norm_eps",
+        "pad_vocab_to_multiple_of",
     )  # fmt: skip
     _require(
         model.initializer_range >= 0,
         f"model.initializer_range={model.initializer_range} must not be negative",
+    )
+    _require(
+        model.vocab_size is None or model.pad_vocab_to_multiple_of is None,
+        f"model.vocab_size={model.vocab_size} is the size, so model.pad_vocab_to_multiple_of has no effect;"
+        " leave one of them out",
     )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     _require(
@@ -196,30 +203,6 @@ def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
         fraction + decay <= 1,
         f"warm-up ({fraction:.3g}) and lr_scheduler.decay_fraction={decay} take more than all the steps",
     )
-
-
-def _validate_data(config: Config) -> None:
-    data, tokenizer = config.data, config.tokenizer
-    if isinstance(data, FilesDataConfig):
-        for key in ("path", "validation_path"):
-            path = Path(getattr(data, key)).expanduser()
-            _require(path.is_file(), f"data.{key}={path} is not a file")
-            _require(path.stat().st_size > 0, f"data.{key}={path} is empty")
-    if isinstance(tokenizer, TrainedTokenizerConfig):
-        _require(
-            tokenizer.vocab_size >= 300,
-            f"tokenizer.vocab_size={tokenizer.vocab_size} is too small; byte fallback alone takes 259 pieces",
-        )
-        _require(
-            0.9 <= tokenizer.character_coverage <= 1,
-            f"tokenizer.character_coverage={tokenizer.character_coverage} must lie in [0.9, 1]",
-        )
-        _positive(tokenizer, "tokenizer.", "max_training_bytes")
-        needed, given = tokenizer.vocab_size, config.model.vocab_size
-        _require(
-            given is None or given >= needed,
-            f"model.vocab_size={given} is smaller than the tokenizer's {needed} pieces; leave it null",
-        )
 
 
 def _validate_checkpoint(config: Config) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from rsotrain.config import WandbMode
 from rsotrain.errors import UserError
@@ -21,6 +21,13 @@ ENVIRONMENT_MODES = {
     "dryrun": WandbMode.offline,
     "disabled": None,
 }
+
+
+class Table(NamedTuple):
+    """Texts in rows and columns, the value of a record's key."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode | None:
@@ -95,7 +102,7 @@ class WandbLogger:
         self._thread = threading.Thread(target=self._work, name="wandb-logger", daemon=True)
         self._thread.start()
 
-    def log(self, record: Mapping[str, float | int | str], step: int) -> None:
+    def log(self, record: Mapping[str, float | int | str | Table], step: int) -> None:
         """Queue one record; a full queue drops it (one warning, the count at ``close``)."""
         if self._failed:
             return
@@ -135,7 +142,7 @@ class WandbLogger:
 
                 run = self._start(wandb)
             for record, step in iter(self._queue.get, None):
-                run.log(record, step=step)
+                run.log({key: _logged(wandb, value) for key, value in record.items()}, step=step)
             run.summary.update(self._summary)
             if self._preempted:
                 run.mark_preempting()
@@ -236,6 +243,12 @@ def _drop_service() -> None:
 
 def _is_wandb(function: object) -> bool:
     return (getattr(function, "__module__", None) or "").split(".")[0] == "wandb"
+
+
+def _logged(wandb: Any, value: object) -> object:
+    if isinstance(value, Table):
+        return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
+    return value
 
 
 def _plain(value: object) -> object:

@@ -1,5 +1,6 @@
 """Ranks of a test: processes forked from it that talk over gloo and run many checks in one start."""
 
+import multiprocessing.forkserver
 import os
 import socket
 import traceback
@@ -38,6 +39,9 @@ def _enter(
 ) -> None:
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
+    # that of an earlier test is the parent's: a fork cannot use it
+    server = multiprocessing.forkserver._forkserver
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     world = start(parallelism, Device.cpu)
     for name, check in checks.items():
         outcome: Any

@@ -66,7 +66,7 @@ MISTAKES = [
     (["optimizer=galore", "sampler=none"], "optimizer=galore needs a sampler"),
     (["optimizer=adam", "sampler=svd"], "optimizer=adam has no subspace"),
     (["data=files"], "data.path has no value; give it with data.path="),
-    (["data=files", "data.path=/n/a", "data.validation_path=/n/a"], "data.path=/n/a is not a file"),
+    (["data=files", "data.path=/n/a", "data.validation_path=/n/a"], "data.path=/n/a is neither a file"),
     (["lr_scheduler.warmup_fraction=1.5"], "lr_scheduler.warmup_fraction=1.5 must lie in [0, 1]"),
     (["lr_scheduler=wsd", "lr_scheduler.decay_fraction=0.95"], "take more than all the steps"),
     (["optimizer=fira", "optimizer.max_growth=0.5"], "optimizer.max_growth=0.5 must lie between 1.0 and inf"),

@@ -17,7 +17,6 @@ import pytest
 from rsotrain.config import EmbeddedDataConfig, FilesDataConfig, TrainedTokenizerConfig
 from rsotrain.data import cache
 from rsotrain.data.build import Data, build_data
-from rsotrain.data.documents import Source, batches, load_documents, shuffled_texts
 from rsotrain.data.sequences import PackedSequences
 from rsotrain.errors import UserError
 
@@ -41,7 +40,7 @@ def build(
 ) -> Data:
     train, validation = files
     return build_data(
-        FilesDataConfig("files", str(train), str(validation), text_field),
+        FilesDataConfig("files", path=str(train), validation_path=str(validation), text_field=text_field),
         TrainedTokenizerConfig("trained", vocab_size=vocab_size),
         seq_len=seq_len,
         cache_dir=cache_dir,
@@ -95,16 +94,6 @@ def test_gzip_blank_lines_and_empty_documents_change_nothing(corpus: Files, tmp_
     plain, other = build(corpus, tmp_path / "a"), build((packed, corpus[1]), tmp_path / "b")
     assert other.train.tokens.tolist() == plain.train.tokens.tolist()
     assert other.train.num_bytes == plain.train.num_bytes
-
-
-def test_shuffled_texts_are_all_texts_in_one_fixed_order(corpus: Files, tmp_path: Path) -> None:
-    documents = load_documents(Source(corpus[0]), tmp_path)
-    in_order = [text for batch in batches(documents) for text in batch]
-    shuffled = list(shuffled_texts(documents))
-    assert in_order == texts_of(corpus[0])
-    assert shuffled != in_order
-    assert sorted(shuffled) == sorted(in_order)
-    assert list(shuffled_texts(documents)) == shuffled
 
 
 def test_sequence_length_is_not_part_of_the_cache(corpus: Files, tmp_path: Path) -> None:
@@ -313,7 +302,7 @@ assert "sentencepiece" not in sys.modules and "datasets" not in sys.modules
 from rsotrain.config import FilesDataConfig, TrainedTokenizerConfig
 from rsotrain.data.build import build_data
 data = build_data(
-    FilesDataConfig("files", {str(corpus[0])!r}, {str(corpus[1])!r}),
+    FilesDataConfig("files", path={str(corpus[0])!r}, validation_path={str(corpus[1])!r}),
     TrainedTokenizerConfig("trained", vocab_size=300),
     seq_len={SEQ_LEN}, cache_dir=pathlib.Path({str(tmp_path)!r}), notify=print)
 assert not [name for name in ("datasets", "pyarrow", "pandas", "transformers") if name in sys.modules]
@@ -329,7 +318,7 @@ print(len(data.train))
 # --- bad input -------------------------------------------------------------------------------------
 
 BAD_FILES = {
-    "empty": (b"", "has no documents; give another"),
+    "empty": (b"", "is empty; leave it out"),
     "blank": (b"\n  \n", "has no documents; give another"),
     "only empty texts": (b'{"text": ""}\n', "has no documents; give another"),
     "unclosed": (GOOD + b'{"text": "a"\n', "line 21 is not valid JSON .*; write one object a line"),
@@ -368,10 +357,12 @@ def test_a_bad_file_is_one_sentence_that_names_it(
     assert not [name for name in cached(tmp_path / "cache") if name.startswith("tmp")]
 
 
-def test_a_missing_file_or_a_folder_is_one_sentence(corpus: Files, tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.jsonl", tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_one_sentence(corpus: Files, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, sentence in ((tmp_path / "nothing.jsonl", "is neither a file"), (empty, "holds no data files")):
         for files in ((path, corpus[1]), (corpus[0], path)):
-            with pytest.raises(UserError, match=f"data file {re.escape(str(path))} cannot be read"):
+            with pytest.raises(UserError, match=f"path={re.escape(str(path))} {sentence}"):
                 build(files, tmp_path / "cache")
 
 
@@ -406,7 +397,7 @@ def test_the_embedded_corpus(cache_dir: Path) -> None:
     assert data.train.num_bytes == 16_852_392
     assert data.validation.num_bytes == 766_924
     for sequences in (data.train, data.validation):
-        assert 3.5 < sequences.bytes_per_token < 4.5
+        assert 3.5 < sequences.num_bytes / sequences.num_tokens < 4.5
     first = data.validation.tokens[1:40].tolist()
     assert data.tokenizer.decode(first).startswith("CHAPTER XI\n\nMr. Elton must now be left to himself.")
     assert not shares_a_sequence(data.train, data.validation)

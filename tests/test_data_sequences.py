@@ -84,14 +84,9 @@ def test_a_text_shorter_than_one_sequence_is_refused(num_tokens: int) -> None:
         packed(num_tokens)
 
 
-def test_bytes_per_token_counts_predicted_tokens() -> None:
-    sequences = packed(101)
-    assert sequences.bytes_per_token == 404 / 100
-
-
 @pytest.mark.parametrize("max_tokens", [None, 57])
 def test_unigram_loss_equals_the_definition(max_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsotrain.data.unigram.CHUNK_TOKENS", 64)  # several chunks and a rest
+    monkeypatch.setattr("rsotrain.data.sequences.CHUNK_TOKENS", 64)  # several chunks and a rest
     train, validation = packed(500, seed=1), packed(130, seed=2)
     counts = Counter(train.tokens.tolist())
     targets = validation.tokens.tolist()[1:][:max_tokens]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rsotrain.config import TrainedTokenizerConfig
-from rsotrain.data.tokenizer import PIECE_CHARACTERS, Tokenizer, _pieces, train_tokenizer
+from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
 from rsotrain.errors import UserError
 
 SENTENCES = [
@@ -20,8 +20,8 @@ CONFIG = TrainedTokenizerConfig(vocab_size=340)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer(SENTENCES * 5, CONFIG))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer(SENTENCES * 5, CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def tokenizer() -> Tokenizer:
         "⁇ \u2047",  # what it writes for an unknown piece
     ],
 )  # fmt: skip
-def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
+def test_decode_undoes_encode(tokenizer: SentencePieceTokenizer, text: str) -> None:
     (ids,) = tokenizer.encode([text])
     assert tokenizer.decode(ids) == text
     assert not {0, tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
 
 
-def test_decode_undoes_encode_of_random_text(tokenizer: Tokenizer) -> None:
+def test_decode_undoes_encode_of_random_text(tokenizer: SentencePieceTokenizer) -> None:
     rng = random.Random(0)
     alphabet = "ab the\n\t ▁é日🙂\x00<>0"
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(300)]
@@ -56,7 +56,7 @@ def test_decode_undoes_encode_of_random_text(tokenizer: Tokenizer) -> None:
     assert all(np.array_equal(tokenizer.encode([text])[0], i) for text, i in zip(texts, ids, strict=True))
 
 
-def test_bos_and_eos_are_not_text(tokenizer: Tokenizer) -> None:
+def test_bos_and_eos_are_not_text(tokenizer: SentencePieceTokenizer) -> None:
     (ids,) = tokenizer.encode(["the ship"])
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, CONFIG.vocab_size)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "the ship"
@@ -65,13 +65,13 @@ def test_bos_and_eos_are_not_text(tokenizer: Tokenizer) -> None:
 def test_training_is_deterministic_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     models = [train_tokenizer(SENTENCES * 5, CONFIG) for _ in range(2)]
     assert models[0] == models[1]
-    assert Tokenizer(models[0]).fingerprint == Tokenizer(models[1]).fingerprint
+    assert SentencePieceTokenizer(models[0]).fingerprint == SentencePieceTokenizer(models[1]).fingerprint
     other = train_tokenizer(SENTENCES * 5, TrainedTokenizerConfig(vocab_size=320))
-    assert Tokenizer(other).fingerprint != Tokenizer(models[0]).fingerprint
+    assert SentencePieceTokenizer(other).fingerprint != SentencePieceTokenizer(models[0]).fingerprint
     assert capfd.readouterr() == ("", "")
 
 
-def test_it_learns_words_and_splits_digits(tokenizer: Tokenizer) -> None:
+def test_it_learns_words_and_splits_digits(tokenizer: SentencePieceTokenizer) -> None:
     assert len(tokenizer.encode([" the"])[0]) == 1
     assert len(tokenizer.encode(["1851"])[0]) == 4
 
@@ -79,7 +79,7 @@ def test_it_learns_words_and_splits_digits(tokenizer: Tokenizer) -> None:
 def test_a_long_line_is_used_and_not_dropped() -> None:
     word = "zyzzyva"
     line = f"{word} " * PIECE_CHARACTERS  # eight times the longest piece
-    model = Tokenizer(train_tokenizer([line], TrainedTokenizerConfig(vocab_size=270)))
+    model = SentencePieceTokenizer(train_tokenizer([line], TrainedTokenizerConfig(vocab_size=270)))
     assert len(model.encode([f" {word}"])[0]) == 1
 
 
@@ -112,10 +112,10 @@ def test_nothing_to_train_on_is_refused(texts: list[str], max_bytes: int) -> Non
         train_tokenizer(texts, TrainedTokenizerConfig(vocab_size=300, max_training_bytes=max_bytes))
 
 
-def test_the_embedded_corpus_survives(tokenizer: Tokenizer) -> None:
-    from rsotrain.data.build import CORPUS
-    from rsotrain.data.documents import read_texts
+def test_the_embedded_corpus_survives(tokenizer: SentencePieceTokenizer) -> None:
+    from rsotrain.data.readers import FileShard
+    from rsotrain.data.sources import CORPUS
 
-    texts = [row["text"] for row in read_texts(str(CORPUS / "validation.json.gz"), "text")]
+    texts = [row["text"] for _, row in FileShard(CORPUS / "validation.json.gz", ("text",)).rows()]
     assert len(texts) == 190
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts

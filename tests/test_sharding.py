@@ -48,6 +48,10 @@ METHODS = {
     "galore-mixture": ["optimizer=galore", "sampler=mixture", *SUBSPACE],
     "galore-srht": ["optimizer=galore", "sampler=srht", *SUBSPACE],
     "galore-golore": ["optimizer=galore", "sampler=golore", *SUBSPACE],
+    "adam-tied": ["optimizer=adam", "model.tie_word_embeddings=true", "activation_checkpointing=mlp"],
+    "adam-micro": ["optimizer=adam", "micro_batch_size=1"],
+    "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
+    "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
 }
 # eps is raised since Adam's first steps are sign(g): see test_trainer
 SHARED = [
@@ -103,11 +107,12 @@ def frozen_model(build: Callable[..., Llama], *arguments: Any, **settings: Any) 
     return model
 
 
+FEW = ["adam", "adam-micro", "galore", "osd", "fira", "muon", "rso", "rso-svd", "rso-micro"]
 CASES = {  # name: (ranks, strategy, shard_size, settings of the model, methods)
     "fsdp-2": (2, Strategy.fsdp, None, [], list(METHODS)),
     "fsdp-4-uneven": (4, Strategy.fsdp, None, UNEVEN, [m for m in METHODS if "galore-" not in m]),
-    "hsdp-2x2": (4, Strategy.hsdp, 2, UNEVEN, ["adam", "galore", "osd", "fira", "muon", "rso", "rso-svd"]),
-    "ddp-2": (2, Strategy.ddp, None, UNEVEN, ["adam", "galore", "osd", "fira", "muon", "rso", "rso-svd"]),
+    "hsdp-2x2": (4, Strategy.hsdp, 2, UNEVEN, FEW),
+    "ddp-2": (2, Strategy.ddp, None, UNEVEN, FEW),
 }
 
 
@@ -140,14 +145,16 @@ def test_ranks_train_as_one_process_does(case: str, name: str, outcomes: dict[st
     alone, together, start = outcomes[case]
     expected, found = alone[name], ranks.succeeded(together[name])
     # fp32 rounding of sums in another order, through 20 updates and two refreshes, whose bases amplify it by
-    # the reciprocal of the gaps in the spectrum; Muon orthogonalises in bf16, with 3 significant digits
-    bound, norm_bound = (0.5, 0.1) if name == "muon" else (1e-2, 1e-2)
+    # the reciprocal of the gaps in the spectrum; Muon orthogonalises, and rso-mixed computes, in bf16, with
+    # 3 significant digits
+    low = name in ("muon", "rso-mixed")
+    bound, norm_bound = (0.5, 0.1) if low else (1e-2, 1e-2)
     for result in found:
-        torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(result["losses"], expected["losses"], rtol=5e-3 if low else 1e-3, atol=0)
         torch.testing.assert_close(result["norms"], expected["norms"], rtol=norm_bound, atol=1e-4)
         assert result["tokens"] == expected["tokens"]
         for key, value in expected["evaluation"].items():
-            assert result["evaluation"][key] == pytest.approx(value, rel=1e-3)
+            assert result["evaluation"][key] == pytest.approx(value, rel=5e-3 if low else 1e-3)
         if expected["energy"] is not None:
             assert result["energy"] == pytest.approx(expected["energy"], rel=1e-2)
         assert result["tensors"].keys() == expected["tensors"].keys()

@@ -113,7 +113,13 @@ def test_clipping_leaves_a_small_gradient_alone(tiny: list[str], cache_dir: Path
 
 
 def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny: list[str], cache_dir: Path) -> None:
-    plain = [*tiny, "lr_scheduler.warmup_steps=3", "optimizer.lr=0.25", "optimizer.scale=0.5"]
+    plain = [
+        *tiny,
+        "optimizer=adam",
+        "lr_scheduler.warmup_steps=3",
+        "optimizer.lr=0.25",
+        "optimizer.scale=0.5",
+    ]
     measured = trainer(plain, cache_dir)
     for expected in (0.25 / 3, 0.5 / 3, 0.25):
         lr, before = measured.lr, weights(measured)
@@ -222,7 +228,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(
 
 
 def test_memory_is_what_the_tensors_take(tiny: list[str], cache_dir: Path) -> None:
-    measured = trainer(tiny, cache_dir)
+    measured = trainer([*tiny, "optimizer=adam"], cache_dir)
     measured.train_step()
     elements = sum(p.numel() for p in measured.model.parameters())
     memory = measured.memory()

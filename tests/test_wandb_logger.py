@@ -412,6 +412,21 @@ def test_build_loggers_writes_the_same_records_to_all(wandb_runs: Wandb) -> None
     assert wandb_runs.warnings == []
 
 
+def test_samples_are_a_table_of_the_same_step(wandb_runs: Wandb) -> None:
+    loggers = build(wandb_runs.folder, wandb_runs.warnings, wandb=True)
+    loggers.log({"val/loss": 1.5}, 3)
+    loggers.log_table("val/samples", ("prompt", "continuation"), [("The", " whale"), ("", "é")], 3)
+    loggers.close({}, 0)
+    (row,) = wandb_runs.offline_history()
+    assert (row["val/loss"], row["step"]) == (1.5, 3)
+    (file,) = wandb_runs.folder.glob("wandb/offline-run-*/files/media/table/val/samples*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["prompt", "continuation"]
+    assert table["data"] == [["The", " whale"], ["", "é"]]
+    assert "val/samples" not in records(wandb_runs.folder / "metrics.jsonl")[0]
+    assert wandb_runs.warnings == []
+
+
 def test_without_wandb_nothing_of_it_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rsotrain.config import LoggerConfig, Progress\n"

@@ -1,1 +1,1 @@
-"""Documents -> tokens -> packed sequences -> their order. ``build.build_data`` puts the parts together."""
+"""Documents -> tokens -> sequences -> their order. ``build.build_data`` puts the parts together."""

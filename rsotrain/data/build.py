@@ -1,34 +1,26 @@
-"""Configuration -> everything that training reads: the one place where data configurations meet code."""
+"""Configuration -> everything that training reads: corpus, tokenizer, tokens, sequences."""
 
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from rsotrain.config import (
-    DataConfig,
-    EmbeddedDataConfig,
-    FilesDataConfig,
-    TokenizerConfig,
-    TrainedTokenizerConfig,
-)
-from rsotrain.data.cache import Facts, cached_file, temporary_folder
-from rsotrain.data.documents import Source, batches, load_documents, shuffled_texts
-from rsotrain.data.sequences import PackedSequences
-from rsotrain.data.tokenizer import Tokenizer, train_tokenizer
-from rsotrain.data.tokens import LAYOUT, TokenStream, open_tokens, write_tokens
+from rsotrain.config import DataConfig, InstructionsDataConfig, Packing, TokenizerConfig
+from rsotrain.data.build_tokenizer import build_tokenizer
+from rsotrain.data.cache import Facts, cached_file
+from rsotrain.data.documents import Corpus, Notify, batches
+from rsotrain.data.progress import documents_with_bar
+from rsotrain.data.sequences import PackedSequences, PaddedSequences, TrainingSequences
+from rsotrain.data.sources import open_corpora
+from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.data.tokens import LAYOUT, TokenStream, open_tokens, write_spans, write_tokens
+from rsotrain.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+ENCODED_CHARACTERS = 4_000_000  # at a time, on all cores; bounds memory
 
-CORPUS = Path(__file__).parent / "corpus"
-
-Notify = Callable[[str], None]
-Load = Callable[[Source], "Dataset"]
+Cached = PackedSequences | PaddedSequences
 
 
 @dataclass(frozen=True)
@@ -36,99 +28,119 @@ class Data:
     """``fingerprint``: of the tokenizer and of the files' bytes; a run must not go on with others."""
 
     tokenizer: Tokenizer
-    train: PackedSequences
-    validation: PackedSequences
+    train: TrainingSequences
+    validation: Cached
     fingerprint: str
 
 
 def build_data(
-    data: DataConfig, tokenizer: TokenizerConfig, *, seq_len: int, cache_dir: Path, notify: Notify
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    seq_len: int,
+    cache_dir: Path,
+    notify: Notify,
+    batch_size: int | None = None,
+    seed: int = 0,
+    share: range | None = None,
+    max_validation_tokens: int | None = None,
 ) -> Data:
-    """Read, tokenise and pack the documents of a run; what is in the cache is not made again.
+    """Read, tokenise and cut the documents of a run; what is in the cache is not made again.
 
-    ``notify`` gets a line for each thing that takes time or is amiss. Raises UserError for a data file
-    that is missing, empty, malformed or shorter than one sequence, for a vocabulary that the text cannot
-    fill, and for a cache that cannot be written.
+    ``notify`` gets a line for each thing that takes time or is amiss. ``batch_size`` (sequences, of all
+    ranks), ``seed`` and ``share`` (the places of a batch that this rank asks for; null: all) are needed for
+    streaming only. ``max_validation_tokens``: no more than these and the rest of a batch of documents is
+    tokenised for validation. Raises UserError for a data file that is missing, empty, malformed or shorter
+    than one sequence, for a vocabulary that the text cannot fill, and for a cache that cannot be written.
     """
-    train, validation = _sources(data)
-    with ExitStack() as folders:
+    train, held_out = open_corpora(data, cache_dir)
+    model = build_tokenizer(tokenizer, train, cache_dir, notify, streaming=data.streaming)
+    model.use_threads(data.workers)
+    sequences: TrainingSequences
+    if data.streaming:
+        from rsotrain.data.streaming import StreamedSequences
 
-        @cache
-        def load(source: Source) -> "Dataset":
-            return load_documents(source, folders.enter_context(temporary_folder(cache_dir)))
-
-        model = _build_tokenizer(tokenizer, train, load, cache_dir, notify)
-        train_tokens = _build_tokens(train, model, load, cache_dir, notify)
-        validation_tokens = _build_tokens(validation, model, load, cache_dir, notify)
-
-    def pack(tokens: TokenStream, source: Source) -> PackedSequences:
-        return PackedSequences(
-            tokens.ids,
-            seq_len,
-            num_bytes=tokens.num_bytes,
-            vocab_size=model.vocab_size,
-            name=f"the data file {source.path}",
+        assert batch_size is not None, "streaming needs to know the batch size"
+        sequences = StreamedSequences(
+            train, model, data, seq_len=seq_len, batch_size=batch_size, seed=seed, share=share
         )
-
-    parts = "".join([model.fingerprint, train.fingerprint, validation.fingerprint])
-    fingerprint = hashlib.sha256(parts.encode()).hexdigest()
-    return Data(model, pack(train_tokens, train), pack(validation_tokens, validation), fingerprint)
-
-
-def _sources(data: DataConfig) -> tuple[Source, Source]:
-    """What to train on and what to validate on."""
-    match data:
-        case EmbeddedDataConfig():
-            return Source(CORPUS / "train.json.gz"), Source(CORPUS / "validation.json.gz")
-        case FilesDataConfig():
-            return (
-                Source(Path(data.path).expanduser(), data.text_field),
-                Source(Path(data.validation_path).expanduser(), data.text_field),
-            )
-    raise TypeError(f"no reader for {type(data).__name__}")
+    else:
+        sequences = _cached(train, model, data, seq_len, cache_dir, notify)
+    validation = _cached(held_out, model, data, seq_len, cache_dir, notify, max_validation_tokens)
+    parts = "".join([model.fingerprint, train.fingerprint, held_out.fingerprint])
+    return Data(model, sequences, validation, hashlib.sha256(parts.encode()).hexdigest())
 
 
-def _build_tokenizer(
-    config: TokenizerConfig, train: Source, load: Load, cache_dir: Path, notify: Notify
-) -> Tokenizer:
-    match config:
-        case TrainedTokenizerConfig():
-
-            def build(file: BinaryIO) -> Facts:
-                notify(f"training a tokenizer of {config.vocab_size:,} pieces on {train.path}")
-                file.write(train_tokenizer(shuffled_texts(load(train)), config))
-                return {}
-
-            settings = {
-                "source": train.fingerprint,
-                "text_field": train.text_field,
-                "vocab_size": config.vocab_size,
-                "character_coverage": config.character_coverage,
-                "max_training_bytes": config.max_training_bytes,
-            }
-            path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify)
-            return Tokenizer(path.read_bytes())
-    raise TypeError(f"no builder for {type(config).__name__}")
+def build_validation(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    cache_dir: Path,
+    notify: Notify,
+    max_tokens: int | None = None,
+) -> Cached:
+    """The validation sequences of a configuration with a given tokenizer; raises as ``build_data``."""
+    _, held_out = open_corpora(data, cache_dir)
+    return _cached(held_out, tokenizer, data, seq_len, cache_dir, notify, max_tokens)
 
 
-def _build_tokens(
-    source: Source, tokenizer: Tokenizer, load: Load, cache_dir: Path, notify: Notify
-) -> TokenStream:
+def _cached(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    seq_len: int,
+    cache_dir: Path,
+    notify: Notify,
+    max_tokens: int | None = None,
+) -> Cached:
+    stream, key = _tokens(corpus, tokenizer, cache_dir, notify, max_tokens)
+    keywords = {
+        "num_bytes": stream.num_bytes,
+        "vocab_size": tokenizer.vocab_size,
+        "shuffle": data.shuffle,
+        "name": corpus.name,
+    }
+    if data.packing is Packing.packed:
+        return PackedSequences(stream.ids, seq_len, **keywords)
+    prompts = isinstance(data, InstructionsDataConfig)
+
+    def prompt_lengths() -> Iterator[int]:
+        for texts in batches(corpus.documents(lambda _: None), ENCODED_CHARACTERS):
+            yield from (len(ids) for ids in tokenizer.encode([text.prompt for text in texts]))
+
     def build(file: BinaryIO) -> Facts:
-        notify(f"tokenising {source.path}")
+        return write_spans(file, stream, tokenizer.eos_id, prompt_lengths() if prompts else None)
+
+    path, _ = cached_file(cache_dir, "spans.npy", key, build, notify)
+    spans = open_tokens(path, {"num_tokens": stream.num_documents, "num_documents": 0, "num_bytes": 0}).ids
+    sequences = PaddedSequences(stream.ids, seq_len, spans=spans, prompts=prompts, **keywords)
+    if sequences.num_left_out:
+        notify(f"warning: {corpus.name}: {sequences.num_left_out:,} prompts fill seq_len={seq_len}; left out")
+    return sequences
+
+
+def _tokens(
+    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path, notify: Notify, max_tokens: int | None
+) -> tuple[TokenStream, Facts]:
+    """The stream of a corpus, and what determines it."""
+
+    def build(file: BinaryIO) -> Facts:
+        notify(f"tokenising {corpus.name}")
         start = perf_counter()
-        facts = write_tokens(file, batches(load(source)), tokenizer)
+        with documents_with_bar(corpus, notify) as documents:
+            facts = write_tokens(file, batches(documents, ENCODED_CHARACTERS), tokenizer, max_tokens)
+        if facts["num_documents"] == 0:
+            raise UserError(f"{corpus.name} has no documents; give another")
+        seconds = perf_counter() - start
         notify(
             f"{facts['num_documents']:,} documents are {facts['num_tokens']:,} tokens"
-            f" ({perf_counter() - start:.1f} s)"
+            f" ({seconds:.1f} s, {facts['num_bytes'] / 1e6 / seconds:.1f} MB/s)"
         )
         return facts
 
-    settings = {
-        "source": source.fingerprint,
-        "text_field": source.text_field,
-        "tokenizer": tokenizer.fingerprint,
-        "layout": LAYOUT,
-    }
-    path, facts = cached_file(cache_dir, "tokens.npy", settings, build, notify)
-    return open_tokens(path, facts)
+    key = {**corpus.key(), "tokenizer": tokenizer.fingerprint, "layout": LAYOUT}
+    if max_tokens is not None:
+        key["max_tokens"] = max_tokens
+    path, facts = cached_file(cache_dir, "tokens.npy", key, build, notify)
+    return open_tokens(path, facts), key

@@ -1,131 +1,236 @@
-"""JSON-lines files -> Hugging Face data sets of texts.
+"""Rows -> documents: which field of a row is text, which documents belong to a part, which rows are bad."""
 
-The lines are parsed here rather than by ``load_dataset("json")``: that one infers a schema from the first
-10 MB and then refuses a field that first occurs later, turns texts that look like dates into timestamps,
-looks up a host, and cannot say which line is at fault.
-"""
+import heapq
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
 
-import gzip
-import json
-import sys
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rsotrain.data.cache import hash_file
-from rsotrain.data.order import SequenceOrder
+from rsotrain.data.readers import BadRow, Position, Row
 from rsotrain.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+Notify = Callable[[str], None]
 
-READ_BATCH_DOCUMENTS = 64  # bounds memory: documents may be whole books
-GZIP_MAGIC = b"\x1f\x8b"
+SAMPLE_PIECE_CHARACTERS = 1 << 14
+NUM_BAD_ROWS_SHOWN = 5
+PROGRESS_DOCUMENTS = 64
+
+
+class Document(NamedTuple):
+    """``prompt`` comes before ``text`` and is not trained on."""
+
+    text: str
+    prompt: str = ""
+
+
+class Fields(Protocol):
+    """What turns a row into a document; raises BadRow with what is wrong with the row."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    def __call__(self, row: Row, where: str) -> Document: ...
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file with one JSON object a line, gzipped or not, and the field that holds the text."""
+class TextField:
+    name: str
 
-    path: Path
-    text_field: str = "text"
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.name,)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the file's bytes. Raises UserError when it cannot be read."""
-        try:
-            return hash_file(self.path)
-        except OSError as error:
-            raise UserError(f"the data file {self.path} cannot be read ({error.strerror})") from error
+    def __call__(self, row: Row, where: str) -> Document:
+        return Document(_string(row, self.name, where, "data.text_field"))
 
 
-def parse_line(line: bytes, text_field: str) -> str:
-    """The text of one JSON object. Raises UserError with what is wrong with it."""
-    try:
-        document = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError("is not UTF-8; convert the file, for example with iconv -t UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not valid JSON ({error}); write one object a line") from error
-    if not isinstance(document, dict):
-        raise UserError("is not a JSON object; write one object a line")
-    if text_field not in document:
-        fields = ", ".join(sorted(document)) or "none"
-        raise UserError(
-            f"has no field {text_field!r} (its fields: {fields}); give the right one with data.text_field=…"
-        )
-    text = document[text_field]
+@dataclass(frozen=True)
+class InstructionFields:
+    """A template such as "Q: {question}\\nA: " and the field that holds the response."""
+
+    template: str
+    response: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        return tuple(dict.fromkeys([self.response, *names]))
+
+    def __call__(self, row: Row, where: str) -> Document:
+        values = {name: _string(row, name, where, "data.prompt_template") for name in self.columns[1:]}
+        response = _string(row, self.response, where, "data.response_field")
+        return Document(response, self.template.format(**values))
+
+
+def _string(row: Row, name: str, where: str, key: str) -> str:
+    if name not in row:
+        fields = ", ".join(sorted(row)) or "none"
+        raise BadRow(f"{where} has no field {name!r} (its fields: {fields}); give the right one with {key}=…")
+    text = row[name]
     if not isinstance(text, str):
-        raise UserError(f"has a {type(text).__name__} in the field {text_field!r}; make it a string")
+        raise BadRow(f"{where} has a {type(text).__name__} in the field {name!r}; make it a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which is no character
-        raise UserError("holds half a surrogate pair; write its text as valid Unicode") from error
+        raise BadRow(f"{where} holds half a surrogate pair; write its text as valid Unicode") from error
     return text
 
 
-def read_texts(path: str, text_field: str) -> Iterator[dict[str, str]]:
-    """Each document of a file that is not empty, as {"text": …}.
+class Shard(Protocol):
+    """An ordered part of a corpus that can be read from any row on; picklable."""
 
-    Raises UserError, with the file and the line, at the first thing that is not as it should be.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int:
+        """Bytes, or 0 where that is not known."""
+
+    @property
+    def row_word(self) -> str:
+        """What a message calls a row: line, row."""
+
+    def rows(
+        self, first: int = 0, step: int = 1, position: Position | None = None
+    ) -> Iterator[tuple[int, Row | BadRow]]: ...
+
+
+class Part(Enum):
+    """All documents, or those whose text's hash lies above or below the held-out fraction."""
+
+    whole = "whole"
+    train = "train"
+    held_out = "held_out"
+
+
+class BadRows:
+    """Counts the rows that are passed over and stops when there are more than ``limit``."""
+
+    def __init__(self, limit: int, notify: Notify) -> None:
+        self.limit = limit
+        self.notify = notify
+        self.count = 0
+
+    def add(self, shard: str, error: BadRow) -> None:
+        self.count += 1
+        if self.count > self.limit:
+            allowed = f"; data.max_bad_rows={self.limit} allows no more bad rows" if self.limit else ""
+            raise UserError(f"{shard}: {error}{allowed}") from error
+        if self.count <= NUM_BAD_ROWS_SHOWN:
+            self.notify(f"warning: {shard}: {error}; skipped")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Shards in order, and what of them is a document.
+
+    ``remote``: the shards come over a network, so none should be read twice. ``fingerprint``: of the
+    bytes, or of whatever else determines them.
     """
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == GZIP_MAGIC
-    try:
-        with gzip.open(path, "rb") if is_gzip else open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.isspace():
-                    continue
-                try:
-                    text = parse_line(line, text_field)
-                except UserError as error:
-                    raise UserError(f"{path}: line {number} {error}") from error
-                if text:
-                    yield {"text": text}
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); copy it again") from error
+
+    name: str
+    shards: tuple[Shard, ...]
+    fields: Fields
+    fingerprint: str
+    part: Part = Part.whole
+    fraction: float = 0.0
+    max_bad_rows: int = 0
+    remote: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """All that determines the documents, for the key of a cached file."""
+        key = {"source": self.fingerprint, "columns": list(self.fields.columns), **self.settings}
+        if isinstance(self.fields, InstructionFields):
+            key["template"] = self.fields.template
+        if self.part is not Part.whole:
+            key |= {"part": self.part.name, "fraction": self.fraction}
+        return key
+
+    def shard_documents(
+        self,
+        index: int,
+        bad: BadRows,
+        *,
+        first: int = 0,
+        step: int = 1,
+        position: Position | None = None,
+    ) -> Iterator[tuple[int, Document]]:
+        """(row, document) of the rows first, first + step, … of a shard that are in this part and not empty.
+
+        Raises UserError for a damaged file and for more bad rows than ``bad`` allows.
+        """
+        shard = self.shards[index]
+        for number, row in shard.rows(first, step, position):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                document = self.fields(row, f"{shard.row_word} {number + 1}")
+            except BadRow as error:
+                bad.add(shard.name, error)
+                continue
+            if document.text and self._includes(document):
+                yield number, document
+
+    def documents(self, notify: Notify, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
+        """All documents, in order; ``progress`` is told now and then how many bytes of the files are read."""
+        bad = BadRows(self.max_bad_rows, notify)
+        done = 0
+        for index, shard in enumerate(self.shards):
+            position = Position()
+            documents = self.shard_documents(index, bad, position=position)
+            for count, (_, document) in enumerate(documents):
+                yield document
+                if progress is not None and count % PROGRESS_DOCUMENTS == 0:
+                    progress(done + position.bytes())
+            done += shard.size
+        if bad.count > NUM_BAD_ROWS_SHOWN:
+            notify(f"warning: {self.name}: {bad.count} bad rows were skipped")
+
+    def _includes(self, document: Document) -> bool:
+        if self.part is Part.whole:
+            return True
+        held_out = _hash(document.prompt + document.text) < self.fraction * 2**64
+        return held_out == (self.part is Part.held_out)
 
 
-def load_documents(source: Source, folder: Path) -> "Dataset":
-    """The documents of a file as a memory-mapped table with one column, ``text``, kept in ``folder``.
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
-    Raises UserError for a file that is empty or malformed.
+
+def batches(documents: Iterator[Document], max_bytes: int) -> Iterator[list[Document]]:
+    """Lists of consecutive documents with about ``max_bytes`` characters, or one longer document."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) + len(document.prompt)
+        if size >= max_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def sample_texts(documents: Iterator[Document], max_bytes: int, read_bytes: int | None) -> list[str]:
+    """A fair sample of ``max_bytes`` of text and what is left of the last piece, in a random but fixed order.
+
+    As many pieces with the smallest hashes as it takes: so the order of the documents does not matter,
+    and memory holds the sample only. ``read_bytes``: stop reading there; null: read all.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        dataset = datasets.Dataset.from_generator(
-            read_texts,
-            features=datasets.Features({"text": datasets.Value("large_string")}),
-            cache_dir=str(folder),
-            gen_kwargs={"path": str(source.path), "text_field": source.text_field},
-        )
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise UserError(f"the data file {source.path} has no documents; give another") from error
-    return dataset
-
-
-def batches(documents: "Dataset") -> Iterator[list[str]]:
-    """The texts in file order, in lists of a bounded length."""
-    for batch in documents.iter(READ_BATCH_DOCUMENTS):
-        yield batch["text"]
-
-
-def shuffled_texts(documents: "Dataset") -> Iterator[str]:
-    """All texts in one fixed random order, so that any number of the first ones is a fair sample."""
-    order = SequenceOrder(len(documents), seed=0)
-    num_batches, rest = divmod(len(documents), READ_BATCH_DOCUMENTS)
-    for step in range(num_batches):
-        yield from documents[order.indices(step, READ_BATCH_DOCUMENTS)]["text"]
-    if rest:
-        yield from documents[order.indices(num_batches, READ_BATCH_DOCUMENTS)[:rest]]["text"]
+    kept: list[tuple[int, str]] = []  # a heap whose first is the next to go
+    kept_bytes = seen_bytes = 0
+    for document in documents:
+        text = document.prompt + document.text
+        for start in range(0, len(text), SAMPLE_PIECE_CHARACTERS):
+            piece = text[start : start + SAMPLE_PIECE_CHARACTERS]
+            seen_bytes += len(piece.encode())
+            kept_bytes += len(piece.encode())
+            heapq.heappush(kept, (-_hash(piece), piece))
+            while kept_bytes - len(kept[0][1].encode()) >= max_bytes:
+                kept_bytes -= len(heapq.heappop(kept)[1].encode())
+        if read_bytes is not None and seen_bytes >= read_bytes:
+            break
+    return [piece for _, piece in sorted(kept, reverse=True)]

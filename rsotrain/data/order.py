@@ -19,6 +19,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+class FileOrder:
+    """The sequences as they come, again from the first after the last; without end where that is null.
+
+    Then the indices are the places of the sequences in a stream: step · batch_size + place in the batch.
+    """
+
+    def __init__(self, num_sequences: int | None) -> None:
+        self.num_sequences = num_sequences
+
+    def indices(self, step: int, batch_size: int) -> np.ndarray:
+        """The sequences of the 0-based optimizer step ``step``: int64, shape (batch_size,)."""
+        places = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+        return places if self.num_sequences is None else places % self.num_sequences
+
+
 class SequenceOrder:
     """Every sequence exactly once per epoch, in an order that differs by seed and by epoch.
 

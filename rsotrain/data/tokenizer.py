@@ -1,10 +1,11 @@
-"""SentencePiece: training a model on documents, and text <-> ids without loss."""
+"""Text <-> ids: what every tokenizer offers, SentencePiece models, and training one on documents."""
 
 import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -16,26 +17,80 @@ PIECE_CHARACTERS = 4096  # longest string shown to the trainer
 SPACE_MARK = "\u2581"  # SentencePiece writes a space so, and would read the character itself as a space
 
 
-class Tokenizer:
-    """A serialised SentencePiece model in use.
+class Tokenizer(Protocol):
+    """What the rest of the package knows of a tokenizer; picklable.
 
-    With a model of ``train_tokenizer``, ``decode(encode([text])[0]) == text`` for every text.
-
-    Attributes:
-        model: the serialised model, for keeping beside the weights.
-        vocab_size, bos_id, eos_id: as the model has them.
+    ``vocab_size`` is above every id. ``eos_id`` separates documents and is never part of an encoded text.
     """
 
-    def __init__(self, model: bytes) -> None:
+    vocab_size: int
+    eos_id: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that determines the ids, in hexadecimal."""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What a Hugging Face folder holds of it, by file name."""
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, without special ones: int32, on ``num_threads`` cores."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids; special ones are dropped."""
+
+    def use_threads(self, num_threads: int | None) -> None:
+        """How many cores ``encode`` may take; null: all."""
+
+
+class SentencePieceTokenizer:
+    """A serialised SentencePiece model in use.
+
+    With a model of ``train_tokenizer``, ``decode(encode([text])[0]) == text`` for every text. Raises
+    UserError, with ``name`` in the sentence, for bytes that are no model and for special ids that make no
+    sense: without eos documents could not be told apart.
+    """
+
+    def __init__(self, model: bytes, name: str = "the tokenizer") -> None:
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
+        self.num_threads = -1
+        if not 0 <= self.eos_id < self.vocab_size or not self._processor.is_control(self.eos_id):
+            raise UserError(
+                f"{name} has no end-of-sequence piece (its eos id is {self.eos_id}); train one with eos_id"
+            )
+        if self.eos_id in (self.bos_id, self.unk_id):
+            raise UserError(f"{name} uses id {self.eos_id} for eos and for another special piece")
+
+    def __getstate__(self) -> tuple[bytes, int]:
+        return self.model, self.num_threads
+
+    def __setstate__(self, state: tuple[bytes, int]) -> None:
+        self.__init__(state[0])  # type: ignore[misc]
+        self.num_threads = state[1]
+
+    def use_threads(self, num_threads: int | None) -> None:
+        self.num_threads = -1 if num_threads is None else num_threads
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.model}
+
+    def piece(self, number: int) -> str:
+        """The piece of an id."""
+        return self._processor.id_to_piece(number)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the serialised model, in hexadecimal."""
         return hashlib.sha256(self.model).hexdigest()
 
     @cached_property
@@ -43,11 +98,17 @@ class Tokenizer:
         pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
         return np.array([self._processor.piece_to_id(piece) for piece in pieces], np.int32)
 
+    @cached_property
+    def _keeps_space_marks(self) -> bool:
+        """Whether the character can be spelled in bytes, and texts be encoded in parts around it."""
+        if self.unk_id in self._space_mark_ids:
+            return False
+        return self.decode(self._encode_space_marks(f" a{SPACE_MARK} a")) == f" a{SPACE_MARK} a"
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, without bos or eos: int32, on all cores."""
-        ids = self._processor.encode(texts, return_type="numpy")
+        ids = self._processor.encode(texts, return_type="numpy", num_threads=self.num_threads)
         for i, text in enumerate(texts):
-            if SPACE_MARK in text:
+            if SPACE_MARK in text and self._keeps_space_marks:
                 ids[i] = self._encode_space_marks(text)
         return ids
 
@@ -57,7 +118,6 @@ class Tokenizer:
         return np.concatenate([first, *(ids for part in rest for ids in (self._space_mark_ids, part))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids; bos and eos are dropped."""
         return self._processor.decode([int(i) for i in ids])
 
 
@@ -79,7 +139,7 @@ def _pieces(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> bytes:
-    """A serialised BPE model with byte fallback; the same one for the same texts and settings.
+    """A serialised model with byte fallback; the same one for the same texts and settings.
 
     unk 0, bos 1, eos 2, then the 256 bytes; digits are split; nothing is normalised, no space is added or
     removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them.
@@ -89,7 +149,7 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_pieces(texts, config.max_training_bytes),
             model_writer=model,
-            model_type="bpe",
+            model_type=config.model_type.name,
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
             byte_fallback=True,

@@ -14,9 +14,11 @@ from typing import BinaryIO
 import numpy as np
 
 from rsotrain.data.cache import Facts
+from rsotrain.data.documents import Document
 from rsotrain.data.tokenizer import Tokenizer
 
 LAYOUT = "eos (document eos)*"  # in the cache's key
+SCAN_TOKENS = 1 << 22  # bounds the memory that a pass over the stream takes
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,25 @@ class TokenStream:
     num_bytes: int
 
 
-def write_tokens(file: BinaryIO, batches: Iterable[list[str]], tokenizer: Tokenizer) -> Facts:
+def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each document, prompt and text encoded one by one: int32, without separators."""
+    ids = tokenizer.encode([document.text for document in documents])
+    if any(document.prompt for document in documents):
+        prompts = tokenizer.encode([document.prompt for document in documents])
+        ids = [np.concatenate(both) for both in zip(prompts, ids, strict=True)]
+    return ids
+
+
+def write_tokens(
+    file: BinaryIO,
+    batches: Iterable[list[Document]],
+    tokenizer: Tokenizer,
+    max_tokens: int | None = None,
+) -> Facts:
     """Write the stream of some documents as a ``.npy`` file and return its counts.
 
-    Memory holds one batch at a time: the header is written again once the length is known.
+    Memory holds one batch at a time: the header is written again once the length is known. ``max_tokens``:
+    stop after the batch that reaches as many.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     eos = np.array([tokenizer.eos_id], np.int32)
@@ -39,22 +56,47 @@ def write_tokens(file: BinaryIO, batches: Iterable[list[str]], tokenizer: Tokeni
     data_start = file.tell()
     num_tokens, num_documents, num_bytes = 1, 0, 0
     file.write(eos.astype(dtype).tobytes())
-    for texts in batches:
-        parts = [part for ids in tokenizer.encode(texts) for part in (ids, eos)]
+    for documents in batches:
+        parts = [part for ids in encode_documents(documents, tokenizer) for part in (ids, eos)]
         ids = np.concatenate(parts).astype(dtype)
         file.write(ids.tobytes())
         num_tokens += len(ids)
-        num_documents += len(texts)
-        num_bytes += sum(len(text.encode()) for text in texts)
+        num_documents += len(documents)
+        num_bytes += sum(len(d.prompt.encode()) + len(d.text.encode()) for d in documents)
+        if max_tokens is not None and num_tokens > max_tokens:
+            break
     file.seek(0)
     _write_header(file, dtype, num_tokens)
     assert file.tell() == data_start, "numpy's header has grown over the first tokens"
     return {"num_tokens": num_tokens, "num_documents": num_documents, "num_bytes": num_bytes}
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype, num_tokens: int) -> None:
+def write_spans(
+    file: BinaryIO, stream: "TokenStream", eos_id: int, prompt_lengths: Iterable[int] | None
+) -> Facts:
+    """Write where the documents of a stream lie: ``.npy``, int64 (num_documents, 3), and return nothing.
+
+    Each row: the document's first token, the first token after its prompt, its separator.
+    ``prompt_lengths``: in tokens, of each document; null: there are no prompts.
+    """
+    dtype = np.dtype(np.int64)
+    _write_header(file, dtype, (stream.num_documents, 3))
+    lengths = None if prompt_lengths is None else iter(prompt_lengths)
+    start = 1
+    for first in range(1, len(stream.ids), SCAN_TOKENS):
+        ends = first + np.flatnonzero(stream.ids[first : first + SCAN_TOKENS] == eos_id)
+        if ends.size:
+            starts = np.concatenate([[start], ends[:-1] + 1])
+            prompts = np.array([next(lengths) for _ in starts], np.int64) if lengths is not None else 0
+            file.write(np.stack([starts, starts + prompts, ends], axis=1).astype(dtype).tobytes())
+            start = int(ends[-1]) + 1
+    return {}
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, shape: int | tuple[int, ...]) -> None:
     # numpy leaves room in the header for a longer first axis
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_tokens,)}
+    shape = (shape,) if isinstance(shape, int) else shape
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 

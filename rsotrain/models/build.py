@@ -1,6 +1,7 @@
 """From the configuration to an initialised model, by way of the meta device."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from rsotrain.config import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama, RMSNorm
+from rsotrain.models.pretrained import load_weights, read_huggingface
 from rsotrain.sharding import local, shard_of
 from rsotrain.validation import validate_model
 
@@ -31,10 +33,12 @@ def build_model(
     device: torch.device,
     seed: int,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    separator_id: int | None = None,
 ) -> Llama:
     """The model on ``device``, initialised; on the meta device it has shapes and dtypes only.
 
-    Raises UserError where the sizes do not fit together.
+    ``separator_id``: the token that begins a document; attention then ends at its document's beginning.
+    Raises UserError where the sizes do not fit together, or ``config.init_from`` does not fit them.
     """
     validate_model(config)
     if vocab_size < 1:
@@ -45,6 +49,7 @@ def build_model(
             vocab_size=vocab_size,
             compute_dtype=COMPUTE_DTYPE[precision],
             activation_checkpointing=activation_checkpointing,
+            separator_id=separator_id,
         ).to(PARAMETER_DTYPE[precision])
         model.tie_weights()
     if device.type != "meta":
@@ -52,11 +57,27 @@ def build_model(
     return model
 
 
+def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding: as configured, else the tokenizer's, rounded up where that is asked for.
+
+    Raises UserError when the tokenizer has ids beyond them.
+    """
+    multiple = config.pad_vocab_to_multiple_of or 1
+    size = config.vocab_size or -(-tokenizer_size // multiple) * multiple
+    if size < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} pieces; leave it null"
+        )
+    return size
+
+
 def materialize(model: Llama, device: torch.device, seed: int) -> None:
     """Give a model on the meta device, sharded or not, memory on ``device`` and its initial weights."""
     model.to_empty(device=device)
     model.tie_weights()
     initialize(model, seed)
+    if model.config.init_from is not None:
+        load_weights(model, read_huggingface(Path(model.config.init_from).expanduser()))
 
 
 @torch.no_grad()

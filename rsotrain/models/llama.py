@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, tables: RotaryTables) -> Tensor:
+    def forward(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
         query, key, value = (
             out.unflatten(-1, (-1, self.head_dim))
             for out in apply_shared(x, self.q_proj, self.k_proj, self.v_proj)
@@ -78,7 +78,8 @@ class SelfAttention(nn.Module):
             rotary(query, *tables).transpose(1, 2),
             rotary(key, *tables).transpose(1, 2),
             value.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=self.grouped,
         )
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
@@ -112,13 +113,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, x: Tensor, tables: RotaryTables) -> Tensor:
+    def forward(self, x: Tensor, tables: RotaryTables, mask: Tensor | None = None) -> Tensor:
         if self.activation_checkpointing is ActivationCheckpointing.block:
-            return _recomputed(self._layer, x, tables)
-        return self._layer(x, tables)
+            return _recomputed(self._layer, x, tables, mask)
+        return self._layer(x, tables, mask)
 
-    def _layer(self, x: Tensor, tables: RotaryTables) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables)
+    def _layer(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), tables, mask)
         if self.activation_checkpointing is ActivationCheckpointing.mlp:
             return x + _recomputed(self._mlp, x)
         return x + self._mlp(x)
@@ -132,6 +133,16 @@ def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def document_mask(tokens: Tensor, separator_id: int) -> Tensor:
+    """Which tokens each token attends to: those before it in its document, and itself.
+
+    A separator begins a document. tokens: (batch, seq_len). Returns bool (batch, 1, seq_len, seq_len).
+    """
+    documents = (tokens == separator_id).cumsum(1)
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
 class LlamaModel(nn.Module):
     """The trunk: tokens (batch, seq_len) -> normalised hidden states (batch, seq_len, hidden_size)."""
 
@@ -141,9 +152,11 @@ class LlamaModel(nn.Module):
         vocab_size: int,
         compute_dtype: torch.dtype,
         activation_checkpointing: ActivationCheckpointing,
+        separator_id: int | None,
     ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
+        self.separator_id = separator_id
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
@@ -155,8 +168,9 @@ class LlamaModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         tables = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
+        mask = None if self.separator_id is None else document_mask(tokens, self.separator_id)
         for layer in self.layers:
-            x = layer(x, tables)
+            x = layer(x, tables, mask)
         return self.norm(x)
 
 
@@ -176,10 +190,11 @@ class Llama(nn.Module):
         vocab_size: int,
         compute_dtype: torch.dtype,
         activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+        separator_id: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing)
+        self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing, separator_id)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         self.tie_weights()
 

@@ -1,0 +1,83 @@
+"""Tokenizer configuration -> tokenizer: trained, read from a file, or fetched from the hub."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+from rsotrain.config import (
+    HubTokenizerConfig,
+    HuggingFaceTokenizerConfig,
+    SentencePieceTokenizerConfig,
+    TokenizerConfig,
+    TrainedTokenizerConfig,
+)
+from rsotrain.data.cache import Facts, cached_file
+from rsotrain.data.documents import Corpus, Notify, sample_texts
+from rsotrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from rsotrain.data.tokenizer_huggingface import load_tokenizer
+from rsotrain.errors import UserError
+
+STREAMED_SAMPLES = 4  # a streamed corpus is read this many times the sample's size to draw it
+
+
+def build_tokenizer(
+    config: TokenizerConfig, train: Corpus, cache_dir: Path, notify: Notify, *, streaming: bool
+) -> Tokenizer:
+    """Raises UserError for a file that is missing or no tokenizer, and for a hub that cannot be reached."""
+    match config:
+        case TrainedTokenizerConfig():
+            return _trained(config, train, cache_dir, notify, streaming)
+        case SentencePieceTokenizerConfig():
+            return _read(Path(config.path).expanduser(), "tokenizer.path")
+        case HuggingFaceTokenizerConfig():
+            return load_tokenizer(Path(config.path).expanduser())
+        case HubTokenizerConfig():
+            return _read(_fetch(config), f"tokenizer={config.name}")
+    raise TypeError(f"no builder for {type(config).__name__}")
+
+
+def _trained(
+    config: TrainedTokenizerConfig, train: Corpus, cache_dir: Path, notify: Notify, streaming: bool
+) -> Tokenizer:
+    def build(file: BinaryIO) -> Facts:
+        notify(f"training a tokenizer of {config.vocab_size:,} pieces on {train.name}")
+        limit = STREAMED_SAMPLES * config.max_training_bytes if streaming else None
+        texts = sample_texts(train.documents(notify), config.max_training_bytes, limit)
+        if not texts:
+            raise UserError(f"{train.name} has no documents; give another")
+        file.write(train_tokenizer(texts, config))
+        return {}
+
+    settings = {
+        **train.key(),
+        "vocab_size": config.vocab_size,
+        "model_type": config.model_type.name,
+        "character_coverage": config.character_coverage,
+        "max_training_bytes": config.max_training_bytes,
+        "streaming": streaming,
+    }
+    path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify)
+    return SentencePieceTokenizer(path.read_bytes())
+
+
+def _read(path: Path, name: str) -> Tokenizer:
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}={path} cannot be read ({error.strerror})") from error
+    return SentencePieceTokenizer(model, f"{name}={path}")
+
+
+def _fetch(config: HubTokenizerConfig) -> Path:
+    """The file in the hub's own cache, downloaded where it is not there yet."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(config.repository, config.file, revision=config.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"tokenizer={config.name} needs {config.file} of {config.repository} from the Hugging Face hub,"
+            f" which cannot be had ({reason}); download it elsewhere and give it with"
+            " tokenizer=sentencepiece tokenizer.path=…"
+        ) from error

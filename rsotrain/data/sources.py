@@ -1,0 +1,131 @@
+"""Data configuration -> the corpora to train and to validate on: where configurations meet readers."""
+
+from pathlib import Path
+
+from rsotrain.config import (
+    C4DataConfig,
+    DataConfig,
+    EmbeddedDataConfig,
+    FilesDataConfig,
+    HubDataConfig,
+    InstructionsDataConfig,
+    SampleBy,
+    SyntheticDataConfig,
+)
+from rsotrain.data.documents import Corpus, Fields, InstructionFields, Part, TextField
+from rsotrain.data.fingerprint import files_fingerprint
+from rsotrain.data.hub import HubShard, HubSource, open_split
+from rsotrain.data.readers import FileShard, find_files
+from rsotrain.data.synthetic import SyntheticShard
+
+CORPUS = Path(__file__).parent / "corpus"
+C4 = "allenai/c4", "en"
+
+
+def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
+    """(training, validation) of a configuration; no document is read yet.
+
+    Raises UserError for files that are missing, empty or of an unknown kind and for a hub that cannot be
+    reached.
+    """
+    match data:
+        case EmbeddedDataConfig():
+            files = [[CORPUS / "train.json.gz"], [CORPUS / "validation.json.gz"]]
+            train, validation = (_files(data, f, TextField("text"), cache_dir) for f in files)
+            return train, validation
+        case SyntheticDataConfig():
+            return _synthetic(data, 0, data.num_documents), _synthetic(
+                data, data.num_documents, data.num_validation_documents
+            )
+        case FilesDataConfig() | InstructionsDataConfig():
+            return _local(data, cache_dir)
+        case C4DataConfig(path=None):
+            sources = [HubSource(*C4, split, data.revision) for split in ("train", "validation")]
+            train, validation = (_hub(data, source, "text") for source in sources)
+            return train, validation
+        case C4DataConfig():
+            assert data.path is not None
+            assert data.validation_path is not None  # validate() has seen to it
+            train, validation = (
+                _files(data, find_files(path, key), TextField("text"), cache_dir)
+                for path, key in ((data.path, "data.path"), (data.validation_path, "data.validation_path"))
+            )
+            return train, validation
+        case HubDataConfig():
+            return _hub_corpora(data)
+    raise TypeError(f"no reader for {type(data).__name__}")
+
+
+def _local(data: FilesDataConfig | InstructionsDataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
+    if isinstance(data, InstructionsDataConfig):
+        fields: Fields = InstructionFields(data.prompt_template, data.response_field)
+        sample_by = SampleBy.document
+    else:
+        fields, sample_by = TextField(data.text_field), data.sample_by or SampleBy.document
+    files = find_files(data.path, "data.path")
+    if data.validation_path is not None:
+        held_out = find_files(data.validation_path, "data.validation_path")
+        return (
+            _files(data, files, fields, cache_dir, sample_by),
+            _files(data, held_out, fields, cache_dir, sample_by),
+        )
+    assert data.validation_fraction is not None  # validate() has seen to it
+    return (
+        _files(data, files, fields, cache_dir, sample_by, Part.train, data.validation_fraction),
+        _files(data, files, fields, cache_dir, sample_by, Part.held_out, data.validation_fraction),
+    )
+
+
+def _files(
+    data: DataConfig,
+    files: list[Path],
+    fields: Fields,
+    cache_dir: Path,
+    sample_by: SampleBy = SampleBy.document,
+    part: Part = Part.whole,
+    fraction: float = 0.0,
+) -> Corpus:
+    return Corpus(
+        name=f"the data file {files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on",
+        shards=tuple(FileShard(file, fields.columns, sample_by) for file in files),
+        fields=fields,
+        fingerprint=files_fingerprint(files, cache_dir, whole=not data.streaming),
+        part=part,
+        fraction=fraction,
+        max_bad_rows=data.max_bad_rows,
+        settings={"sample_by": sample_by.name, "max_bad_rows": data.max_bad_rows},
+    )
+
+
+def _synthetic(data: SyntheticDataConfig, first: int, number: int) -> Corpus:
+    shard = SyntheticShard(number, data.words_per_document, data.num_words, data.corpus_seed, first)
+    return Corpus("data=synthetic", (shard,), TextField("text"), fingerprint=repr(shard))
+
+
+def _hub_corpora(data: HubDataConfig) -> tuple[Corpus, Corpus]:
+    train = HubSource(data.name, data.config, data.train_split, data.revision)
+    if data.validation_split is not None:
+        validation = HubSource(data.name, data.config, data.validation_split, data.revision)
+        return _hub(data, train, data.text_field), _hub(data, validation, data.text_field)
+    assert data.validation_fraction is not None  # validate() has seen to it
+    return (
+        _hub(data, train, data.text_field, Part.train, data.validation_fraction),
+        _hub(data, train, data.text_field, Part.held_out, data.validation_fraction),
+    )
+
+
+def _hub(
+    data: DataConfig, source: HubSource, text_field: str, part: Part = Part.whole, fraction: float = 0.0
+) -> Corpus:
+    num_shards = open_split(source).num_shards
+    return Corpus(
+        name=source.name,
+        shards=tuple(HubShard(source, i, num_shards, (text_field,)) for i in range(num_shards)),
+        fields=TextField(text_field),
+        fingerprint=f"{source!r} {num_shards}",
+        part=part,
+        fraction=fraction,
+        max_bad_rows=data.max_bad_rows,
+        remote=True,
+        settings={"max_bad_rows": data.max_bad_rows},
+    )

@@ -1,0 +1,178 @@
+"""Sequences made while training, by background processes, as exactly resumable as cached ones.
+
+Place b of every batch of B is supplied by lane b·lanes // B, a stream of its own. So the batches are a
+function of (seed, step), whoever reads which part of them: a rank that takes a slice of each batch needs
+the lanes of that slice only, and a run goes on with another number of ranks.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from rsotrain.config import DataConfig
+from rsotrain.data.documents import Corpus
+from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes
+from rsotrain.data.order import FileOrder
+from rsotrain.data.sequences import IGNORE_INDEX, Batch
+from rsotrain.data.tokenizer import Tokenizer
+
+PREFETCHED_SEQUENCES = 2048  # each process works at most about this far ahead
+
+State = tuple[int, dict[int, Mark]]  # step, and for each lane where its sequences of that step begin
+
+
+class StreamedSequences:
+    """The sequences of a corpus; their numbers are step · batch_size + place in the batch.
+
+    They can be asked for step after step; another step costs a new start of the processes, and reading up
+    to it from the last known state or from the beginning. ``share``: the places of a batch that this
+    process will ask for; null: all.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        share: range | None = None,
+    ) -> None:
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.share = share if share is not None else range(batch_size)
+        self.lanes = num_lanes(data, corpus, batch_size)
+        self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, self.lanes)
+        self._workers = data.workers
+        self._groups: list[Iterator[Any]] | None = None
+        self._state: State = (0, {})
+        self._rows: dict[int, np.ndarray] = {}  # the windows of a step, by place in the batch
+        self._step = -1  # of _rows
+
+    def order(self, seed: int) -> FileOrder:
+        return FileOrder(None)
+
+    def _places(self, lane: int) -> range:
+        """The places of a batch that a lane supplies."""
+        first, last = (-(-v * self.batch_size // self.lanes) for v in (lane, lane + 1))
+        return range(first, last)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        steps = indices // self.batch_size
+        assert (steps == steps[0]).all(), "one call serves one step"
+        if steps[0] != self._step:
+            self._read_step(int(steps[0]))
+        places = (indices - steps[0] * self.batch_size).tolist()
+        rows = torch.from_numpy(np.stack([self._rows[place] for place in places]).astype(np.int64))
+        inputs = rows[:, :-1].clamp(min=0)
+        return inputs, rows[:, 1:].masked_fill(rows[:, 1:] == PAD, IGNORE_INDEX)
+
+    def _read_step(self, step: int) -> None:
+        if self._groups is None or step != self._step + 1:
+            self._start(step)
+        assert self._groups is not None
+        marks: dict[int, Mark] = {}
+        self._rows = {}
+        for group in self._groups:
+            item = next(group)
+            if isinstance(item, Exception):
+                self.close()
+                raise item
+            rows, following = item
+            places = [place for lane in following for place in self._places(lane)]
+            self._rows |= zip(places, rows, strict=True)
+            marks |= following
+        self._step = step
+        self._state = (step + 1, marks)
+
+    def _start(self, step: int) -> None:
+        self.close()
+        first, marks = self._state if self._state[0] <= step else (0, {})
+        needed = sorted({place * self.lanes // self.batch_size for place in self.share})
+        if not set(needed) <= marks.keys():
+            first, marks = 0, {lane: Mark() for lane in needed}
+        workers = min(len(needed), self._workers or _spare_cores())
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._groups = []
+        for worker in range(workers):
+            group = _Group(
+                [(self._make_lane(n), len(self._places(n)), marks[n]) for n in needed[worker::workers]],
+                skip=step - first,
+            )
+            loader = DataLoader(
+                group,
+                batch_size=None,
+                num_workers=1,
+                collate_fn=_as_it_is,
+                prefetch_factor=2 + PREFETCHED_SEQUENCES // self.batch_size,
+                worker_init_fn=_ignore_signals,
+                multiprocessing_context=context,
+            )
+            self._groups.append(iter(loader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step and the places in the corpus of the lanes that this process reads."""
+        step, marks = self._state
+        return {"step": step, "lanes": {str(lane): list(mark) for lane, mark in sorted(marks.items())}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of any number of ranks; without one, from the beginning."""
+        if not state:
+            return
+        self.close()
+        self._state = (state["step"], {int(lane): Mark(*mark) for lane, mark in state["lanes"].items()})
+
+    def close(self) -> None:
+        """End the background processes."""
+        self._groups = None  # the loaders end theirs when they go
+        self._step, self._rows = -1, {}
+
+
+class _Group(IterableDataset[Any]):
+    """Some lanes of one process: each item is a step's windows and the marks after it."""
+
+    def __init__(self, lanes: list[tuple[Lane, int, Mark]], skip: int) -> None:
+        self.lanes = lanes
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[int, Mark]] | Exception]:
+        for lane, _, _ in self.lanes:
+            lane.tokenizer.use_threads(1)
+        streams = [(lane.number, count, lane.windows(mark)) for lane, count, mark in self.lanes]
+        skip = self.skip
+        try:
+            while True:
+                rows, marks = [], {}
+                for number, count, windows in streams:
+                    for _ in range(count):
+                        row, marks[number] = next(windows)
+                        rows.append(row)
+                if skip == 0:
+                    yield np.stack(rows), marks
+                skip = max(0, skip - 1)
+        except Exception as error:  # raised as it is where the batch is asked for
+            yield error
+
+
+def _spare_cores() -> int:
+    """Cores of this process's share of the machine, but the one that trains."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole job is the trainer's affair: it still needs batches to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,58 @@
+"""A trained model as the folder that ``transformers`` loads: config.json, safetensors, tokenizer files."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from rsotrain.data.tokenizer import SentencePieceTokenizer
+from rsotrain.data.tokenizer_json import to_tokenizer_json
+from rsotrain.models.huggingface_config import write_config
+from rsotrain.models.pretrained import save_weights
+from rsotrain.trained_model import TrainedModel
+
+
+def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write ``trained`` into ``folder``, in ``dtype`` or that of its file.
+
+    ``AutoModelForCausalLM`` gives the same logits. Texts begin with the separator here, so it is the bos
+    token as well as the eos token there. Raises OSError where the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or trained.dtype
+    tensors = {name: p.detach().cpu().to(dtype) for name, p in trained.model.named_parameters()}
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    save_weights(folder, tensors)
+    eos = trained.tokenizer.eos_id
+    write_config(
+        folder,
+        trained.config,
+        vocab_size=trained.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        eos_id=eos,
+        bos_id=eos,
+    )
+    for name, content in _tokenizer_files(trained).items():
+        (folder / name).write_bytes(content)
+
+
+def _tokenizer_files(trained: TrainedModel) -> dict[str, bytes]:
+    tokenizer = trained.tokenizer
+    files = dict(tokenizer.files)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return files
+    described = to_tokenizer_json(tokenizer.model)
+    eos = tokenizer.piece(tokenizer.eos_id)
+    configuration = {
+        "tokenizer_class": "LlamaTokenizer" if described is None else "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "model_max_length": trained.config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    if described is not None:
+        files["tokenizer.json"] = described.encode()
+    files["tokenizer_config.json"] = (json.dumps(configuration, indent=2) + "\n").encode()
+    return files
