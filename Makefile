@@ -1,9 +1,10 @@
-# make train: the default job. make test: lint, types, tests. Both install into .venv on first use.
+# make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. All install
+# into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all test-slurm lint clean
 
 train: $(VENV)/.train
 	$(BIN)/rsotrain
@@ -13,6 +14,11 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# Installs SLURM's Debian packages and starts a SLURM of this one machine for the tests, as root.
+test-slurm: $(VENV)/.test
+	bash tests/tools/slurm_lab.sh install
+	RSOTRAIN_SLURM_LAB=1 $(BIN)/python -m pytest $(PYTEST) tests/test_slurm_cluster.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

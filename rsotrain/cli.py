@@ -3,8 +3,10 @@
 import itertools
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
 from rsotrain.config import SCHEMAS, Config
-from rsotrain.errors import INTERRUPTED_STATUS, LostRankError, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import (
+    INTERRUPTED_STATUS,
+    Interrupted,
+    LostRankError,
+    StoppedEarly,
+    TrainingError,
+    UserError,
+)
+from rsotrain.interrupt import leaving_on_warning
 from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
-from rsotrain.run_folder import plain
+from rsotrain.run_folder import plain, run_folder_path
+from rsotrain.slurm import adopt_slurm_step
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
 _PATIENCE_SECONDS = 5.0
@@ -95,31 +107,77 @@ def skip_hydras_list_of_groups() -> None:
     Hydra.format_config_groups = lambda *_, **__: ""  # type: ignore[method-assign]
 
 
-_wants_traceback = os.environ.get(FULL_ERROR) == "1"
+_wants_traceback = os.environ.get(FULL_ERROR) == "1" and OWN_FULL_ERROR not in os.environ
 # Worst exit status of the runs of this process; a refused member does not end a multirun.
 _status = 0
 
 
-def run(composed: DictConfig) -> Any:
-    """One run, as Hydra calls it. A mistake or a failed training prints its sentence and sets the status."""
+def run(composed: DictConfig) -> dict[str, Any]:
+    """One run, as Hydra calls it, possibly in a process of submitit's.
+
+    A mistake or a failed training prints its sentence. Returns the exit status and, where there is one, the
+    run's folder: what the process that started a multirun needs to know of its members.
+    """
     global _status
+    outcome: dict[str, Any] = {"status": 0}
     try:
         from rsotrain.validation import validate
 
+        adopt_slurm_step()
         config = to_config(composed)
         validate(config)
+        outcome["folder"] = run_folder_path(config).resolve()
         keep_freed_memory()
-        from rsotrain.run import run_mode  # torch is imported from here on
+        with leaving_on_warning():
+            from rsotrain.run import run_mode  # torch is imported from here on
 
-        return run_mode(config)
+            run_mode(config)
     except StoppedEarly:  # has said so; the other runs of a multirun go on
-        _status = max(_status, INTERRUPTED_STATUS)
+        outcome["status"] = INTERRUPTED_STATUS
+    except Interrupted as end:
+        if "SUBMITIT_EXECUTOR" not in os.environ:
+            raise
+        # What submitit does on its signal, now that all is saved: it submits the run again and exits.
+        if end.signal_number is not None and callable(signal.getsignal(end.signal_number)):
+            signal.raise_signal(end.signal_number)
+        outcome["status"] = INTERRUPTED_STATUS
     except (UserError, TrainingError, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
         say(error)
-        _status = max(_status, FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS)
-    return None
+        outcome["status"] = FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS
+    _status = max(_status, outcome["status"])
+    return outcome
+
+
+def keep_outcomes() -> list[dict[str, Any]]:
+    """A list that receives what ``run`` returns for each member of a multirun, wherever it ran."""
+    from hydra._internal.hydra import Hydra
+
+    outcomes: list[dict[str, Any]] = []
+    multirun = Hydra.multirun
+
+    def kept(self: Hydra, *args: Any, **kwargs: Any) -> Any:
+        returned = multirun(self, *args, **kwargs)
+        outcomes.extend(job.return_value for batch in returned for job in batch)
+        return returned
+
+    Hydra.multirun = kept  # type: ignore[method-assign]
+    return outcomes
+
+
+def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
+    """The closing table of a multirun: its members side by side, those that have metrics."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from rsotrain.report.cli import print_comparison
+    from rsotrain.report.comparison import compare
+    from rsotrain.report.runs import has_metrics, read_run
+
+    folders = dict.fromkeys(outcome["folder"] for outcome in outcomes if "folder" in outcome)
+    runs = [read_run(folder) for folder in folders if has_metrics(folder)]
+    if len(runs) > 1:
+        print_comparison(compare(runs, mixed=True))
 
 
 def say(error: Exception) -> None:
@@ -171,7 +229,9 @@ def main() -> None:
     sys.argv[1:] = normalise(sys.argv[1:])
     if not {"--help", "-h"}.isdisjoint(sys.argv):
         skip_hydras_list_of_groups()
-    os.environ[FULL_ERROR] = "1"  # makes Hydra raise; else it prints and exits by itself
+    if not _wants_traceback:
+        os.environ[FULL_ERROR] = os.environ[OWN_FULL_ERROR] = "1"  # else Hydra prints and exits by itself
+    outcomes = keep_outcomes()
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
         application()
@@ -184,5 +244,6 @@ def main() -> None:
         sys.exit(USER_ERROR_STATUS)
     finally:
         if not _wants_traceback:
-            del os.environ[FULL_ERROR]
-    sys.exit(_status)
+            del os.environ[FULL_ERROR], os.environ[OWN_FULL_ERROR]
+    print_comparison(outcomes)
+    sys.exit(max([_status, *(outcome["status"] for outcome in outcomes)]))

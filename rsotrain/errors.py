@@ -25,3 +25,14 @@ INTERRUPTED_STATUS = 75
 
 class StoppedEarly(Exception):  # noqa: N818 (it is no error)
     """The run's time budget is spent and everything is saved; exits with ``INTERRUPTED_STATUS``."""
+
+
+class Interrupted(SystemExit):
+    """A signal has stopped the run, and everything is saved; ends the process with ``INTERRUPTED_STATUS``.
+
+    ``signal_number``: None where it came to another rank.
+    """
+
+    def __init__(self, signal_number: int | None) -> None:
+        super().__init__(INTERRUPTED_STATUS)
+        self.signal_number = signal_number

@@ -1,12 +1,19 @@
 """Requests to stop: a signal, or a time budget that is spent. The step that runs is finished first."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rsotrain.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# submitit warns with this one. It is left alone, and ends the process, where nobody else handles it.
+FOREIGN = signal.SIGUSR2
+# By these a scheduler says that it takes the machine away; SIGTERM may as well end a run for good.
+SCHEDULERS_WARNINGS = (signal.SIGUSR1, FOREIGN)
 
 
 class Reason(str):
@@ -21,11 +28,16 @@ class StopRequest:
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._max_seconds = max_seconds
-        self._signal: str | None = None
+        self._signal: signal.Signals | None = None
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The first that came."""
+        return self._signal
 
     def reason(self) -> Reason | None:
         if self._signal is not None:
-            reason = Reason(self._signal)
+            reason = Reason(self._signal.name)
             reason.signalled = True
             return reason
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -40,17 +52,33 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+        self._signal = self._signal or signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Take the signals over inside the block, which must be entered on the main thread."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        foreign = [FOREIGN] if callable(signal.getsignal(FOREIGN)) else []
+        before = {number: signal.signal(number, self._handle) for number in [*SIGNALS, *foreign]}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_on_warning() -> Iterator[None]:
+    """Outside of training SIGUSR1 ends the process at once, to be started again: nothing is unsaved."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"rsotrain: stopped by SIGUSR1 outside of training; the same command starts again\n")
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def agreed_reason(stop: StopRequest, signals: tuple[float, ...]) -> Reason | None:

@@ -82,6 +82,12 @@ class Loggers:
             if isinstance(logger, WandbLogger):
                 logger.log({name: Table(columns, rows)}, step)
 
+    def preempted(self) -> None:
+        """Tell W&B, before ``close``, that the run ends because its machine is taken away."""
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.preempted()
+
     def close(self, summary: Mapping[str, object], exit_code: int) -> None:
         """Close all, even when one fails; the first failure is raised at the end."""
         failure: Exception | None = None

@@ -17,10 +17,10 @@ from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.distributed import World, start
-from rsotrain.errors import INTERRUPTED_STATUS, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
-from rsotrain.interrupt import Reason, StopRequest, agreed_reason
+from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.loggers import Loggers, build_loggers
 from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
@@ -57,8 +57,8 @@ def train(config: Config) -> dict[str, Any]:
     """Train to ``config.steps``, or on from the newest checkpoint of the same run.
 
     Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
-    checkpoint cannot be written; StoppedEarly after ``max_seconds``, and SystemExit with
-    ``INTERRUPTED_STATUS`` after a signal, the checkpoint written.
+    checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
+    checkpoint written.
     """
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), ExitStack() as stack:
@@ -141,6 +141,7 @@ class TrainingRun:
         self.start = time.monotonic()
 
     def _start_loggers(self, resumed: int | None) -> None:
+        self.folder.record(data=self.data.fingerprint)
         print_parameter_table(self.trainer.optimizer.table(), self.folder.path / "train.log")
         self.loggers = build_loggers(
             self.config.logger,
@@ -165,14 +166,16 @@ class TrainingRun:
             stop = StopRequest(self.config.max_seconds)
             with stop.listening():
                 reason = self._loop(stop)
-            self._save_or_fail()
+                self._save_or_fail()
             if reason is not None:
                 exit_code = INTERRUPTED_STATUS
+                if stop.signal in SCHEDULERS_WARNINGS:
+                    self.loggers.preempted()
                 self.display.message(
                     f"stopped by {reason} after step {self.trainer.step}, everything saved;"
                     f" the same command goes on (exit status {INTERRUPTED_STATUS})"
                 )
-                raise SystemExit(INTERRUPTED_STATUS) if reason.signalled else StoppedEarly
+                raise Interrupted(stop.signal) if reason.signalled else StoppedEarly
             summary = self.world.from_main(self._write_summary)
             exit_code = 0
         except NonFiniteError as error:

@@ -4,9 +4,11 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import secrets
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ from typing import Any
 import yaml
 
 from rsotrain.config import Config, NoSamplerConfig
-from rsotrain.errors import UserError
+from rsotrain.errors import Interrupted, StoppedEarly, UserError
 from rsotrain.metrics import write_atomic, write_json_atomic
 from rsotrain.overrides import flatten
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+RUN_RECORD = "run.json"
 
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
@@ -57,7 +64,16 @@ def run_folder_path(config: Config) -> Path:
 
 
 def run_name(config: Config) -> str:
-    """``run_name``, or model-optimizer-sampler-seed and a hash of the settings."""
+    """``run_name``, or model-optimizer-sampler-seed and a hash of the settings.
+
+    A member of a W&B sweep adds its run's id: the sweep may try the same settings twice, and wants to hear
+    of both.
+    """
+    member = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return "-".join([_name_of_settings(config), *([member] if member else [])])
+
+
+def _name_of_settings(config: Config) -> str:
     if config.run_name is not None:
         return config.run_name
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
@@ -65,6 +81,16 @@ def run_name(config: Config) -> str:
     if not isinstance(config.sampler, NoSamplerConfig):
         parts.append(config.sampler.name)
     return "-".join([*parts, f"seed{config.seed}", digest])
+
+
+class RunState(Enum):
+    """What a run folder says of its run. lost: it was running and nobody hears of it any more."""
+
+    running = "running"
+    stopped = "stopped"  # before the last step, everything saved
+    failed = "failed"
+    finished = "finished"
+    lost = "lost"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +104,21 @@ class RunFolder:
 
     @property
     def summary(self) -> Path:
-        return self.path / "summary.json"
+        return self.path / SUMMARY
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that reached its last step, else None."""
         summary = _read_json(self.summary)
         return summary if summary.get("finished") else None
+
+    def record(self, **facts: str | int) -> None:
+        """Add ``facts`` to ``run.json``, what others may know of the run."""
+        file = self.path / RUN_RECORD
+        write_json_atomic(file, _read_json(file) | facts)
 
 
 def _clear(path: Path) -> None:
@@ -96,7 +127,7 @@ def _clear(path: Path) -> None:
 
     for name in ("checkpoints", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "run.json"):
+    for name in (CONFIG, METRICS, SUMMARY, "train.log", RUN_RECORD):
         (path / name).unlink(missing_ok=True)
 
 
@@ -121,13 +152,37 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
         if config.overwrite:
             _clear(path)
         _settle_config(config, path)
-        yield RunFolder(path, _settle_run_id(path, run_id))
+        known = _read_json(path / RUN_RECORD).get("run_id")
+        folder = RunFolder(path, run_id or known or secrets.token_hex(6))
+        if folder.finished_summary() is not None:
+            yield folder
+            return
+        with _recording_state(folder):
+            yield folder
+
+
+@contextmanager
+def _recording_state(folder: RunFolder) -> Iterator[None]:
+    """Keep the run's state, and where it runs, in ``run.json``."""
+    state = RunState.failed
+    folder.record(
+        run_id=folder.run_id, state=RunState.running.value, host=socket.gethostname(), pid=os.getpid()
+    )
+    try:
+        yield
+        state = RunState.finished
+    except (StoppedEarly, Interrupted):
+        state = RunState.stopped
+        raise
+    finally:
+        with suppress(OSError):  # a full disk has been reported, or the error that ends the run is on its way
+            folder.record(state=state.value)
 
 
 def _settle_config(config: Config, path: Path) -> None:
-    file = path / "config.yaml"
+    file = path / CONFIG
     # A start that was refused, or ended before its first step, leaves nothing to protect.
-    if file.is_file() and any((path / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+    if file.is_file() and any((path / name).exists() for name in ("checkpoints", METRICS)):
         try:
             saved = yaml.safe_load(file.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -147,13 +202,6 @@ def _settle_config(config: Config, path: Path) -> None:
                 " choose another run_name, or overwrite=true to discard it"
             )
     write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
-
-
-def _settle_run_id(path: Path, given: str | None) -> str:
-    file = path / "run.json"
-    run_id = given or _read_json(file).get("run_id") or secrets.token_hex(6)
-    write_json_atomic(file, {"run_id": run_id})
-    return run_id
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class WandbLogger:
         self._abandoned = False  # close() has given up: say and tear down nothing any more
         self._summary: dict[str, object] = {}
         self._exit_code = 0
+        self._preempted = False
         self._thread = threading.Thread(target=self._work, name="wandb-logger", daemon=True)
         self._thread.start()
 
@@ -114,6 +115,10 @@ class WandbLogger:
                 f"W&B is slower than training: {self._max_queued} records wait for it, "
                 "and more are dropped (metrics.jsonl has them all)."
             )
+
+    def preempted(self) -> None:
+        """The run is about to end because its machine is taken away; a sweep starts it again elsewhere."""
+        self._preempted = True
 
     def close(self, summary: Mapping[str, object], exit_code: int) -> None:
         """Hand over the summary and wait, for a bounded time, until W&B has everything."""
@@ -139,6 +144,8 @@ class WandbLogger:
             for record, step in iter(self._queue.get, None):
                 run.log({key: _logged(wandb, value) for key, value in record.items()}, step=step)
             run.summary.update(self._summary)
+            if self._preempted:
+                run.mark_preempting()
             self._finish(run)
             if not self._abandoned:  # a later run of this process may use the service by then
                 wandb.teardown()

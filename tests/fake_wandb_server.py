@@ -7,11 +7,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PROJECT = {"id": "p", "name": "rsotrain", "entity": {"id": "e", "name": "me"}}
+from fake_wandb_sweeps import PROJECT, FakeSweeps
 
 
 class FakeWandbServer:
-    """``runs``: run id -> {config, name, project, history: list of rows, summary, exit_code}.
+    """``runs``: run id -> {config, name, project, sweep, history: list of rows, summary, exit_code}.
 
     ``status`` other than 200 refuses every request with it; ``vanish`` closes the port and all
     connections without an answer; ``silent`` lets requests wait until ``close``.
@@ -19,6 +19,7 @@ class FakeWandbServer:
 
     def __init__(self, status: int = 200, silent: bool = False) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
+        self.sweeps = FakeSweeps()
         self.status = status
         self.gone = False
         self.released = threading.Event()
@@ -40,12 +41,15 @@ class FakeWandbServer:
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL answer; empty for what a run can do without."""
+        if (answer := self.sweeps.answer(operation, variables)) is not None:
+            return answer
         if operation == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             return {"model": PROJECT | {"bucket": run and _resume_status(variables["name"], run)}}
         if operation == "UpsertBucket":
             run = self._run(variables["name"])
-            for key, variable in (("name", "displayName"), ("project", "project"), ("group", "groupName")):
+            names = {"name": "displayName", "project": "project", "group": "groupName", "sweep": "sweep"}
+            for key, variable in names.items():
                 run[key] = variables.get(variable) or run.get(key)
             if variables.get("config"):
                 run["config"] = {k: v["value"] for k, v in json.loads(variables["config"]).items()}
@@ -53,8 +57,10 @@ class FakeWandbServer:
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": []}}
-        if operation in ("Viewer", "GetViewer"):
-            return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}"}}
+        if operation in ("Viewer", "GetViewer", "GetDefaultEntity"):
+            names = {"entity": "me", "username": "me", "name": "me", "email": ""}
+            keys = {"admin": False, "flags": "{}", "deletedAt": None, "apiKeys": {"edges": []}}
+            return {"viewer": {"id": "u", **names, **keys, "teams": {"edges": []}}}
         return {}
 
     def stream(self, run_id: str, body: dict[str, Any]) -> None:
@@ -65,8 +71,11 @@ class FakeWandbServer:
                 run["history"] += [json.loads(line) for line in part["content"]]
             elif name == "wandb-summary.json":
                 run["summary"] = json.loads(part["content"][-1])
+        run["preempting"] = body.get("preempting", run.get("preempting", False))
         if body.get("complete"):
             run["exit_code"] = body["exitcode"]
+            if run["preempting"] and run["exit_code"] != 0:
+                self.sweeps.preempted(run_id)
 
     def _run(self, run_id: str) -> dict[str, Any]:
         return self.runs.setdefault(run_id, {"config": {}, "history": [], "summary": {}})

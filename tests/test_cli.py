@@ -171,3 +171,32 @@ def test_multirun_goes_on_after_a_refused_member(cli: Cli, tmp_path: Path, tiny:
     assert "optimizer.lr=-1.0 must not be negative" in result.stderr
     summaries = list((tmp_path / "outputs").glob("*/summary.json"))
     assert [json.loads(p.read_text())["finished"] for p in summaries] == [True]
+
+
+def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    result = cli("-m", "optimizer=adam,muon", "seed=0,1", "steps=1", *[o for o in tiny if "steps=" not in o])
+    assert result.returncode == 0, result.stderr
+    table = result.stdout[result.stdout.index("Comparison") :]
+    summaries = [json.loads(p.read_text()) for p in (tmp_path / "outputs").glob("*/summary.json")]
+    for name in ("adam", "muon"):
+        losses = [summary["val/loss"] for summary in summaries if name in summary["run"]]
+        (line,) = (line for line in table.splitlines() if f"│ {name} " in line)
+        assert f"{sum(losses) / 2:.4f} ± " in line
+        assert "2 runs" in line
+
+
+def test_submitit_members_hand_back_their_status(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    result = cli(
+        "-m", *launcher, "optimizer.lr=-1,0.01,0.02", "steps=1", *[o for o in tiny if "steps=" not in o]
+    )
+    assert result.returncode == 2  # of the first; the others have run
+    assert len(list((tmp_path / "outputs").glob("*/summary.json"))) == 2
+    assert "Comparison" in result.stdout
+    (log,) = (
+        path
+        for path in (tmp_path / "outputs/.submitit").glob("*/*_log.err")
+        if "must not be negative" in path.read_text()
+    )
+    assert "Traceback" not in log.read_text()

@@ -77,6 +77,19 @@ def test_the_default_name_tells_runs_apart(cli: Cli, tmp_path: Path, tiny: list[
     assert all(name.startswith("llama_tiny-rso_pca-svd-seed0-") for name in names)
 
 
+def test_members_of_a_wandb_sweep_have_folders_of_their_own(
+    cli: Cli, tmp_path: Path, tiny: list[str]
+) -> None:
+    for member in ("m1", "m2", "m1"):
+        assert cli(*tiny, "steps=1", WANDB_SWEEP_ID="s", WANDB_RUN_ID=member).returncode == 0
+    names = sorted(p.name for p in (tmp_path / "outputs").iterdir())
+    assert [name.rsplit("-", 1)[1] for name in names] == ["m1", "m2"]
+    assert names[0].rsplit("-", 1)[0] == names[1].rsplit("-", 1)[0]
+    for name, member in zip(names, ("m1", "m2"), strict=True):
+        record = json.loads((tmp_path / "outputs" / name / "run.json").read_text())
+        assert (record["run_id"], record["state"]) == (member, "finished")
+
+
 def test_the_same_command_resumes_and_other_settings_are_refused(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -1,0 +1,3 @@
+from rsotrain.report.cli import main
+
+main()

@@ -1,0 +1,123 @@
+"""``rsotrain-report``: what it reads, draws and writes."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsotrain.errors import UserError
+from rsotrain.metrics import write_atomic
+from rsotrain.report.comparison import Group, compare
+from rsotrain.report.runs import read_runs
+from rsotrain.report.tables import comma_separated, markdown, screen
+from rsotrain.run_folder import RunState
+
+USER_ERROR_STATUS = 2
+PAGE = "report.html"
+DESCRIPTION = """\
+Compare runs: a table on the screen, and in --out report.html (one page, readable offline), report.md,
+report.csv and each picture as PNG and SVG.
+
+  rsotrain-report outputs                             all runs in a folder; seeds are averaged
+  rsotrain-report outputs/a outputs/b --out compared
+  rsotrain-report outputs --group-by optimizer        one line for each optimizer
+  rsotrain-report outputs --watch                     draw again every 30 s while runs go on
+  rsotrain-report outputs --live                      a table that follows the runs, in the terminal
+"""
+RUN_HELP = "a run folder, a folder of them, or a W&B offline folder"
+GROUP_HELP = (
+    "average the runs that have the same KEY: optimizer, optimizer.rank, seq_len, … (several: with commas);"
+    " default: all settings but the seed"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rsotrain-report", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--group-by", action="append", default=[], metavar="KEY", help=GROUP_HELP)
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--mixed", action="store_true", help="compare, and mark, unlike validation data")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--watch", action="store_true", help="draw again while runs go on")
+    mode.add_argument("--live", action="store_true", help="a table in the terminal; writes nothing")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="of --watch (30) and --live (2)")
+    return parser
+
+
+def main() -> None:
+    """Console entry point: 0, or 2 for a user's mistake, said in one sentence."""
+    arguments = build_parser().parse_args()
+    try:
+        report(arguments)
+    except UserError as error:
+        print(f"rsotrain-report: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises UserError."""
+    every, keys = arguments.every, [k for given in arguments.group_by for k in given.split(",") if k]
+    if every is not None and every <= 0:
+        raise UserError(f"--every {every:g} must be positive")
+    if every is not None and not (arguments.watch or arguments.live):
+        raise UserError("--every has no effect without --watch or --live; leave it out")
+    if arguments.live:
+        from rsotrain.report.live import follow
+
+        follow(arguments.runs, keys, mixed=arguments.mixed, every=every or 2.0)
+        return
+    names = ", ".join(path.resolve().name for path in arguments.runs[:3])
+    title = arguments.title or f"Comparison: {names}{', …' if len(arguments.runs) > 3 else ''}"
+    while True:
+        runs = read_runs(arguments.runs)
+        groups = compare(runs, keys, mixed=arguments.mixed)
+        going = arguments.watch and any(run.state is RunState.running for run in runs)
+        paths = write_report(groups, arguments.out, title, refresh_seconds=(every or 30.0) if going else None)
+        if not going:
+            break
+        finished = sum(run.finished for run in runs)
+        print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
+        time.sleep(every or 30.0)
+    print_comparison(groups)
+    print(f"{paths[0]} and {len(paths) - 1} more files")
+
+
+def print_comparison(groups: Sequence[Group]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(screen(groups, console.width), highlight=False)
+
+
+def write_report(
+    groups: Sequence[Group], out: Path, title: str, refresh_seconds: float | None = None
+) -> list[Path]:
+    """Page, tables and pictures in ``out``; the page first. Raises UserError where it cannot be written."""
+    from rsotrain.report.page import page
+    from rsotrain.report.plots import draw, svg_text, write_png
+
+    figures = draw(groups)
+    svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
+    texts = {
+        PAGE: page(groups, svgs, title, refresh_seconds),
+        "report.md": markdown(groups),
+        "report.csv": comma_separated(groups),
+        **{f"{name}.svg": svg for name, svg in svgs.items()},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(out / name, text)
+        for name, figure in figures.items():
+            write_png(figure, out / f"{name}.png")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    return [out / name for name in [*texts, *(f"{name}.png" for name in figures)]]

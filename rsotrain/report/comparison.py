@@ -1,0 +1,247 @@
+"""Runs side by side: which belong together, whether they can be compared, mean and spread of each group."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rsotrain.display import format_bytes, format_count, format_seconds
+from rsotrain.errors import UserError
+from rsotrain.overrides import did_you_mean
+from rsotrain.report.runs import Run
+from rsotrain.run_folder import OPERATIONAL_KEYS
+
+REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of each other
+# What a validation loss depends on besides weights and documents: how these are laid out in sequences.
+LAYOUT_KEYS = ("seq_len", "evaluation.max_tokens", "data.packing", "data.document_mask")
+# How training documents are read, which does not change validation.
+READING_KEYS = ("data.streaming", "data.shuffle", "data.lanes", "data.shuffle_buffer", "data.workers")
+
+
+class Column(NamedTuple):
+    """One figure of the table.
+
+    ``better``: min or max of the groups is the best; None where neither is. ``spreads``: a table shows the
+    spread, too.
+    """
+
+    metric: str
+    label: str
+    form: Callable[[float], str]
+    better: Callable[[Sequence[float]], float] | None
+    spreads: bool = True
+
+
+COLUMNS = (
+    Column("val/loss", "validation loss", lambda value: f"{value:.4f}", min),
+    Column("val/perplexity", "perplexity", lambda value: f"{value:.2f}", min),
+    Column("val/bits_per_byte", "bits/byte", lambda value: f"{value:.4f}", min),
+    Column("throughput/tokens_per_second", "tokens/s", format_count, max),
+    Column("memory/peak_bytes", "peak memory", format_bytes, min, spreads=False),
+    Column("memory/optimizer_state_bytes", "optimizer state", format_bytes, min, spreads=False),
+    Column("tokens", "tokens", format_count, None, spreads=False),
+    Column("time", "wall time", format_seconds, None, spreads=False),
+)
+LOSS, THROUGHPUT = COLUMNS[0], COLUMNS[3]
+
+
+class Statistic(NamedTuple):
+    """Mean, and standard deviation (n - 1) where there are several, over ``number`` runs."""
+
+    mean: float
+    spread: float | None
+    number: int
+
+    def show(self, column: Column) -> str:
+        spread = f" ± {column.form(self.spread)}" if column.spreads and self.spread is not None else ""
+        return column.form(self.mean) + spread
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that count as repetitions. ``mark``: which validation data they have, where that differs."""
+
+    label: str
+    runs: Sequence[Run]
+    varies: Sequence[str] = ()
+    mark: str = ""
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.finished]
+
+    def statistic(self, metric: str) -> Statistic | None:
+        """Over the finished runs; over all while none is. None where no run has the metric."""
+        values = [v for run in (self.finished or self.runs) if (v := run.last(metric)) is not None]
+        if not values:
+            return None
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return Statistic(statistics.fmean(values), spread, len(values))
+
+    @property
+    def status(self) -> str:
+        """``3 runs``, and what those that are not finished are at."""
+        number = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
+        others = [f"{run.state.value} at {run.step}/{run.steps}" for run in self.runs if not run.finished]
+        return ", ".join([number, *others])
+
+
+def compare(runs: Sequence[Run], group_by: Sequence[str] = (), *, mixed: bool = False) -> list[Group]:
+    """``runs`` in groups, the one with the lowest validation loss first.
+
+    ``group_by``: keys or group names (``optimizer`` is ``optimizer.name``); without any, runs are of one
+    group where they differ in the seed alone. Raises UserError for runs whose validation losses mean
+    different things, unless ``mixed``, which marks them; for a key that no run has; for no runs.
+    """
+    if not runs:
+        raise UserError("there are no runs to compare")
+    sets = _validation_sets(runs)
+    if len(sets) > 1 and not mixed:
+        raise UserError(_refusal(sets[0][0], sets[1][0]))
+    keys = [_resolve(key, runs) for key in group_by]
+    keys = keys or [key for key in differing_keys(runs) if key != REPLICATE_KEY]
+    members: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        which = next(i for i, of_set in enumerate(sets) if run in of_set)
+        members.setdefault((which, *_values(run, keys)), []).append(run)
+    firsts = [of_group[0] for of_group in members.values()]
+    labels = label_runs(firsts, keys)
+    groups = []
+    for (which, *_), label, of_group in zip(members, labels, members.values(), strict=True):
+        varies = [k for k in differing_keys(of_group) if k != REPLICATE_KEY]
+        mark = f"[{chr(ord('a') + which)}]" if len(sets) > 1 else ""
+        if len(of_group) > 1 and label == of_group[0].name:
+            label = _names(of_group[0]) or label
+        groups.append(Group(label, of_group, varies, mark))
+    return sorted(groups, key=_rank)
+
+
+def _rank(group: Group) -> tuple[str, bool, float, str]:
+    loss = group.statistic(LOSS.metric)
+    return (group.mark, not group.finished, loss.mean if loss else float("inf"), group.label)
+
+
+def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
+    """The groups that are best in ``column``: finished ones, and only where there are several of them."""
+    candidates = [(g, s.mean) for g in groups if g.finished and (s := g.statistic(column.metric))]
+    marks = {group.mark for group, _ in candidates}
+    if column.better is None or len(candidates) < 2 or (len(marks) > 1 and column.metric.startswith("val/")):
+        return []
+    best = column.better([mean for _, mean in candidates])
+    tied = [group for group, mean in candidates if mean == best]
+    return tied if len(tied) < len(candidates) else []
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """The settings in which ``runs`` differ, in the order of their configuration."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [
+        key
+        for key in keys
+        if not {key, key.split(".")[0]} & set(OPERATIONAL_KEYS)
+        and len({_hashable(r.config.get(key)) for r in runs}) > 1
+    ]
+
+
+def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[str]:
+    """A label for each run: ``galore svd rank=64``, as short as tells them apart; else its name.
+
+    ``keys``: the settings to tell them by; None: any, the seed last.
+    """
+    if keys is None:
+        differing = differing_keys(runs)
+        keys = [*(k for k in differing if k != REPLICATE_KEY), *(k for k in differing if k == REPLICATE_KEY)]
+    names = [key for key in keys if key.endswith(".name")]
+    others = [key for key in keys if not key.endswith(".name")]
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_values(run, names), []).append(run)
+    labels = []
+    for run in runs:
+        telling = _telling_keys(others, alike[_values(run, names)])
+        parts = [str(run.config[key]) for key in names if run.config.get(key) not in (None, "none")]
+        parts += [f"{k.split('.')[-1]}={run.config[k]}" for k in telling if run.config.get(k) is not None]
+        labels.append(" ".join(parts))
+    return [
+        run.name if not label or labels.count(label) > 1 else label
+        for run, label in zip(runs, labels, strict=True)
+    ]
+
+
+def _names(run: Run) -> str:
+    """Model, optimizer and sampler."""
+    names = [run.config.get(f"{group}.name") for group in ("model", "optimizer", "sampler")]
+    return " ".join(str(name) for name in names if name not in (None, "none"))
+
+
+def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """As few of ``keys`` as tell ``runs`` apart, the first ones preferred."""
+    told: list[str] = []
+    number = 1
+    for key in keys:
+        separated = len({_values(run, [*told, key]) for run in runs})
+        if separated > number:
+            told, number = [*told, key], separated
+    return told
+
+
+def _values(run: Run, keys: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(_hashable(run.config.get(key)) for key in keys)
+
+
+def _resolve(key: str, runs: Sequence[Run]) -> str:
+    known = dict.fromkeys(k for run in runs for k in run.config)
+    for candidate in (key, f"{key}.name"):
+        if candidate in known:
+            return candidate
+    raise UserError(f"--group-by {key}: no run has this setting{did_you_mean(key, list(known))}")
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+# --- what a validation loss means --------------------------------------------------------------
+
+
+def _differences(one: Run, other: Run) -> list[str]:
+    """Why their validation losses mean different things, a clause each; empty where they do not.
+
+    The fingerprints of data and tokenizer decide where both runs have one, since paths need not be equal;
+    else the settings do.
+    """
+    keys = dict.fromkeys([*one.config, *other.config])
+    differing = [k for k in keys if one.config.get(k) != other.config.get(k)]
+    read = [k for k in differing if k.startswith(("data.", "tokenizer.")) and k not in READING_KEYS]
+    layout = [k for k in differing if k in LAYOUT_KEYS]
+    if one.data_fingerprint is None or other.data_fingerprint is None:
+        layout += [k for k in read if k not in layout]
+    elif one.data_fingerprint != other.data_fingerprint:
+        layout += [k for k in read if k not in layout]
+        if not layout:
+            return ["their data or tokenizer files are not the same"]
+    return [f"{k} is {_show(one.config.get(k))} there and {_show(other.config.get(k))} here" for k in layout]
+
+
+def _validation_sets(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose validation losses can be compared, together."""
+    sets: list[list[Run]] = []
+    for run in runs:
+        fitting = next((of_set for of_set in sets if not _differences(of_set[0], run)), None)
+        if fitting is None:
+            sets.append([run])
+        else:
+            fitting.append(run)
+    return sets
+
+
+def _refusal(one: Run, other: Run) -> str:
+    return (
+        f"{one.name} and {other.name} cannot be compared by their validation losses:"
+        f" {_differences(one, other)[0]}; leave one out, or mark them with --mixed"
+    )
+
+
+def _show(value: object) -> str:
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -1,0 +1,193 @@
+"""Run folders, and W&B's offline folders, as what a report needs of them."""
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rsotrain.errors import UserError
+from rsotrain.overrides import flatten
+from rsotrain.report.wandb_offline import is_offline_folder, read_offline_runs
+from rsotrain.run_folder import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
+
+SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
+
+
+@dataclass(frozen=True)
+class Run:
+    """``history``: metrics.jsonl's records by step; ``config``: dotted key -> value."""
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    state: RunState
+    data_fingerprint: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state is RunState.finished
+
+    @property
+    def step(self) -> int:
+        return int(self.last("step") or 0)
+
+    @property
+    def steps(self) -> int:
+        """How many it is to do; what it has done where the configuration does not say."""
+        return int(self.config.get("steps") or self.step)
+
+    def last(self, metric: str) -> float | None:
+        """What ``summary.json`` says, else the last finite value in the history; None: never logged."""
+        value = _number(self.summary.get(metric))
+        return value if value is not None else self.latest(metric)
+
+    def latest(self, metric: str) -> float | None:
+        for record in reversed(self.history):
+            if (value := _number(record.get(metric))) is not None:
+                return value
+        return None
+
+    def series(self, metric: str) -> list[tuple[float, float, float, float]]:
+        """(step, tokens, seconds, value) of each record that has the metric."""
+        points = []
+        for record in self.history:
+            value = _number(record.get(metric))
+            x = [_number(record.get(key)) for key in ("step", "tokens", "time")]
+            if value is not None and None not in x:
+                points.append((*x, value))
+        return points  # type: ignore[return-value]
+
+
+def _number(value: object) -> float | None:
+    """``value`` if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in ``paths``: run folders, folders of run folders, or W&B's offline folders.
+
+    A folder that is named must be, or hold, a run; run folders in a folder that is named are left out
+    while they have no metrics. Several W&B folders of one id are one run. Raises UserError.
+    """
+    runs: list[Run] = []
+    offline: list[Path] = []
+    for path in dict.fromkeys(p.expanduser().resolve() for p in paths):
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder; give run folders, or the folder that holds them")
+        if is_offline_folder(path):
+            offline.append(path)
+        elif is_run_folder(path):
+            runs.append(read_run(path))
+        elif inner := [p for p in sorted(path.iterdir()) if p.is_dir()]:
+            found = [read_run(p) for p in inner if is_run_folder(p) and has_metrics(p)]
+            folders = [p for p in inner if is_offline_folder(p)]
+            if not found and not folders:
+                raise UserError(
+                    f"{path} holds no run with metrics; give run folders, or the folder that holds them"
+                )
+            runs += found
+            offline += folders
+        else:
+            raise UserError(f"{path} is not a run folder: it has no {CONFIG}")
+    for record in read_offline_runs(offline):
+        state = RunState.finished if record.exit_code == 0 else RunState.stopped
+        runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+    return _unique(runs)
+
+
+def is_run_folder(path: Path) -> bool:
+    return (path / CONFIG).is_file() or (path / METRICS).is_file()
+
+
+def has_metrics(path: Path) -> bool:
+    return (path / METRICS).is_file() and (path / METRICS).stat().st_size > 0
+
+
+def read_run(path: Path) -> Run:
+    """The run in one folder. Raises UserError if it has no metrics or no readable configuration."""
+    if not has_metrics(path):
+        raise UserError(f"{path} has no metrics: its run has not got to the first step (see its train.log)")
+    try:
+        config = yaml.safe_load((path / CONFIG).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path / CONFIG} cannot be read, so nobody knows what was run there: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG} is not the configuration of a run")
+    history = read_history(path / METRICS)
+    if not history:
+        raise UserError(f"{path / METRICS} holds no record that can be read")
+    record = _read_json(path / RUN_RECORD)
+    summary = _read_json(path / SUMMARY)
+    fingerprint = record.get("data")
+    return Run(
+        path=path,
+        name=path.name,
+        config=dict(flatten(config)),
+        history=history,
+        summary=summary,
+        state=_state(record, summary, path / METRICS),
+        data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+    )
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file in order; lines torn by a kill, or still being written, are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _state(record: Mapping[str, Any], summary: Mapping[str, Any], metrics: Path) -> RunState:
+    if summary.get("finished"):
+        return RunState.finished
+    try:
+        state = RunState(record.get("state"))
+    except ValueError:  # a folder without the record
+        state = RunState.running
+    if state is not RunState.running:
+        return RunState.stopped if state is RunState.finished else state
+    if record.get("host") == socket.gethostname() and isinstance(record.get("pid"), int):
+        return RunState.running if _is_alive(record["pid"]) else RunState.lost
+    return RunState.running if time.time() - metrics.stat().st_mtime < SILENCE_SECONDS else RunState.lost
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _unique(runs: Sequence[Run]) -> list[Run]:
+    """Without those that were named twice, as themselves and through the folder that holds them."""
+    return list({run.path: run for run in runs}.values())

@@ -1,0 +1,117 @@
+"""The comparison as Markdown, CSV and a table on the screen."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rsotrain.report.comparison import COLUMNS, Column, Group, best_groups
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def columns_of(groups: Sequence[Group]) -> list[Column]:
+    """The columns that some group has a figure for."""
+    return [c for c in COLUMNS if any(group.statistic(c.metric) for group in groups)]
+
+
+def rows(groups: Sequence[Group]) -> list[tuple[Group, list[tuple[str, bool]]]]:
+    """Of each group the text of each column, and whether it is the best there."""
+    columns = columns_of(groups)
+    best = {column.metric: best_groups(groups, column) for column in columns}
+    out = []
+    for group in groups:
+        cells = []
+        for column in columns:
+            statistic = group.statistic(column.metric)
+            text = "–" if statistic is None else statistic.show(column)
+            cells.append((text, any(group is b for b in best[column.metric])))
+        out.append((group, cells))
+    return out
+
+
+def name_of(group: Group) -> str:
+    return f"{group.label} {group.mark}".strip()
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader must know to read the table right, a sentence each."""
+    said = []
+    if any(len(group.finished) > 1 for group in groups):
+        said.append("± is the standard deviation over the runs of a group.")
+    if any(0 < len(group.finished) < len(group.runs) for group in groups):
+        said.append("Only finished runs count in a group that has some.")
+    for group in groups:
+        if group.varies:
+            said.append(f"The runs of {name_of(group)} differ in {', '.join(group.varies)}, too.")
+    if any(group.mark for group in groups):
+        said.append("Validation losses of groups with different letters mean different things.")
+    return said
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """A Markdown table, best figures bold, and its notes."""
+    columns = columns_of(groups)
+    lines = ["| | " + " | ".join(c.label for c in columns) + " | runs |", "|---" * (len(columns) + 2) + "|"]
+    for group, cells in rows(groups):
+        texts = [f"**{text}**" if is_best else text for text, is_best in cells]
+        lines.append(f"| {_escaped(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
+    return "\n".join([*lines, "", *notes(groups)]).rstrip() + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def comma_separated(groups: Sequence[Group]) -> str:
+    """Full precision: for each metric its mean, its standard deviation and whether it is the best."""
+    columns = columns_of(groups)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    parts = [f"{c.metric}{suffix}" for c in columns for suffix in ("", " spread", " best")]
+    writer.writerow(["group", "validation data", "runs", "finished", *parts])
+    for group, cells in rows(groups):
+        figures: list[object] = []
+        for column, (_, is_best) in zip(columns, cells, strict=True):
+            statistic = group.statistic(column.metric)
+            mean, spread = (statistic.mean, statistic.spread) if statistic else (None, None)
+            figures += [mean, spread, int(is_best)]
+        writer.writerow([group.label, group.mark, len(group.runs), len(group.finished), *figures])
+    return text.getvalue()
+
+
+# Of a table on the screen: metric -> heading. A wide terminal has all, a narrow one the first.
+SCREEN = {
+    "val/loss": "val loss",
+    "val/perplexity": "perplexity",
+    "throughput/tokens_per_second": "tok/s",
+    "memory/peak_bytes": "memory",
+    "time": "time",
+}
+LABEL_WIDTH = 36  # columns that labels and states have at least before figures are left out
+
+
+def screen(groups: Sequence[Group], width: int, title: str = "Comparison") -> "Table":
+    """A rich table for ``width`` columns of a terminal; best figures bold and green."""
+    from rich.box import ROUNDED
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, lines = columns_of(groups), rows(groups)
+    shown = [i for i, column in enumerate(columns) if column.metric in SCREEN]
+    widths = {i: max(cell_len(cells[i][0]) for _, cells in lines) for i in shown}
+    widths = {i: max(w, len(SCREEN[columns[i].metric])) + 3 for i, w in widths.items()}
+    labels = max(len(name_of(g)) for g in groups) + max(len(g.status) for g in groups) + 7
+    while len(shown) > 1 and sum(widths[i] for i in shown) + min(labels, LABEL_WIDTH) > width:
+        shown.pop()
+    table = Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
+    table.add_column("", style="bold", overflow="fold")
+    for i in shown:
+        table.add_column(SCREEN[columns[i].metric], justify="right", no_wrap=True)
+    table.add_column("runs", justify="right")
+    for group, cells in lines:
+        texts = [Text(cells[i][0], style="bold green" if cells[i][1] else "") for i in shown]
+        table.add_row(Text(name_of(group)), *texts, group.status)
+    return table

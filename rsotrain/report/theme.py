@@ -1,0 +1,36 @@
+"""Colours of pictures and page. Pictures are drawn in the light ones; a page swaps in variables for both."""
+
+# name -> (light, dark). Hues of a series keep their order under the common colour deficiencies.
+COLORS = {
+    "surface": ("#ffffff", "#17191c"),
+    "ink": ("#1b1f24", "#e9ecef"),
+    "muted": ("#5c6670", "#9aa4ae"),
+    "grid": ("#e3e7eb", "#30363d"),
+    "series-1": ("#2a78d6", "#4c97ec"),
+    "series-2": ("#eb6834", "#e5713f"),
+    "series-3": ("#1baf7a", "#27b483"),
+    "series-4": ("#eda100", "#d69a1c"),
+    "series-5": ("#4a3aa7", "#9b90ee"),
+    "series-6": ("#e34948", "#e96f6f"),
+    "series-7": ("#e87ba4", "#dd6a97"),
+    "series-8": ("#008300", "#3fa63f"),
+    "part-1": ("#184f95", "#2f6fc0"),
+    "part-2": ("#3a87e4", "#6aa6ef"),
+    "part-3": ("#86b6ef", "#a9cbf6"),
+    "part-4": ("#c3daf7", "#dbe9fc"),
+}
+SURFACE, INK, MUTED, GRID = (COLORS[name][0] for name in ("surface", "ink", "muted", "grid"))
+SERIES = [light for name, (light, _) in COLORS.items() if name.startswith("series")]
+PARTS = [light for name, (light, _) in COLORS.items() if name.startswith("part")]
+
+
+def variables(dark: bool) -> str:
+    """The colours as declarations of CSS variables."""
+    return "".join(f"--{name}:{pair[dark]};" for name, pair in COLORS.items())
+
+
+def with_variables(svg: str) -> str:
+    """A picture drawn in the light colours, its colours now those of the page around it."""
+    for name, (light, _) in COLORS.items():
+        svg = svg.replace(light, f"var(--{name})")
+    return svg

@@ -1,0 +1,379 @@
+"""Reports of invented run folders: figures, marks, refusals, and one page that needs nothing else."""
+
+import csv
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rsotrain.errors import UserError
+from rsotrain.report.cli import build_parser, report
+from rsotrain.report.comparison import COLUMNS, best_groups, compare, label_runs
+from rsotrain.report.live import runs_table
+from rsotrain.report.plots import draw, svg_text
+from rsotrain.report.runs import read_run, read_runs
+from rsotrain.report.tables import comma_separated, markdown
+from rsotrain.report.theme import COLORS
+from rsotrain.run_folder import RunState
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Write a run folder of four evaluated steps, whose validation loss ends at ``loss``."""
+
+    def write(
+        name: str,
+        loss: float = 2.0,
+        *,
+        finished: bool = True,
+        record: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Path:
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        config: dict[str, Any] = {
+            "steps": 40, "seed": 0, "seq_len": 32, "run_name": name, "model": {"name": "llama_tiny"},
+            "optimizer": {"name": "adam", "lr": 0.01}, "sampler": {"name": "none"},
+            "data": {"name": "embedded"}, "tokenizer": {"name": "trained"},
+        }  # fmt: skip
+        for key, value in settings.items():
+            group, _, inner = key.partition("__")
+            if inner:
+                config[group][inner] = value
+            else:
+                config[key] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        steps = (10, 20, 30, 40) if finished else (10, 20)
+        lines = [
+            {
+                "step": step, "tokens": 100 * step, "time": step / 2, "train/loss": loss + 41 - step,
+                "val/loss": loss + 40 - step, "throughput/tokens_per_second": 200.0, "subspace/overlap": 0.5,
+                "memory/parameters_bytes": 1000, "memory/gradients_bytes": 1000, "memory/peak_bytes": 5000,
+            }
+            for step in steps
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "run.json").write_text(json.dumps(record or {"run_id": name}))
+        if finished:
+            (folder / "summary.json").write_text(json.dumps({"finished": True, **lines[-1]}))
+        return folder
+
+    return write
+
+
+def call(*arguments: str | Path) -> None:
+    report(build_parser().parse_args([str(a) for a in arguments]))
+
+
+def test_seeds_are_averaged_and_the_best_is_marked(make: Make) -> None:
+    make("a0", 2.0), make("a1", 2.2, seed=1)
+    make("g0", 1.9, optimizer__name="galore", sampler__name="svd")
+    make("g1", 2.0, optimizer__name="galore", sampler__name="svd", seed=1)
+    groups = compare(read_runs([make("a2", 2.4, seed=2).parent]))
+    assert [group.label for group in groups] == ["galore svd", "adam"]
+    adam = groups[1].statistic("val/loss")
+    assert adam is not None
+    # mean and n - 1 deviation of 2.0, 2.2, 2.4, rounded as sums of doubles are
+    assert adam == pytest.approx((2.2, 0.2, 3))
+    text = markdown(groups)
+    assert "| galore svd | **1.9500 ± 0.0707** |" in text
+    assert "| adam | 2.2000 ± 0.2000 |" in text
+    assert "standard deviation" in text
+    table = list(csv.DictReader(io.StringIO(comma_separated(groups))))
+    assert [(row["group"], row["runs"], row["val/loss best"]) for row in table] == [
+        ("galore svd", "2", "1"),
+        ("adam", "3", "0"),
+    ]
+    assert float(table[1]["val/loss"]) == adam.mean  # full precision
+
+
+def test_equal_figures_are_best_for_nobody(make: Make) -> None:
+    runs = read_runs([make("a", 2.0), make("b", 2.0, optimizer__lr=0.1)])
+    assert all(not best_groups(compare(runs), column) for column in COLUMNS)
+
+
+def test_group_by_a_setting_says_what_else_varies(make: Make) -> None:
+    make("a", 2.0), make("b", 1.0, optimizer__lr=0.1), make("c", 3.0, optimizer__name="galore")
+    folder = make("d", 3.5, optimizer__name="galore", seed=1).parent
+    groups = compare(read_runs([folder]), ["optimizer"])
+    assert [(group.label, len(group.runs), list(group.varies)) for group in groups] == [
+        ("adam", 2, ["optimizer.lr"]),
+        ("galore", 2, []),
+    ]
+    assert "The runs of adam differ in optimizer.lr, too." in markdown(groups)
+    with pytest.raises(
+        UserError, match=r"--group-by optimizer\.lrr: no run has .* did you mean optimizer\.lr"
+    ):
+        compare(read_runs([folder]), ["optimizer.lrr"])
+
+
+def test_labels_are_as_short_as_tells_runs_apart(make: Make) -> None:
+    make("a", optimizer__lr=0.1), make("b", optimizer__lr=0.2), make("c", optimizer__name="galore")
+    runs = read_runs([make("d", optimizer__name="galore", seed=1).parent])
+    assert label_runs(runs) == ["adam lr=0.1", "adam lr=0.2", "galore seed=0", "galore seed=1"]
+    assert label_runs(read_runs([make("e")])) == ["e"]
+
+
+def test_unfinished_runs_do_not_count_beside_finished_ones(make: Make) -> None:
+    make("a", 2.0), make("b", 9.0, seed=1, finished=False, record={"state": "stopped"})
+    (group,) = compare(read_runs([make("c", 2.0, seed=2).parent]))
+    assert group.statistic("val/loss") == (2.0, 0.0, 2)
+    assert group.status == "3 runs, stopped at 20/40"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"seq_len": 64}, "seq_len is 32 there and 64 here"),
+        ({"data__name": "files"}, "data.name is embedded there and files here"),
+        ({"tokenizer__vocab_size": 500}, "tokenizer.vocab_size is None there and 500 here"),
+    ],
+)
+def test_other_validation_data_is_refused_or_marked(
+    settings: dict[str, Any], reason: str, make: Make
+) -> None:
+    runs = read_runs([make("a", 2.0), make("b", 1.0, **settings)])
+    with pytest.raises(UserError, match=f"a and b cannot be compared .*{re.escape(reason)}; leave one out"):
+        compare(runs)
+    groups = compare(runs, mixed=True)
+    assert sorted(group.mark for group in groups) == ["[a]", "[b]"]
+    assert not best_groups(groups, COLUMNS[0])
+    assert "different letters" in markdown(groups)
+
+
+def test_fingerprints_tell_whether_data_are_the_same(make: Make) -> None:
+    one = make("a", data__path="/here/x.jsonl", record={"data": "f1"})
+    same = make("b", data__path="/there/x.jsonl", record={"data": "f1"}, seed=1)
+    other = make("c", data__path="/here/x.jsonl", record={"data": "f2"}, seed=2)
+    assert len(compare(read_runs([one, same]), ["optimizer"])) == 1  # the same files at another place
+    with pytest.raises(UserError, match="files are not the same"):
+        compare(read_runs([one, other]))
+
+
+def test_folders_that_are_no_runs_get_one_sentence_each(make: Make, tmp_path: Path) -> None:
+    good = make("a")
+    started = make("b")
+    (started / "metrics.jsonl").write_text("")
+    (started / "summary.json").unlink()
+    with pytest.raises(UserError, match="b has no metrics: its run has not got to the first step"):
+        read_runs([started])
+    assert [run.name for run in read_runs([good.parent])] == ["a"]  # not in the way of the others
+    assert len(read_runs([good, good.parent])) == 1
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty is not a run folder"):
+        read_runs([empty])
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        read_runs([tmp_path / "nowhere"])
+    (good / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        read_runs([good])
+
+
+def test_lines_torn_by_a_kill_are_left_out(make: Make) -> None:
+    folder = make("a", finished=False)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "val/lo')
+    assert [record["step"] for record in read_run(folder).history] == [10, 20]
+
+
+def test_what_a_run_is_at(make: Make) -> None:
+    here = {"state": "running", "host": socket.gethostname()}
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    elsewhere = {"state": "running", "host": "another", "pid": 1}
+    states = {
+        "finished": ({}, True, RunState.finished),
+        "running": (here | {"pid": os.getpid()}, False, RunState.running),
+        "lost": (here | {"pid": gone.pid}, False, RunState.lost),
+        "failed": ({"state": "failed"}, False, RunState.failed),
+        "elsewhere": (elsewhere, False, RunState.running),
+        "silent": (elsewhere, False, RunState.lost),
+    }
+    for name, (record, finished, state) in states.items():
+        folder = make(name, record=record, finished=finished)
+        if name == "silent":
+            os.utime(folder / "metrics.jsonl", (0, 0))
+        assert read_run(folder).state is state, name
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and ids, and checks that the tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "input", "link", "br"):
+            self.open.append(tag)
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        self.addresses += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "input", "link", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("a", 2.0), make("b", 2.5, seed=1)
+    folder = make("c", 1.5, optimizer__name="<galore> & co").parent
+    call(folder, "--out", tmp_path / "out", "--title", "A & B")
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert page.addresses
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import|<script|http-equiv", text)
+    assert "&lt;galore&gt; &amp; co" in text
+    assert "<galore>" not in text
+    assert "<title>A &amp; B</title>" in text
+    assert "prefers-color-scheme:dark" in text
+    pictures = text[text.index("<svg") : text.rindex("</svg>")]
+    assert not re.search("|".join(light for light, _ in COLORS.values()), pictures)
+    assert "var(--series-2)" in pictures
+    names = {
+        "report.html", "report.md", "report.csv",
+        *(f"{metric}_loss_by_{axis}.{suffix}" for metric in ("validation", "training")
+          for axis in ("tokens", "steps", "time") for suffix in ("png", "svg")),
+        *(f"{name}.{suffix}" for name in ("memory", "throughput", "subspace") for suffix in ("png", "svg")),
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out/memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "report.html and 20 more files" in capsys.readouterr().out
+
+
+def test_the_same_runs_give_the_same_pictures(make: Make) -> None:
+    groups = compare(read_runs([make("a"), make("b", 3.0, optimizer__lr=0.1)]))
+    first, second = (
+        {name: svg_text(name, figure) for name, figure in draw(groups).items()} for _ in range(2)
+    )
+    assert first == second
+
+
+def test_curves_are_means_over_shared_steps(make: Make) -> None:
+    groups = compare(read_runs([make("a", 2.0), make("b", 4.0, seed=1, finished=False)]))
+    (panel,) = draw(groups)["validation_loss_by_steps"].axes
+    lines = [list(zip(*line.get_data(), strict=True)) for line in panel.get_lines()]
+    assert lines == [
+        [(10, 32), (20, 22), (30, 12), (40, 2)],
+        [(10, 34), (20, 24)],
+        [(10, 33), (20, 23)],  # the mean, as far as both have got
+    ]
+
+
+def test_watch_draws_until_the_last_run_has_ended(make: Make, tmp_path: Path) -> None:
+    alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    folder = make("a", finished=False, record=alive)
+    out = tmp_path / "out"
+    watcher = threading.Thread(target=call, args=(folder, "--out", out, "--watch", "--every", "0.1"))
+    watcher.start()
+    deadline = time.monotonic() + 60
+    while not (out / "report.html").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert '<meta http-equiv="refresh" content="0.1">' in (out / "report.html").read_text()
+    (folder / "summary.json").write_text(json.dumps({"finished": True, "val/loss": 1.25}))
+    watcher.join(60)
+    assert not watcher.is_alive()
+    text = (out / "report.html").read_text()
+    assert "1.2500" in text
+    assert "http-equiv" not in text
+
+
+def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    make("a", 2.0)
+    alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    going = make("b", 3.0, finished=False, record=alive, optimizer__name="galore")
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(runs_table(read_runs([going.parent])))
+    lines = console.export_text().splitlines()
+    assert lines[0].strip() == "2 runs: 1 running, 1 finished"
+    first, second = (line.replace("│", " ").split() for line in lines[4:6])
+    assert first[:2] == ["galore", "running"]  # the running ones first
+    # 10 s for the first 20 steps, so as many for the rest; losses and speed from the last line
+    assert first[-6:] == ["50%", "10.0", "s", "24.0000", "23.0000", "200"]
+    assert second[:2] == ["adam", "finished"]
+    assert second[-4:] == ["100%", "3.0000", "2.0000", "200"]
+    threading.Timer(0.3, lambda: (going / "summary.json").write_text('{"finished": true}')).start()
+    call(going.parent, "--live", "--every", "0.1")
+    printed = capsys.readouterr().out
+    assert "Comparison" in printed
+    assert "2 finished" in printed
+
+
+def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
+    folder = make("a")
+    with pytest.raises(UserError, match="--every has no effect without --watch or --live"):
+        call(folder, "--every", "3")
+    with pytest.raises(UserError, match="--every 0 must be positive"):
+        call(folder, "--live", "--every", "0")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        call(folder, "--out", tmp_path / "file" / "out")
+    done = subprocess.run(
+        [sys.executable, "-m", "rsotrain.report", str(tmp_path / "nowhere")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    reason = "is not a folder; give run folders, or the folder that holds them"
+    assert done.stderr == f"rsotrain-report: {tmp_path}/nowhere {reason}\n"
+
+
+def test_without_matplotlib_the_fix_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'rsotrain\[report\]'"):
+        call(make("a"))
+
+
+def test_a_wandb_offline_folder_is_read_like_a_run_folder(make: Make, tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    local = read_run(make("a", 2.0))
+    folders = []
+    for first, last in ((0, 2), (1, 4)):  # stopped after 20 steps, on from the checkpoint of step 10
+        settings = wandb.Settings(silent=True, console="off")
+        run = wandb.init(
+            mode="offline",
+            dir=tmp_path,
+            id="abc",
+            name="a",
+            project="p",
+            config=dict(local.config),
+            settings=settings,
+        )
+        folders.append(Path(run.dir).parent)
+        for record in local.history[first:last]:
+            run.log(dict(record), step=record["step"])
+        if last == 4:
+            run.summary.update(dict(local.summary))
+        run.finish(exit_code=0 if last == 4 else 75)
+        time.sleep(1.1)  # W&B names folders by the second
+    (stopped,) = read_runs([folders[0]])
+    assert (stopped.state, stopped.step) == (RunState.stopped, 20)
+    (whole,) = read_runs([folders[0].parent])
+    assert (whole.name, whole.state, dict(whole.config)) == ("a", RunState.finished, dict(local.config))
+    assert list(whole.history) == list(local.history)
+    assert compare([whole])[0].statistic("val/loss") == compare([local])[0].statistic("val/loss")
