@@ -76,17 +76,17 @@ class Loggers:
         for logger in self.loggers:
             logger.log(record, step)
 
-    def preempted(self) -> None:
-        """Tell W&B, before ``close``, that the run ends because its machine is taken away."""
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.preempted()
-
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
         """Hand a table of texts to those loggers that show tables: W&B."""
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log({name: Table(columns, rows)}, step)
+
+    def preempted(self) -> None:
+        """Tell W&B, before ``close``, that the run ends because its machine is taken away."""
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.preempted()
 
     def close(self, summary: Mapping[str, object], exit_code: int) -> None:
         """Close all, even when one fails; the first failure is raised at the end."""

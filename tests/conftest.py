@@ -57,7 +57,7 @@ def tiny(corpus: tuple[Path, Path]) -> list[str]:
     return [
         "model=llama_tiny", "data=files", f"data.path={corpus[0]}", f"data.validation_path={corpus[1]}",
         "tokenizer.vocab_size=300", "seq_len=32", "batch_size=4", "steps=6", "eval_every=null",
-        "save_every=2", "log_every=1", "logger=jsonl", "precision=fp32",
+        "save_every=2", "log_every=1", "logger=jsonl", "precision=fp32", "evaluation.samples=false",
     ]  # fmt: skip
 
 
