@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
-from rsotrain.config import SCHEMAS, Config
+from rsotrain.config import SCHEMAS, Config, Mode
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
@@ -115,7 +115,7 @@ _status = 0
 def run(composed: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it, possibly in a process of submitit's.
 
-    A mistake or a failed training prints its sentence. Returns the exit status and, where there is one, the
+    A mistake or a failed training prints its sentence. Returns the exit status and, of a training, the
     run's folder: what the process that started a multirun needs to know of its members.
     """
     global _status
@@ -126,7 +126,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
         adopt_slurm_step()
         config = to_config(composed)
         validate(config)
-        outcome["folder"] = run_folder_path(config).resolve()
+        if config.mode is Mode.train:
+            outcome["folder"] = run_folder_path(config).resolve()
         keep_freed_memory()
         with leaving_on_warning():
             from rsotrain.run import run_mode  # torch is imported from here on

@@ -18,6 +18,7 @@ from conftest import ROOT
 from fake_wandb_server import FakeWandbServer
 
 API_KEY = "a" * 40
+AGENTS: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture
@@ -25,6 +26,18 @@ def server() -> Iterator[FakeWandbServer]:
     server = FakeWandbServer()
     yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_agents_left() -> Iterator[None]:
+    """A test that fails leaves no agent and no member behind."""
+    yield
+    for process in AGENTS:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # which the agent forwards
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+    AGENTS.clear()
 
 
 def environment(server: FakeWandbServer, folder: Path) -> dict[str, str]:
@@ -54,15 +67,18 @@ def create(server: FakeWandbServer, folder: Path, name: str, tiny: list[str], **
 
 
 def agent(server: FakeWandbServer, folder: Path, sweep: str, count: int) -> subprocess.Popen[str]:
+    """The agent of a job: it forwards the signals of a scheduler."""
     command = ["agent", "--forward-signals", f"--count={count}", f"me/rsotrain/{sweep}"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "wandb", *command],
         cwd=folder, env=environment(server, folder), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    AGENTS.append(process)
+    return process
 
 
-def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 280.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
