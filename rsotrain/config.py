@@ -122,6 +122,15 @@ class ModelConfig:
     pad_vocab_to_multiple_of: int | None = None
     init_from: str | None = None
 
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of k_proj and of v_proj."""
+        return self.hidden_size // self.num_attention_heads * self.kv_heads
+
 
 # --- the rest ----------------------------------------------------------------------------------
 

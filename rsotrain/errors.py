@@ -8,6 +8,12 @@ class UserError(ValueError):
     """
 
 
+def require(condition: bool, sentence: str) -> None:
+    """Raise UserError with ``sentence`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on, and the code is not at fault: a loss that is not finite, say.
 

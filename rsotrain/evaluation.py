@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from rsotrain.distributed import World
-
-IGNORE_INDEX = -100
+from rsotrain.models.loss import IGNORE_INDEX
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -15,8 +15,7 @@ def training_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) 
     6·s·d a layer (half of the full 12·s·d). The embedding look-up counts nothing.
     """
     d, ffn, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    kv = d // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    linears = layers * (2 * d * d + 2 * d * kv + 3 * d * ffn) + vocab_size * d
+    linears = layers * (2 * d * d + 2 * d * model.kv_size + 3 * d * ffn) + vocab_size * d
     return 6 * linears + layers * 6 * seq_len * d
 
 

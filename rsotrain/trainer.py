@@ -15,13 +15,14 @@ from rsotrain.data.build import Data
 from rsotrain.data.sequences import merged_states
 from rsotrain.distributed import World, resolve_device
 from rsotrain.errors import TrainingError, UserError
-from rsotrain.evaluation import IGNORE_INDEX, evaluate
+from rsotrain.evaluation import evaluate
 from rsotrain.flops import training_flops_per_token
 from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
 from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.llama import Llama
+from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.build import build_optimizer
 from rsotrain.sharding import Shard, local, shard_model, shard_of
 

@@ -9,43 +9,31 @@ from rsotrain.config import (
     LoadWhat,
     LRSchedulerConfig,
     ModelConfig,
-    NoSamplerConfig,
     OptimizerConfig,
     Strategy,
     SubspaceConfig,
 )
-from rsotrain.errors import UserError
+from rsotrain.errors import require
 from rsotrain.overrides import flatten
 from rsotrain.run_folder import plain
-from rsotrain.validation_data import validate_data, validate_modes, validate_tokenizer
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
-def _positive(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value is None or value > 0, f"{prefix}{name}={value} must be positive")
+from rsotrain.validation_data import positive, validate_data, validate_modes, validate_tokenizer
 
 
 def validate(config: Config) -> None:
     """Raise UserError with one sentence for the first rule that ``config`` breaks."""
     for key, value in flatten(plain(config)):
         finite = not isinstance(value, float) or math.isfinite(value)
-        _require(finite, f"{key}={value} must be a finite number")
-    _positive(
+        require(finite, f"{key}={value} must be a finite number")
+    positive(
         config, "", "steps", "batch_size", "micro_batch_size", "seq_len", "grad_clip", "eval_every",
         "save_every", "log_every", "keep_checkpoints", "max_seconds",
     )  # fmt: skip
-    _require(config.seed >= 0, f"seed={config.seed} must not be negative")
+    require(config.seed >= 0, f"seed={config.seed} must not be negative")
     _validate_parallelism(config, int(os.environ.get("WORLD_SIZE", "1")))
-    _positive(config.evaluation, "evaluation.", "max_tokens", "micro_batch_size")
+    positive(config.evaluation, "evaluation.", "max_tokens", "micro_batch_size")
     validate_model(config.model)
     longest = config.model.max_position_embeddings
-    _require(
+    require(
         config.seq_len <= longest,
         f"seq_len={config.seq_len} is longer than model.max_position_embeddings={longest};"
         " shorten the sequences or raise the model's maximum",
@@ -56,10 +44,10 @@ def validate(config: Config) -> None:
     validate_data(config)
     validate_tokenizer(config.tokenizer, config.model)
     validate_modes(config)
-    _positive(config.logger, "logger.", "wandb_init_timeout_seconds")
+    positive(config.logger, "logger.", "wandb_init_timeout_seconds")
     _validate_checkpoint(config)
     name = config.run_name
-    _require(
+    require(
         name is None or (name not in ("", ".", "..") and Path(name).name == name),
         f"run_name={name} must be the name of one folder, without a slash",
     )
@@ -69,32 +57,32 @@ def validate(config: Config) -> None:
 def _validate_parallelism(config: Config, started: int) -> None:
     """``started``: processes that torchrun says there are."""
     parallelism = config.parallelism
-    _positive(parallelism, "parallelism.", "world_size", "shard_size", "timeout_seconds")
+    positive(parallelism, "parallelism.", "world_size", "shard_size", "timeout_seconds")
     wanted, shards = parallelism.world_size, parallelism.shard_size
-    _require(
+    require(
         wanted in (None, started),
         f"parallelism.world_size={wanted}, but {started} processes were started;"
         f" start {wanted} with torchrun --nproc_per_node, or leave it null",
     )
-    _require(
+    require(
         started == 1 or parallelism.strategy is not Strategy.single,
         f"parallelism=single is for one process, but {started} were started;"
         " start one, or choose parallelism=fsdp, ddp or hsdp",
     )
-    _require(
+    require(
         shards is None or parallelism.strategy is Strategy.hsdp,
         f"parallelism.shard_size={shards} is for parallelism=hsdp; leave it out",
     )
-    _require(
+    require(
         shards is None or started % shards == 0,
         f"parallelism.shard_size={shards} does not divide the {started} processes; choose a divisor",
     )
-    _require(
+    require(
         config.batch_size % started == 0,
         f"batch_size={config.batch_size} does not divide among {started} processes; make it a multiple",
     )
     micro, of_rank = config.micro_batch_size, config.batch_size // started
-    _require(
+    require(
         micro is None or of_rank % micro == 0,
         f"batch_size={config.batch_size}{f' ({of_rank} a process)' if started > 1 else ''} is not divisible"
         f" by micro_batch_size={micro}; change one of them",
@@ -103,27 +91,27 @@ def _validate_parallelism(config: Config, started: int) -> None:
 
 def validate_model(model: ModelConfig) -> None:
     """Raise UserError for sizes that do not fit together."""
-    _positive(
+    positive(
         model, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "vocab_size", "rope_theta", "rms_norm_eps",
         "pad_vocab_to_multiple_of",
     )  # fmt: skip
-    _require(
+    require(
         model.initializer_range >= 0,
         f"model.initializer_range={model.initializer_range} must not be negative",
     )
-    _require(
+    require(
         model.vocab_size is None or model.pad_vocab_to_multiple_of is None,
         f"model.vocab_size={model.vocab_size} is the size, so model.pad_vocab_to_multiple_of has no effect;"
         " leave one of them out",
     )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    _require(
+    require(
         model.hidden_size % (2 * heads) == 0,
         f"model.hidden_size={model.hidden_size} does not split into model.num_attention_heads={heads}"
         " heads of an even size",
     )
-    _require(
+    require(
         kv_heads is None or heads % kv_heads == 0,
         f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={kv_heads}",
     )
@@ -140,66 +128,52 @@ _OWN_RANGES = {
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
-    _require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
-    _require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
-    _positive(optimizer, "optimizer.", "eps")
-    _require(
+    require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
+    require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
+    positive(optimizer, "optimizer.", "eps")
+    require(
         len(optimizer.betas) == 2 and 0 <= optimizer.betas[0] < 1 and 0 <= optimizer.betas[1] <= 1,
         f"optimizer.betas={list(optimizer.betas)} must be two numbers, the first in [0, 1),"
         " the second in [0, 1]",
     )
-    _require(
+    require(
         optimizer.weight_decay >= 0,
         f"optimizer.weight_decay={optimizer.weight_decay} must not be negative",
     )
     for key, (low, high) in _OWN_RANGES.items():
         value = getattr(optimizer, key, None)
-        _require(
+        require(
             value is None or low <= value <= high,
             f"optimizer.{key}={value} must lie between {low} and {high}",
         )
 
 
 def _validate_subspace(config: Config) -> None:
-    optimizer, sampler = config.optimizer, config.sampler
+    """The rank; which samplers an optimizer takes is for ``optim/build.py`` to say."""
+    optimizer, model = config.optimizer, config.model
     if not isinstance(optimizer, SubspaceConfig):
-        _require(
-            isinstance(sampler, NoSamplerConfig),
-            f"optimizer={optimizer.name} has no subspace, so sampler={sampler.name} has no effect;"
-            " leave it out",
-        )
         return
-    _positive(optimizer, "optimizer.", "rank", "update_proj_gap")
-    model = config.model
-    kv_size = (
-        model.hidden_size
-        // model.num_attention_heads
-        * (model.num_key_value_heads or model.num_attention_heads)
-    )
-    smallest = min(model.hidden_size, model.intermediate_size, kv_size)
-    _require(
+    positive(optimizer, "optimizer.", "rank", "update_proj_gap")
+    smallest = min(model.hidden_size, model.intermediate_size, model.kv_size)
+    require(
         optimizer.rank <= smallest,
         f"optimizer.rank={optimizer.rank} is larger than the smallest dimension ({smallest}) of a block's"
         " matrices; give a smaller rank, or a fraction such as optimizer.rank=0.25",
-    )
-    _require(
-        not isinstance(sampler, NoSamplerConfig),
-        f"optimizer={optimizer.name} needs a sampler; sampler=none is for optimizers without a subspace",
     )
 
 
 def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
     for name in ("warmup_fraction", "min_ratio", "decay_fraction"):
         value = getattr(schedule, name, 0.0)
-        _require(0 <= value <= 1, f"lr_scheduler.{name}={value} must lie in [0, 1]")
+        require(0 <= value <= 1, f"lr_scheduler.{name}={value} must lie in [0, 1]")
     warmup = schedule.warmup_steps
-    _require(
+    require(
         warmup is None or 0 <= warmup <= steps,
         f"lr_scheduler.warmup_steps={warmup} must lie between 0 and steps={steps}",
     )
     decay = getattr(schedule, "decay_fraction", 0.0)
     fraction = schedule.warmup_fraction if warmup is None else warmup / steps
-    _require(
+    require(
         fraction + decay <= 1,
         f"warm-up ({fraction:.3g}) and lr_scheduler.decay_fraction={decay} take more than all the steps",
     )
@@ -208,17 +182,17 @@ def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
 def _validate_checkpoint(config: Config) -> None:
     path = config.checkpoint.path
     if path is None:
-        _require(
+        require(
             config.checkpoint.load is LoadWhat.all,
             "checkpoint.load=weights takes them from checkpoint.path, which is null; give a checkpoint",
         )
         return
-    _require(Path(path).expanduser().is_dir(), f"checkpoint.path={path} is not a folder")
+    require(Path(path).expanduser().is_dir(), f"checkpoint.path={path} is not a folder")
 
 
 def _validate_output(output_dir: Path) -> None:
     existing = output_dir
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    _require(existing.is_dir(), f"output_dir={output_dir}: {existing} is not a folder")
-    _require(os.access(existing, os.W_OK | os.X_OK), f"output_dir={output_dir}: {existing} is not writable")
+    require(existing.is_dir(), f"output_dir={output_dir}: {existing} is not a folder")
+    require(os.access(existing, os.W_OK | os.X_OK), f"output_dir={output_dir}: {existing} is not writable")

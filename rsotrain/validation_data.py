@@ -21,26 +21,22 @@ from rsotrain.config import (
     TrainedTokenizerConfig,
 )
 from rsotrain.data.readers import TEXT_SUFFIXES, data_suffix, find_files
-from rsotrain.errors import UserError
+from rsotrain.errors import UserError, require
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
-def _positive(config: object, prefix: str, *names: str) -> None:
+def positive(config: object, prefix: str, *names: str) -> None:
+    """Raise UserError unless these fields of ``config`` are positive, or None."""
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{prefix}{name}={value} must be positive")
+        require(value is None or value > 0, f"{prefix}{name}={value} must be positive")
 
 
 def validate_data(config: Config) -> None:
     """Raise UserError for data that is not there, or options that have no effect together."""
     data = config.data
-    _positive(data, "data.", "lanes", "shuffle_buffer", "workers")
-    _require(data.max_bad_rows >= 0, f"data.max_bad_rows={data.max_bad_rows} must not be negative")
-    _require(
+    positive(data, "data.", "lanes", "shuffle_buffer", "workers")
+    require(data.max_bad_rows >= 0, f"data.max_bad_rows={data.max_bad_rows} must not be negative")
+    require(
         not (data.document_mask and data.packing is Packing.padded),
         "data.document_mask has no effect with data.packing=padded, where a sequence is one document;"
         " leave it out",
@@ -52,7 +48,7 @@ def validate_data(config: Config) -> None:
         if data.validation_path is not None:
             files += find_files(data.validation_path, "data.validation_path")
         if isinstance(data, FilesDataConfig):
-            _require(
+            require(
                 data.sample_by is None or any(data_suffix(f) in TEXT_SUFFIXES for f in files),
                 f"data.sample_by={data.sample_by and data.sample_by.name} is for text files"
                 f" ({', '.join(TEXT_SUFFIXES)}), and there is none; leave it out",
@@ -60,11 +56,11 @@ def validate_data(config: Config) -> None:
     if isinstance(data, InstructionsDataConfig):
         _validate_instructions(data)
     if isinstance(data, C4DataConfig):
-        _require(
+        require(
             (data.path is None) == (data.validation_path is None),
             "data=c4 reads the hub, or files: give both data.path and data.validation_path, or neither",
         )
-        _require(
+        require(
             data.path is None or data.revision is None,
             f"data.revision={data.revision} is for the hub and has no effect on files; leave it out",
         )
@@ -72,33 +68,33 @@ def validate_data(config: Config) -> None:
             find_files(data.path, "data.path")
             find_files(data.validation_path, "data.validation_path")
     if isinstance(data, SyntheticDataConfig):
-        _positive(
+        positive(
             data, "data.", "num_documents", "num_validation_documents", "words_per_document", "num_words"
         )
-        _require(data.corpus_seed >= 0, f"data.corpus_seed={data.corpus_seed} must not be negative")
+        require(data.corpus_seed >= 0, f"data.corpus_seed={data.corpus_seed} must not be negative")
 
 
 def _validate_held_out(data: FilesDataConfig | InstructionsDataConfig | HubDataConfig) -> None:
     key = "validation_split" if isinstance(data, HubDataConfig) else "validation_path"
     given, fraction = getattr(data, key), data.validation_fraction
     null = f" (with data.{key}=null)" if isinstance(data, HubDataConfig) else ""
-    _require(
+    require(
         (given is None) != (fraction is None),
         f"give what to validate on: either data.{key}=… or data.validation_fraction=0.01{null}",
     )
-    _require(
+    require(
         fraction is None or 0 < fraction < 1,
         f"data.validation_fraction={fraction} must lie between 0 and 1",
     )
 
 
 def _validate_instructions(data: InstructionsDataConfig) -> None:
-    _require(
+    require(
         data.packing is Packing.padded,
         "data=instructions needs data.packing=padded: in packed sequences prompts would be cut from their"
         " responses",
     )
-    _require(
+    require(
         not data.streaming,
         "data=instructions is tokenised into the cache; leave data.streaming out",
     )
@@ -106,7 +102,7 @@ def _validate_instructions(data: InstructionsDataConfig) -> None:
         fields = [name for _, name, _, _ in string.Formatter().parse(data.prompt_template)]
     except ValueError as error:
         raise UserError(f"data.prompt_template is no template ({error}); write fields as {{name}}") from error
-    _require(
+    require(
         all(name is None or name.isidentifier() for name in fields),
         "data.prompt_template takes fields by name, as {instruction}",
     )
@@ -117,22 +113,22 @@ def validate_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
     if isinstance(tokenizer, SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig):
         path = Path(tokenizer.path).expanduser()
         is_file = isinstance(tokenizer, SentencePieceTokenizerConfig)
-        _require(
+        require(
             path.is_file() if is_file else path.is_dir(),
             f"tokenizer.path={path} is not a {'file' if is_file else 'folder'}",
         )
     if isinstance(tokenizer, TrainedTokenizerConfig):
-        _require(
+        require(
             tokenizer.vocab_size >= 300,
             f"tokenizer.vocab_size={tokenizer.vocab_size} is too small; byte fallback alone takes 259 pieces",
         )
-        _require(
+        require(
             0.9 <= tokenizer.character_coverage <= 1,
             f"tokenizer.character_coverage={tokenizer.character_coverage} must lie in [0.9, 1]",
         )
-        _positive(tokenizer, "tokenizer.", "max_training_bytes")
+        positive(tokenizer, "tokenizer.", "max_training_bytes")
         needed, given = tokenizer.vocab_size, model.vocab_size
-        _require(
+        require(
             given is None or given >= needed,
             f"model.vocab_size={given} is smaller than the tokenizer's {needed} pieces; leave it null",
         )
@@ -141,39 +137,39 @@ def validate_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
 def validate_modes(config: Config) -> None:
     """Raise UserError for what the mode does not read."""
     generate, evaluation = config.generate, config.evaluation
-    _positive(generate, "generate.", "max_new_tokens", "top_k")
-    _require(generate.temperature >= 0, f"generate.temperature={generate.temperature} must not be negative")
-    _require(bool(generate.prompts), "generate.prompts is empty; give at least one, such as ['The ']")
-    _positive(evaluation, "evaluation.", "task_limit")
-    _require(
+    positive(generate, "generate.", "max_new_tokens", "top_k")
+    require(generate.temperature >= 0, f"generate.temperature={generate.temperature} must not be negative")
+    require(bool(generate.prompts), "generate.prompts is empty; give at least one, such as ['The ']")
+    positive(evaluation, "evaluation.", "task_limit")
+    require(
         evaluation.num_fewshot is None or evaluation.num_fewshot >= 0,
         f"evaluation.num_fewshot={evaluation.num_fewshot} must not be negative",
     )
     for name in ("tasks_path", "num_fewshot", "task_limit"):
-        _require(
+        require(
             getattr(evaluation, name) is None or bool(evaluation.tasks),
             f"evaluation.{name} has no effect without evaluation.tasks=[…]",
         )
-    _require(
+    require(
         not evaluation.tasks or config.mode is Mode.evaluate,
         "evaluation.tasks is for mode=evaluate; give the run there with checkpoint.path=…",
     )
-    _require(
+    require(
         config.checkpoint.load is LoadWhat.all or config.mode is Mode.train,
         "checkpoint.load=weights is for mode=train; the other modes take nothing else",
     )
-    _require(
+    require(
         config.mode is Mode.train or int(os.environ.get("WORLD_SIZE", "1")) == 1,
         f"mode={config.mode.name} is for one process; start one",
     )
-    _require(
+    require(
         config.model.init_from is None or config.checkpoint.path is None or config.mode is not Mode.train,
         "model.init_from and checkpoint.path both give the first weights; leave one of them out",
     )
-    _require(
+    require(
         config.mode is Mode.export or (config.export.path is None and config.export.dtype is None),
         "export.path and export.dtype are for mode=export",
     )
     if config.model.init_from is not None:
         folder = Path(config.model.init_from).expanduser()
-        _require((folder / "config.json").is_file(), f"model.init_from={folder} holds no config.json")
+        require((folder / "config.json").is_file(), f"model.init_from={folder} holds no config.json")

@@ -1,9 +1,11 @@
 """What all tests share: one thread, a cache of their own, a small corpus, a way to call the command."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import pytest
 import torch
+
+pytest_plugins = ["wandb_harness"]  # its fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +63,19 @@ def tiny(corpus: tuple[Path, Path]) -> list[str]:
         "tokenizer.vocab_size=300", "seq_len=32", "batch_size=4", "steps=6", "eval_every=null",
         "save_every=2", "log_every=1", "logger=jsonl", "precision=fp32", "evaluation.samples=false",
     ]  # fmt: skip
+
+
+def package_without_init(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the modules of an installed package importable one by one, its ``__init__`` never run.
+
+    For those that want bitsandbytes there. Skips the test where the package is missing.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip(f"{name} is not installed")
+    package = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, name, package)
 
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

@@ -22,12 +22,13 @@ from rsotrain.config import (
 )
 from rsotrain.data.build import Data, build_data
 from rsotrain.data.build_tokenizer import build_tokenizer
-from rsotrain.data.sequences import IGNORE_INDEX, PaddedSequences
+from rsotrain.data.sequences import PaddedSequences
 from rsotrain.data.sources import open_corpora
 from rsotrain.data.tokenizer import train_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.models.build import build_model
 from rsotrain.models.llama import document_mask
+from rsotrain.models.loss import IGNORE_INDEX
 
 L = 24
 EOS = 2

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from rsotrain.data.sequences import IGNORE_INDEX, PackedSequences
+from rsotrain.data.sequences import PackedSequences
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import UserError
+from rsotrain.models.loss import IGNORE_INDEX
 
 L = 8
 VOCAB = 50

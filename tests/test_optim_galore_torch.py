@@ -1,16 +1,13 @@
 """GaLore against its authors' package."""
 
-import importlib.util
-import sys
-import types
-
 import pytest
 import torch
+from conftest import package_without_init
 from torch import nn
+from uncorrected_eps import UncorrectedEps
 
 from rsotrain.config import OnRefresh
 from rsotrain.optim.base import Settings, StateKeeper
-from rsotrain.optim.galore import GaLore
 from rsotrain.optim.subspace_part import Subspace
 from rsotrain.subspace.samplers import Sampler, full_svd
 
@@ -18,12 +15,7 @@ from rsotrain.subspace.samplers import Sampler, full_svd
 @pytest.fixture
 def galore_adamw(monkeypatch: pytest.MonkeyPatch) -> type[torch.optim.Optimizer]:
     """Their AdamW alone: their package's own import wants bitsandbytes for the 8-bit one."""
-    spec = importlib.util.find_spec("galore_torch")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("galore-torch is not installed")
-    package = types.ModuleType("galore_torch")
-    package.__path__ = list(spec.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "galore_torch", package)
+    package_without_init("galore_torch", monkeypatch)
     pytest.importorskip("transformers")
     return pytest.importorskip("galore_torch.adamw").AdamW
 
@@ -40,13 +32,12 @@ def test_thirty_steps_with_two_refreshes(
     # Their weight decay comes after the update and at the unscaled rate; ours is before it: leave it out.
     expected = galore_adamw([group], lr=lr, eps=1e-6, no_deprecation_warning=True)  # type: ignore[call-arg]
     sampler = Sampler("svd", full_svd, informed=True)
-    part = GaLore(
+    part = UncorrectedEps(
         "galore",
         {"w": ours},
         lr * scale,
         Settings(StateKeeper(torch.float32, 0), (0.9, 0.999), 1e-6),
         Subspace(sampler, rank, gap, OnRefresh.keep),
-        corrected_eps=False,
     )
     for step in range(1, steps + 1):
         gradient = torch.randn(shape, generator=random)

@@ -6,22 +6,20 @@ are other methods than the papers': pytorch-optimizer's APOLLO (it scales P·R, 
 (not the SARA that I3S became).
 """
 
-import importlib.util
 import math
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import package_without_init
 from torch import Tensor, nn
+from uncorrected_eps import UncorrectedEps
 
 from rsotrain import config as c
 from rsotrain.config import OnRefresh
 from rsotrain.optim.base import Part, Settings, StateKeeper
 from rsotrain.optim.build import build_optimizer
-from rsotrain.optim.galore import GaLore
 from rsotrain.optim.residuals import Apollo, Fira
 from rsotrain.optim.subspace_part import Subspace
 from rsotrain.subspace.samplers import Draw, Sampler, full_svd
@@ -124,12 +122,7 @@ def corrected_limiter(expected: torch.optim.Optimizer, theirs: nn.Parameter, key
 @pytest.fixture
 def apollo_adamw(monkeypatch: pytest.MonkeyPatch) -> Class:
     """Their AdamW alone: their package's own import wants bitsandbytes for the 8-bit one."""
-    spec = importlib.util.find_spec("apollo_torch")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("apollo-torch is not installed")
-    package = types.ModuleType("apollo_torch")
-    package.__path__ = list(spec.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "apollo_torch", package)
+    package_without_init("apollo_torch", monkeypatch)
     pytest.importorskip("transformers")
     result: Class = pytest.importorskip("apollo_torch.apollo").AdamW
     return result
@@ -210,7 +203,7 @@ def test_galore_is_pytorch_optimizers(pytorch_optimizer: Any, shape: tuple[int, 
     }
     # Their weight decay comes after the update and at the unscaled rate; ours is before it: left out.
     expected = pytorch_optimizer.GaLore([group], lr=LR, betas=BETAS, eps=eps)
-    part = GaLore("galore", {"w": ours}, LR * scale, settings(eps), subspace(SVD), corrected_eps=False)
+    part = UncorrectedEps("galore", {"w": ours}, LR * scale, settings(eps), subspace(SVD))
     assert distance(ours, part, theirs, expected, before=refresh_at_one(expected, theirs)) < 1e-4
 
 

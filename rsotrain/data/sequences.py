@@ -4,6 +4,7 @@ Both kinds have the same methods: ``batch`` serves any sequences by their index,
 order to train on them, ``evaluation_batches`` gives each target once, in file order.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,8 +13,7 @@ import torch
 
 from rsotrain.data.order import FileOrder, SequenceOrder
 from rsotrain.errors import UserError
-
-IGNORE_INDEX = -100  # a target that does not count; the default of torch's cross-entropy
+from rsotrain.models.loss import IGNORE_INDEX
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Decode = Callable[[Sequence[int]], str]
@@ -64,7 +64,7 @@ def merged_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"step": states[0]["step"], "lanes": {n: m for state in states for n, m in state["lanes"].items()}}
 
 
-class CachedSequences:
+class CachedSequences(ABC):
     """What both kinds share: the stream, the order, and no state.
 
     Attributes:
@@ -91,8 +91,9 @@ class CachedSequences:
         self.shuffle = shuffle
         self.name = name
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Sequences to train on."""
 
     def order(self, seed: int) -> FileOrder | SequenceOrder:
         return SequenceOrder(len(self), seed) if self.shuffle else FileOrder(len(self))
@@ -103,7 +104,7 @@ class CachedSequences:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert not state
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, what others have to do
         """Nothing is held open but the mapped file."""
 
 

@@ -19,8 +19,9 @@ from rsotrain.config import DataConfig
 from rsotrain.data.documents import Corpus
 from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes
 from rsotrain.data.order import FileOrder
-from rsotrain.data.sequences import IGNORE_INDEX, Batch
+from rsotrain.data.sequences import Batch
 from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.models.loss import IGNORE_INDEX
 
 PREFETCHED_SEQUENCES = 2048  # each process works at most about this far ahead
 

@@ -107,9 +107,7 @@ def _seed_of(name: str, seed: int) -> int:
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Number of parameters in closed form; a tied head is counted once."""
     hidden = config.hidden_size
-    heads = config.num_attention_heads
-    kv_size = hidden // heads * (config.num_key_value_heads or heads)
-    attention = 2 * hidden * hidden + 2 * hidden * kv_size
+    attention = 2 * hidden * hidden + 2 * hidden * config.kv_size
     mlp = 3 * hidden * config.intermediate_size
     block = attention + mlp + 2 * hidden
     embeddings = vocab_size * hidden * (1 if config.tie_word_embeddings else 2)

@@ -75,7 +75,7 @@ def write_config(
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": vocab_size,

@@ -62,11 +62,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
-        kv_heads = config.num_key_value_heads or config.num_attention_heads
-        self.grouped = kv_heads != config.num_attention_heads
+        self.grouped = config.kv_heads != config.num_attention_heads
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
-        self.v_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.kv_size)
+        self.v_proj = Linear(config.hidden_size, config.kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,14 +91,23 @@ class Part(ABC):
     ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
     Parameters may be sharded: a part reads and writes this rank's piece of each, and keeps its state laid
     out like it.
-    ``own_settings``: what the constructor takes beside that, by the names of the configuration.
+    ``own_settings``: what the constructor takes beside that and keeps as attributes, by the names of the
+    configuration.
     """
 
     own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, label: str, parameters: dict[str, nn.Parameter], peak_lr: float, settings: Settings
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        **own: Any,
     ) -> None:
+        if own.keys() != set(self.own_settings):
+            raise TypeError(f"{type(self).__name__} takes {self.own_settings}, not {tuple(own)}")
+        vars(self).update(own)
         self.label = label
         self.parameters = parameters
         self.peak_lr = peak_lr
@@ -167,9 +176,14 @@ class Part(ABC):
         """Of the last refresh; reads device tensors, so it may synchronise."""
         return {}
 
+    def ranks(self) -> list[int]:
+        """Those that occur; none for a method of full rank."""
+        return []
+
     def describe_rank(self) -> str:
         """For the table of claims."""
-        return "full"
+        ranks = sorted(set(self.ranks()))
+        return f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "full"
 
     def state_bytes(self) -> int:
         """On this rank."""

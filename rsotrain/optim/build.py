@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rsotrain import config as c
-from rsotrain.errors import UserError
+from rsotrain.errors import UserError, require
 from rsotrain.models.subspace_linear import Site, attach_subspace
 from rsotrain.optim import inner_solvers
 from rsotrain.optim.adamw import AdamW
@@ -54,17 +54,17 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             draw = samplers.full_svd if config.solver is c.SvdSolver.full else samplers.svd
             return Sampler(name, draw, informed=True)
         case c.ImportanceConfig():
-            _require(config.power > 0, f"sampler.power={config.power} must be positive")
+            require(config.power > 0, f"sampler.power={config.power} must be positive")
             return Sampler(name, partial(samplers.importance, power=config.power), informed=True)
         case c.RandomizedSvdConfig():
-            _require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
+            require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
             draw = partial(samplers.randomized_svd, rounds=config.rounds)
             return Sampler(name, draw, informed=True, by_products=True)
         case c.TopkNormConfig():
             return Sampler(name, samplers.topk_norm, informed=True, by_products=True)
         case c.MixtureConfig():
             fraction = config.principal_fraction
-            _require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
+            require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
             return Sampler(name, partial(samplers.mixture, principal_fraction=fraction), informed=True)
         case c.HaarConfig():
             return Sampler(name, samplers.haar)
@@ -79,7 +79,7 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             return _online_pca(config)
         case c.GoLoreConfig():
             fraction = config.random_fraction
-            _require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
+            require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
             return Sampler(name, samplers.golore, informed=True, switch=1.0 - fraction)
     raise UserError(f"sampler={name} draws no basis")
 
@@ -87,7 +87,7 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
 def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
     for key in ("lr", "penalty"):
         value = getattr(config, key)
-        _require(value >= 0, f"sampler.{key}={value} must not be negative")
+        require(value >= 0, f"sampler.{key}={value} must not be negative")
     use_adam = config.solver is c.PCASolver.adam
     return Sampler(
         config.name,
@@ -107,26 +107,21 @@ def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
     )
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
 def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal: bool) -> None:
     pair = f"optimizer={config.name} with sampler={sampler.name}"
     transports = config.on_refresh is c.OnRefresh.transport
     needs = needs_orthonormal or transports
     what = "optimizer.on_refresh=transport" if not needs_orthonormal else f"optimizer={config.name}"
-    _require(
+    require(
         sampler.orthonormal or not needs,
         f"{pair}: {what} needs orthonormal bases, which this sampler's are not; {sampler.hint}",
     )
     if isinstance(config, c.LDAdamConfig):
-        _require(
+        require(
             transports,
             f"optimizer={config.name} is defined by transported moments; set optimizer.on_refresh=transport",
         )
-        _require(
+        require(
             not sampler.lagged,
             f"{pair}: error feedback needs the new basis before the update, and this sampler's comes after;"
             " use another sampler, such as randomized_svd",
@@ -136,28 +131,28 @@ def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal:
 def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -> None:
     pair = f"optimizer={config.name} with sampler={built.name}"
     scaled = isinstance(sampler, c.GaussianConfig)
-    _require(
+    require(
         built.orthonormal or scaled,
         f"{pair}: RSO needs bases of a known scale, which this sampler's are not; {built.hint}",
     )
-    _require(
+    require(
         config.basis_scale or not scaled,
         f"{pair}: these bases are scaled already, so optimizer.basis_scale=false would do nothing;"
         " leave it true or use sampler=haar",
     )
-    _require(
+    require(
         not (isinstance(sampler, c.SvdConfig) and sampler.solver is c.SvdSolver.full),
         f"{pair}: sampler.solver=full decomposes the gradient, which RSO never forms;"
         " use sampler.solver=gram",
     )
-    _require(
+    require(
         config.projection is c.BasisStorage.stored or not built.informed,
         f"{pair}: these bases depend on data, which cannot be regenerated from a seed;"
         " use optimizer.projection=stored, or a random sampler such as haar",
     )
     eta, warmup = config.proximal_eta, config.refresh_warmup_steps
-    _require(eta is None or eta > 0, f"optimizer.proximal_eta={eta} must be positive, or null for no term")
-    _require(
+    require(eta is None or eta > 0, f"optimizer.proximal_eta={eta} must be positive, or null for no term")
+    require(
         0 <= warmup < config.update_proj_gap,
         f"optimizer.refresh_warmup_steps={warmup} must be at least 0 and less than"
         f" optimizer.update_proj_gap={config.update_proj_gap}",
@@ -191,18 +186,18 @@ def _choose_subspace(
 ) -> Subspace | None:
     """How the bases are chosen; None for a method without any. Refuses what makes no sense."""
     if type(config) in _FULL:
-        _require(
+        require(
             isinstance(sampler, c.NoSamplerConfig),
             f"optimizer={config.name} has no subspace, so sampler={sampler.name} would do nothing;"
-            " use sampler=none",
+            " leave it out",
         )
         return None
     assert isinstance(config, c.SubspaceConfig), f"{type(config).__name__} is not in the tables of this file"
-    _require(
+    require(
         not isinstance(sampler, c.NoSamplerConfig),
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
     )
-    _require(
+    require(
         config.update_proj_gap >= 1,
         f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
     )
@@ -264,8 +259,8 @@ def build_optimizer(
     its modules and before there is any state. Raises UserError if the patterns do not fit the model, the rank
     does not fit a matrix, or the pair of optimizer and sampler makes no sense.
     """
-    _require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
-    _require(
+    require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
+    require(
         config.betas[1] < 1.0 or isinstance(config, c.SNConfig | c.SNSMConfig),
         f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
     )

@@ -53,16 +53,8 @@ def adam_descent(
     *,
     betas: Betas,
     eps: float,
-    corrected_eps: bool = True,
 ) -> list[Tensor]:
-    """−N for each gradient, N = M̂ / (√V̂ + ε): the fused kernel on a zero weight with a rate of 1.
-
-    ``corrected_eps=False`` divides by √V + ε before the bias correction instead, as GaLore's code does;
-    all ``steps`` must then be equal, and reading them synchronises with the device.
-    """
-    if not corrected_eps:
-        # (√V + ε)/√(1−β₂ᵗ) = √V̂ + ε/√(1−β₂ᵗ)
-        eps = eps / (1.0 - betas[1] ** float(steps[0])) ** 0.5
+    """−N for each gradient, N = M̂ / (√V̂ + ε): the fused kernel on a zero weight with a rate of 1."""
     descents = [torch.zeros_like(g) for g in gradients]
     fused_adamw_(
         descents, gradients, exp_avgs, exp_avg_sqs, steps, lr=1.0, betas=betas, eps=eps, weight_decay=0.0

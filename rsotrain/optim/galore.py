@@ -1,12 +1,11 @@
 """Adam in a subspace: GaLore."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsotrain.config import OnRefresh
-from rsotrain.optim.base import Settings
 from rsotrain.optim.functional import adam_descent, transport_adam_
-from rsotrain.optim.subspace_part import Matrix, Subspace, SubspacePart
+from rsotrain.optim.subspace_part import Matrix, SubspacePart
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_
 
@@ -17,24 +16,9 @@ class GaLore(SubspacePart):
     """Adam on R = A Q; the rest of the gradient is dropped (GaLore, arXiv 2403.03507, algorithm 2).
 
     N = M̂/(√V̂ + ε);  W ← (1 − ηλ)W − η·lift(N). ε is outside the bias correction, as in the paper's
-    text; ``corrected_eps=False`` puts it inside, as in its code. I3S and OSD are this with other
-    samplers. At a refresh the moments are kept as they are (the paper), zeroed with their step count, or
-    transported to the new basis.
+    text; its code has it inside. I3S and OSD are this with other samplers. At a refresh the moments are
+    kept as they are (the paper), zeroed with their step count, or transported to the new basis.
     """
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        corrected_eps: bool = True,
-    ) -> None:
-        assert corrected_eps or subspace.on_refresh is not OnRefresh.reset, "needs one step count for all"
-        self.corrected_eps = corrected_eps
-        super().__init__(label, parameters, peak_lr, settings, subspace)
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
         shape = (matrix.num_rows, matrix.rank)
@@ -70,7 +54,6 @@ class GaLore(SubspacePart):
             counts,
             betas=self.settings.betas,
             eps=self.settings.eps,
-            corrected_eps=self.corrected_eps,
         )
         labels = [f"{m.label}.{kind}" for kind in _MOMENTS for m in bucket]
         self.keeper.write(moments, wide, labels, step)

@@ -1,6 +1,6 @@
 """torch's Muon for the block linears, with eager state."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class Muon(Part):
     """
 
     own_settings: ClassVar = ("momentum", "nesterov", "ns_steps")
+    momentum: float
+    nesterov: bool
+    ns_steps: int
 
     def __init__(
         self,
@@ -30,13 +33,9 @@ class Muon(Part):
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
-        *,
-        momentum: float,
-        nesterov: bool,
-        ns_steps: int,
+        **own: Any,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings)
-        self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
+        super().__init__(label, parameters, peak_lr, settings, **own)
         for name, parameter in parameters.items():
             self.state[name] = {"momentum_buffer": self.keeper.zeros(local(parameter).shape, parameter)}
 

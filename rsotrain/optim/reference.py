@@ -65,8 +65,7 @@ def _limited(update: Tensor, previous: float, growth: float) -> Tensor:
 def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
     eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", draw: Draw = dominant,
-    corrected_eps: bool = True, outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01,
-    rounding: float = 0.0,
+    outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01, rounding: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """GaLore; with ``outside="fira"`` or ``"frugal"`` those methods, which differ in the residual only.
 
@@ -91,10 +90,7 @@ def galore(
         M = betas[0] * M + (1 - betas[0]) * R
         V = betas[1] * V + (1 - betas[1]) * R**2
         correction1, correction2 = 1 - betas[0] ** count, 1 - betas[1] ** count
-        if corrected_eps:
-            N = (M / correction1) / ((V / correction2).sqrt() + eps)
-        else:
-            N = M / (V.sqrt() + eps) * correction2**0.5 / correction1
+        N = (M / correction1) / ((V / correction2).sqrt() + eps)
         W = (1 - lr * weight_decay) * W - lr * N @ Q.T
         residual = A - R @ Q.T
         if outside == "fira" and rank < W.shape[1]:

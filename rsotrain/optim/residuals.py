@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rsotrain.optim.base import Settings, work_dtype
+from rsotrain.optim.base import work_dtype
 from rsotrain.optim.functional import channel_scales, limit_norm_growth_
 from rsotrain.optim.galore import GaLore
-from rsotrain.optim.subspace_part import Matrix, Subspace
+from rsotrain.optim.subspace_part import Matrix
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_
 
@@ -31,19 +31,7 @@ class Fira(GaLore):
 
     own_settings: ClassVar = ("max_growth",)
     needs_orthonormal: ClassVar = True
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        max_growth: float,
-    ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, subspace)
-        self.max_growth = max_growth
+    max_growth: float
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
         norm = torch.zeros((), device=matrix.parameter.device)
@@ -88,19 +76,7 @@ class Frugal(GaLore):
     own_settings: ClassVar = ("free_scale",)
     needs_orthonormal: ClassVar = True
     full_precision: ClassVar = True
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        free_scale: float,
-    ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, subspace)
-        self.free_scale = free_scale
+    free_scale: float
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
@@ -128,20 +104,8 @@ class Apollo(GaLore):
     """
 
     own_settings: ClassVar = ("per_tensor", "max_growth")
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        per_tensor: bool,
-        max_growth: float,
-    ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, subspace)
-        self.per_tensor, self.max_growth = per_tensor, max_growth
+    per_tensor: bool
+    max_growth: float
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
         norm = torch.zeros((), device=matrix.parameter.device)
@@ -180,19 +144,7 @@ class LDAdam(GaLore):
     own_settings: ClassVar = ("rho",)
     needs_orthonormal: ClassVar = True
     full_precision: ClassVar = True
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        rho: float,
-    ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, subspace)
-        self.rho = rho
+    rho: float
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
         error = torch.zeros_like(matrix.weight, dtype=work_dtype(matrix.parameter.dtype))

@@ -5,7 +5,7 @@ f(W + B P_kᵀ) + ‖B‖²/(2η) take T steps of a standard solver in B (out ×
 fresh batch; then W ← W + B P_kᵀ. Here W is effective at all times: each step adds ΔB P_kᵀ to it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -250,6 +250,5 @@ class RSO(Part):
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()
 
-    def describe_rank(self) -> str:
-        ranks: Sequence[int] = sorted({site.rank for site in self.sites})
-        return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+    def ranks(self) -> list[int]:
+        return [site.rank for site in self.sites]

@@ -1,6 +1,6 @@
 """Subset-norm and subspace-momentum (Nguyen & Nguyen, ICML 2025, arXiv 2411.07120)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from rsotrain.config import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
 from rsotrain.optim.functional import subset_norm_descent_, transport_momentum_
-from rsotrain.optim.subspace_part import Matrix, Subspace, SubspacePart, matrix_of
+from rsotrain.optim.subspace_part import Matrix, SubspacePart, matrix_of
 from rsotrain.sharding import local
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_, oriented
@@ -38,6 +38,7 @@ class SubsetNorm(Part):
     """
 
     own_settings: ClassVar = ("subset_size",)
+    subset_size: int | None
 
     def __init__(
         self,
@@ -45,12 +46,11 @@ class SubsetNorm(Part):
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
-        *,
-        subset_size: int | None,
+        **own: Any,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings)
+        super().__init__(label, parameters, peak_lr, settings, **own)
         self.matrices = [matrix_of(name, p) for name, p in parameters.items()]
-        self.sizes = {m.name: resolve_subset_size(subset_size, m.size, m.name) for m in self.matrices}
+        self.sizes = {m.name: resolve_subset_size(self.subset_size, m.size, m.name) for m in self.matrices}
         for m in self.matrices:
             subsets = (m.num_rows, m.size // self.sizes[m.name])
             self.state[m.name] = {
@@ -92,19 +92,7 @@ class SubspaceMomentum(SubspacePart):
 
     own_settings: ClassVar = ("subset_size",)
     needs_orthonormal: ClassVar = True
-
-    def __init__(
-        self,
-        label: str,
-        parameters: dict[str, nn.Parameter],
-        peak_lr: float,
-        settings: Settings,
-        subspace: Subspace,
-        *,
-        subset_size: int | None,
-    ) -> None:
-        self.subset_size = subset_size
-        super().__init__(label, parameters, peak_lr, settings, subspace)
+    subset_size: int | None
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
         subset_size = resolve_subset_size(self.subset_size, matrix.size, matrix.name)

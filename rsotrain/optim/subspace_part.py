@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,9 @@ class SubspacePart(Part):
         peak_lr: float,
         settings: Settings,
         subspace: Subspace,
+        **own: Any,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings)
+        super().__init__(label, parameters, peak_lr, settings, **own)
         self.subspace = subspace
         self.matrices = [
             matrix_of(name, p, resolve_rank(subspace.rank, min(p.shape), name))
@@ -251,6 +252,5 @@ class SubspacePart(Part):
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()
 
-    def describe_rank(self) -> str:
-        ranks = sorted({m.rank for m in self.matrices})
-        return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+    def ranks(self) -> list[int]:
+        return [m.rank for m in self.matrices]
