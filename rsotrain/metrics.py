@@ -3,6 +3,7 @@
 Importing this module does not import torch, so that the command line stays quick.
 """
 
+import gc
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from rsotrain.allocator import release_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +64,23 @@ def peak_memory_bytes(device: "torch.device | str") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()
+
+
+def reset_peak_memory(device: "torch.device") -> None:
+    """Have ``peak_memory_bytes`` begin anew, with what is in use now.
+
+    The resident set's peak can be reset on Linux only; elsewhere it stays the process's.
+    """
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    release_freed_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident_bytes() -> int:

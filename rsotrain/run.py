@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rsotrain import modes
+from rsotrain.benchmark.mode import benchmark_mode
 from rsotrain.checkpoint import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config import Config, LoadWhat, Mode
 from rsotrain.data.build import build_data
@@ -37,6 +38,8 @@ def run_mode(config: Config) -> dict[str, Any]:
     match config.mode:
         case Mode.train:
             return train(config)
+        case Mode.benchmark:
+            return benchmark_mode(config)
         case Mode.evaluate:
             return modes.evaluate_mode(config, cache_dir(config))
         case Mode.generate:

@@ -1,7 +1,7 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -141,13 +141,13 @@ class Trainer:
     def _batch_size_of_rank(self) -> int:
         return self.config.batch_size // self.world.size
 
-    def _micro_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the step's batch: which sequences that has does not depend on the ranks."""
+    def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
         share = share_of_batch(self.config.batch_size, self.world)
         indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
-        for start in range(0, len(share), size):
-            yield self.data.train.batch(indices[start : start + size])
+        starts = range(0, len(share), size)
+        return [self.data.train.batch(indices[start : start + size]) for start in starts]
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
@@ -156,14 +156,14 @@ class Trainer:
         so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
         update, and what the ranks answer is summed. Raises NonFiniteError before the update.
         """
-        batches = list(self._micro_batches())
+        batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(batches):
             if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
-            loss = self._forward(inputs, targets) / tokens
+            loss = self.forward(inputs, targets) / tokens
             loss.backward()
             total += loss.detach()
         self.optimizer.reduce_gradients()
@@ -182,7 +182,8 @@ class Trainer:
         self.tokens += tokens
         return StepResult(loss_value, norm_value, tokens, tuple(answers))
 
-    def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of one micro-batch of the step, on the device."""
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with self.optimizer.observing():

@@ -199,9 +199,9 @@ def test_batches_are_a_function_of_seed_and_step_alone(tiny: list[str], cache_di
     split = trainer([*tiny, "micro_batch_size=2"], cache_dir)
     for step in (0, 5, 3):
         one.step = other.step = split.step = step
-        ((inputs, _),) = one._micro_batches()
-        assert torch.equal(torch.cat([i for i, _ in split._micro_batches()]), inputs)
-        assert not torch.equal(next(other._micro_batches())[0], inputs)
+        ((inputs, _),) = one.micro_batches()
+        assert torch.equal(torch.cat([i for i, _ in split.micro_batches()]), inputs)
+        assert not torch.equal(other.micro_batches()[0][0], inputs)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "galore"])

@@ -175,7 +175,7 @@ class RSO(Part):
                         self.state[name][_COEFFICIENTS].add_(descent, alpha=lr)
         due = {site: i for site in self.sites if (i := self._next_draw(site, step)) is not None}
         if due:
-            self._refresh(due, step, lr_factor)
+            self.refresh(due, step, lr_factor)
 
     def _descend(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Take dB into the moments; −N by name."""
@@ -211,7 +211,7 @@ class RSO(Part):
             return 0
         return self.bases.schedule.draw_index(self.bases.positions[site.name], step + 1)
 
-    def _refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
+    def refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
         sources = {
             site.name: SumSource(site.take_gram, site.size, shared=self.bases.mesh is not None)
             for site in due

@@ -91,16 +91,16 @@ def stream(model: str, steps: int) -> None:
         trainer = Trainer(config, build())
         trainer.train_step()
         waiting = 0.0
-        batches = trainer._micro_batches
+        batches = trainer.micro_batches
 
         def timed() -> object:
             nonlocal waiting
             begin = time.perf_counter()
-            result = list(batches())
+            result = batches()
             waiting += time.perf_counter() - begin
-            return iter(result)
+            return result
 
-        trainer._micro_batches = timed  # type: ignore[method-assign]
+        trainer.micro_batches = timed  # type: ignore[method-assign]
         start = time.perf_counter()
         for _ in range(steps):
             trainer.train_step()
