@@ -21,6 +21,7 @@ from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
 from rsotrain.models.build import build_model, materialize, model_vocab_size
+from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.llama import Llama
 from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.build import build_optimizer
@@ -110,8 +111,7 @@ class Trainer:
             place=None if self.world.mesh is None else self._place,
         )
         if config.compile:
-            for block in self.model.model.layers:
-                block.compile()
+            compile_blocks(self.model)
         self.order = data.train.order(config.seed)
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted

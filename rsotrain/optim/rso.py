@@ -150,7 +150,7 @@ class RSO(Part):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
-                site.observing = True
+                site.start_observing()
             yield
         finally:
             for site in due:
