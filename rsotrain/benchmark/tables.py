@@ -85,7 +85,7 @@ def labels(results: Sequence[Result]) -> list[str]:
     return [
         " ".join(
             [str(one[key]) for key in names if one[key] != "none"]
-            + [f"{key.split('.')[-1]}={one.get(key)}" for key in others]
+            + [f"{key.split('.')[-1]}={one[key]}" for key in others if one.get(key) is not None]
         )
         or "same settings"
         for one in settings
