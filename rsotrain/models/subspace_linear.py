@@ -83,10 +83,8 @@ class Site:
     gram: Tensor | None = None
 
     def current_basis(self) -> Tensor:
-        return self._regenerated() if self.basis is None else self.basis
-
-    @torch.compiler.disable
-    def _regenerated(self) -> Tensor:
+        if self.basis is not None:
+            return self.basis
         assert self.regenerate is not None, "the site has no basis yet"
         return self.regenerate()
 

@@ -110,7 +110,8 @@ class RSO(Part):
 
     def _place_first_basis(self, site: Site) -> None:
         if not self.bases.stored:
-            site.regenerate = lambda: self.bases[site.name]
+            # compiled blocks leave drawing to eager code; to say so takes a second of imports
+            site.regenerate = torch.compiler.disable(lambda: self.bases[site.name])
             return
         site.basis = self.bases[site.name]
         if self.bases.informed(1):
