@@ -1,7 +1,7 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,8 @@ from rsotrain.models.llama import Llama
 from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.build import build_optimizer
 from rsotrain.sharding import Shard, local, shard_model, shard_of
+
+NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 class NonFiniteError(TrainingError):
@@ -71,6 +73,12 @@ def check_composition(config: Config) -> None:
         seed=config.seed,
         total_steps=config.steps,
     )
+
+
+def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
+    wide = gradient.dtype.itemsize >= torch.float32.itemsize
+    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
 
 
 def share_of_batch(batch_size: int, world: World) -> range:
@@ -146,8 +154,10 @@ class Trainer:
         share = share_of_batch(self.config.batch_size, self.world)
         indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
-        starts = range(0, len(share), size)
-        return [self.data.train.batch(indices[start : start + size]) for start in starts]
+        batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
+        if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
+            return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+        return batches
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
@@ -200,16 +210,19 @@ class Trainer:
         The norm is fp32, and that before they are scaled down.
         """
         gradients = self.optimizer.gradients()
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        pieces: Sequence[torch.Tensor] = gradients
+        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
+            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.world.size == 1:
-            result = torch.stack([loss, norm, *(loss.new_tensor(s) for s in signals())])
+            result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
         else:
             mesh = self.world.mesh
             assert mesh is not None
             replicas = self.world.size // mesh["shard"].size()  # each piece is on so many ranks
             own = torch.stack([loss.double(), norm.double().square() / replicas])
-            result = torch.cat([own, own.new_tensor(signals())])
+            result = torch.cat([own, *(own.new_full((1,), s) for s in signals())])
             dist.all_reduce(result)
             result[1].sqrt_()
             norm = result[1].to(norm.dtype)
