@@ -42,6 +42,7 @@ def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
 def _give_up(model: Llama, error: Exception) -> None:
     for block in model.model.layers:
         del block.forward  # the class's own is left
-    cause = str(error.__cause__ or error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    cause = lines[1] if lines[0].endswith("raised:") and len(lines) > 1 else lines[0]
     said = f"compile=true: the compiler failed ({cause}); the run goes on without it"
     warnings.warn(said, RuntimeWarning, stacklevel=2)
