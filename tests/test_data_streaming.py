@@ -1,6 +1,9 @@
 """Streamed sequences: those of the cache, the same for any number of ranks and workers, resumed exactly."""
 
 import json
+import multiprocessing
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from rsotrain.config import (
     Packing,
     TrainedTokenizerConfig,
 )
+from rsotrain.data import streaming
 from rsotrain.data.build import Data, build_data
 from rsotrain.data.build_tokenizer import build_tokenizer
 from rsotrain.data.lanes import Lane, Mark, lane_units
@@ -228,3 +232,36 @@ def test_a_lane_without_a_whole_sequence_is_refused(
     stream = StreamedSequences(train, tokenizer, data, seq_len=1000, batch_size=BATCH, seed=0)
     with pytest.raises(UserError, match=r"lane 0 of 8 has less than one sequence of seq_len=1000; lower"):
         stream.batch(np.arange(BATCH))
+
+
+def test_no_background_process_outlives_its_stream(
+    corpus: Files, cache_dir: Path, tokenizer: Tokenizer
+) -> None:
+    """They ignore the signals with which a process that ends would end its children, and then waits."""
+    train, _ = open_corpora(settings(corpus, streaming=True), cache_dir)
+    others = set(multiprocessing.active_children())
+
+    def started() -> tuple[StreamedSequences, multiprocessing.process.BaseProcess]:
+        data = settings(corpus, streaming=True, workers=1)
+        stream = StreamedSequences(train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0)
+        stream.batch(np.arange(BATCH))
+        (process,) = set(multiprocessing.active_children()) - others
+        process.terminate()
+        return stream, process
+
+    def ends(process: multiprocessing.process.BaseProcess) -> bool:
+        process.join(20)
+        return process.exitcode is not None
+
+    stream, process = started()
+    time.sleep(0.1)
+    assert process.is_alive()
+    del stream  # nobody closes it
+    assert ends(process)
+
+    stream, process = started()
+    kept = stream._groups  # as the traceback of an error keeps what it passed through
+    streaming._close_all()  # when the interpreter ends
+    assert ends(process)
+    assert process.exitcode == -signal.SIGKILL
+    del kept

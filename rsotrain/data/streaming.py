@@ -5,11 +5,14 @@ function of (seed, step), whoever reads which part of them: a rank that takes a 
 the lanes of that slice only, and a run goes on with another number of ranks.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.models.loss import IGNORE_INDEX
 
 PREFETCHED_SEQUENCES = 2048  # each process works at most about this far ahead
+
+_running: WeakSet["StreamedSequences"] = WeakSet()
 
 State = tuple[int, dict[int, Mark]]  # step, and for each lane where its sequences of that step begin
 
@@ -50,10 +55,12 @@ class StreamedSequences:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.share = share if share is not None else range(batch_size)
-        self.lanes = num_lanes(data, corpus, batch_size)
-        self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, self.lanes)
+        self.lanes = lanes = num_lanes(data, corpus, batch_size)
+        # without self: in a cycle, the loaders would be collected when they can tell their processes no more
+        self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, lanes)
         self._workers = data.workers
         self._groups: list[Iterator[Any]] | None = None
+        self._processes: list[BaseProcess] = []
         self._state: State = (0, {})
         self._rows: dict[int, np.ndarray] = {}  # the windows of a step, by place in the batch
         self._step = -1  # of _rows
@@ -82,8 +89,7 @@ class StreamedSequences:
         assert self._groups is not None
         marks: dict[int, Mark] = {}
         self._rows = {}
-        for group in self._groups:
-            item = next(group)
+        for item in [next(group) for group in self._groups]:  # no name here that an error would keep
             if isinstance(item, Exception):
                 self.close()
                 raise item
@@ -104,6 +110,8 @@ class StreamedSequences:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._groups = []
+        others = set(multiprocessing.active_children())
+        _running.add(self)
         for worker in range(workers):
             group = _Group(
                 [(self._make_lane(n), len(self._places(n)), marks[n]) for n in needed[worker::workers]],
@@ -119,6 +127,7 @@ class StreamedSequences:
                 multiprocessing_context=context,
             )
             self._groups.append(iter(loader))
+        self._processes = list(set(multiprocessing.active_children()) - others)
 
     def state_dict(self) -> dict[str, Any]:
         """The next step and the places in the corpus of the lanes that this process reads."""
@@ -134,7 +143,11 @@ class StreamedSequences:
 
     def close(self) -> None:
         """End the background processes."""
-        self._groups = None  # the loaders end theirs when they go
+        self._groups = None  # the loaders tell theirs to end when they go
+        for process in self._processes:
+            if process.is_alive():  # one that did not listen would keep this process from ending
+                process.kill()
+        self._processes = []
         self._step, self._rows = -1, {}
 
 
@@ -162,6 +175,13 @@ class _Group(IterableDataset[Any]):
                 skip = max(0, skip - 1)
         except Exception as error:  # raised as it is where the batch is asked for
             yield error
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing waits for the processes, whose ignored signals leave it no way to end them."""
+    for stream in list(_running):
+        stream.close()
 
 
 def _spare_cores() -> int:
