@@ -11,7 +11,7 @@ from rsotrain.cli import conf_dir, register_schemas, to_config
 from rsotrain.config import Config
 from rsotrain.data.build import Data, build_data
 from rsotrain.errors import UserError
-from rsotrain.trainer import NonFiniteError, Trainer
+from rsotrain.trainer import NonFiniteError, Trainer, check_composition
 
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
@@ -38,6 +38,14 @@ def trainer(overrides: list[str], cache_dir: Path) -> Trainer:
 
 def weights(trained: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+
+
+def test_a_rank_is_refused_where_a_matrix_that_it_is_for_is_smaller() -> None:
+    narrow = ["model=llama_tiny", "model.num_key_value_heads=1", "optimizer.rank=32"]  # k and v: 16 x 64
+    check_composition(compose([*narrow, "optimizer=rso"]))  # q, k and v share a basis: of rank 64 at most
+    check_composition(compose([*narrow, "optimizer=galore", "optimizer.block_parameters=[q_proj]"]))
+    with pytest.raises(UserError, match=r"rank=32 is larger than the projected dimension \(16\) of .*k_proj"):
+        check_composition(compose([*narrow, "optimizer=galore"]))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
