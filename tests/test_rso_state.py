@@ -139,6 +139,13 @@ def test_mistakes_get_a_sentence_and_leave_the_model(
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("sampler", ["haar", "svd"])
+def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsotrain.subspace.samplers.normal", None)
+    optimizer = build(Toy(torch.float32).to("meta"), config(), SAMPLERS[sampler])
+    assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
+
+
 def test_an_informed_step_outside_observing_is_an_error() -> None:
     model = Toy()
     optimizer = build(model, config(), SVD)

@@ -113,6 +113,8 @@ class RSO(Part):
             site.regenerate = lambda: self.bases[site.name]
             return
         site.basis = self.bases[site.name]
+        if site.basis.is_meta:  # random numbers are drawn on the CPU: seconds for a large model
+            return
         if self.bases.informed(1):
             self.bases.place(site.name, haar(self.bases.request(site.name, "start")))
         else:
