@@ -39,9 +39,10 @@ class RSO(Part):
     the gradient's part in the subspace.
 
     Samplers that look at data see XᵀX of the site's input, as gathered by the forward passes of the step
-    that ends with the draw: the row space of dW = dYᵀX lies in that of X. As those of step 1 need a basis
-    too, their first draw is at the end of step 1, and step 1 has a random one. All draws for step t are
-    made at the end of step t−1: a checkpoint holds the bases to go on with, and never a Gram matrix.
+    that ends with the draw: the row space of dW = dYᵀX lies in that of X, of which the rows do not count
+    where dY is zero, those of padding. As those of step 1 need a basis too, their first draw is at the end
+    of step 1, and step 1 has a random one. All draws for step t are made at the end of step t−1: a
+    checkpoint holds the bases to go on with, and never a Gram matrix.
 
     The proximal term adds B/η to the gradient, after clipping, and needs B itself: r·out elements more.
     ``refresh_warmup_steps`` n: after a refresh the rate is (s+1)/(n+1) of itself in step s = 0, 1, …, n−1.
@@ -146,17 +147,17 @@ class RSO(Part):
             site.gram = None
 
     @contextmanager
-    def observing(self, step: int) -> Iterator[None]:
+    def observing(self, step: int, reached: Tensor | None) -> Iterator[None]:
         due = []
         if self.bases.informed(step + 1):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
-                site.observing = True
+                site.observing, site.reached = True, reached
             yield
         finally:
             for site in due:
-                site.observing = False
+                site.observing, site.reached = False, None
 
     # --- the step ------------------------------------------------------------------------------
 
