@@ -162,8 +162,8 @@ class Part(ABC):
         """
         return nullcontext()
 
-    def resume(self, step: int) -> None:  # noqa: B027, most parts have nothing to do
-        """Called when the state after ``step`` steps has been loaded."""
+    def resume(self) -> None:  # noqa: B027, most parts have nothing to do
+        """Called when the state has been loaded."""
 
     def kept_share(self, lr: float) -> float:
         """1 − ηλ: what decoupled weight decay leaves of a weight."""

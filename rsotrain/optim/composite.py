@@ -102,7 +102,7 @@ class CompositeOptimizer:
                 tensor.copy_(state[name])
         self.steps_done = int(state[_STEP])
         for part in self.parts:
-            part.resume(self.steps_done)
+            part.resume()
 
     def state_bytes(self) -> int:
         """Of all state tensors but the shared ``step``."""

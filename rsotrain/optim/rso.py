@@ -247,8 +247,8 @@ class RSO(Part):
 
     # --- books ---------------------------------------------------------------------------------
 
-    def resume(self, step: int) -> None:
-        self.bases.resume(step + 1)
+    def resume(self) -> None:
+        self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()

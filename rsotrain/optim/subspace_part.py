@@ -246,8 +246,8 @@ class SubspacePart(Part):
         for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
             self.basis_changed(self.by_name[name], change, step)
 
-    def resume(self, step: int) -> None:
-        self.bases.resume(step)
+    def resume(self) -> None:
+        self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()
