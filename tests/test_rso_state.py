@@ -146,6 +146,32 @@ def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.
     assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
 
 
+@pytest.mark.parametrize("sampler", ["svd", "online_pca"])
+def test_staggered_sites_gather_in_turn_from_the_first_step_on(sampler: str) -> None:
+    """No step holds the Gram matrices of all; what is drawn first are principal axes, for online PCA too."""
+    model = Toy()
+    optimizer = build(model, config(staggered=True), SAMPLERS[sampler])
+    gathered: dict[int, list[str]] = {}
+    for t in range(2 * GAP):
+        with optimizer.observing():
+            model(batch(t)).square().sum().backward()
+        due = [site for site in rso_of(optimizer).sites if site.gram is not None]
+        if due:
+            gathered[t + 1] = [site.name for site in due]
+        grams = {site: site.gram.clone() for site in due if site.gram is not None}
+        optimizer.step()
+        for site, lower in grams.items():
+            axes = torch.linalg.eigh(lower)[1][:, -RANK:]  # reads the lower triangle
+            assert site.basis is not None
+            captured = float((axes.T @ site.basis.double()).square().sum()) * site.rank / site.size
+            if t < GAP - 1:
+                assert captured == pytest.approx(RANK, rel=1e-3)
+        optimizer.zero_grad()
+    # of two matrices the second's turn comes after T // 2 steps; its draw is at the end of the one before
+    first, third = ["first.weight"], ["third.weight"]
+    assert gathered == {1: first, GAP // 2: third, GAP: first, GAP + GAP // 2: third, 2 * GAP: first}
+
+
 def test_an_informed_step_outside_observing_is_an_error() -> None:
     model = Toy()
     optimizer = build(model, config(), SVD)
