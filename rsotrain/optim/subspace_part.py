@@ -24,7 +24,8 @@ class Subspace:
 
     ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
     ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised (a lagged sampler's) is float32 whatever this says.
+    is itself optimised (a lagged sampler's) is float32 whatever this says, but RSO's: activations in
+    ``compute_dtype`` are multiplied by it.
     """
 
     sampler: Sampler
