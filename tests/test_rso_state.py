@@ -146,6 +146,20 @@ def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.
     assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
 
 
+@pytest.mark.parametrize("sampler", ["svd", "importance", "randomized_svd", "mixture", "online_pca"])
+def test_the_scale_of_bases_is_no_affair_of_the_samplers(sampler: str) -> None:
+    """Those that go on from the basis in use see it orthonormal."""
+    found = []
+    for scaled in (True, False):
+        model = Toy()
+        optimizer = build(model, config(basis_scale=scaled, lr=0.0, update_proj_gap=2), SAMPLERS[sampler])
+        train(model, optimizer, range(7))
+        found.append([(site, site.current_basis()) for site in rso_of(optimizer).sites])
+    for (site, large), (_, orthonormal) in zip(*found, strict=True):
+        scale = (site.size / site.rank) ** 0.5
+        assert torch.allclose(large / scale, orthonormal, rtol=0, atol=1e-4)  # of float32 spectra
+
+
 @pytest.mark.parametrize("sampler", ["svd", "online_pca"])
 def test_staggered_sites_gather_in_turn_from_the_first_step_on(sampler: str) -> None:
     """No step holds the Gram matrices of all; what is drawn first are principal axes, for online PCA too."""
@@ -178,6 +192,18 @@ def test_an_informed_step_outside_observing_is_an_error() -> None:
     model(batch(0)).sum().backward()
     with pytest.raises(RuntimeError, match="observing"):
         optimizer.step()
+
+
+def test_inputs_of_a_step_that_was_given_up_are_forgotten() -> None:
+    model = Toy()
+    optimizer = build(model, config(), SVD)
+    with optimizer.observing():
+        model(batch(0)).sum().backward()
+    model(batch(0))  # no part of the step
+    sites = rso_of(optimizer).sites
+    assert all(site.gram is not None and not site.observing for site in sites)
+    optimizer.zero_grad()
+    assert all(site.gram is None for site in sites)
 
 
 def test_inputs_that_are_not_finite_leave_the_basis() -> None:
