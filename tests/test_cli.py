@@ -62,7 +62,7 @@ MISTAKES = [
     (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers, the first in [0, 1)"),
     (["seq_len=2048"], "seq_len=2048 is longer than model.max_position_embeddings=1024"),
     (["batch_size=16", "micro_batch_size=3"], "batch_size=16 is not divisible by micro_batch_size=3"),
-    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the smallest dimension (128)"),
+    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the projected dimension (128)"),
     (["optimizer=galore", "sampler=none"], "optimizer=galore needs a sampler"),
     (["optimizer=adam", "sampler=svd"], "optimizer=adam has no subspace"),
     (["data=files"], "data.path has no value; give it with data.path="),

@@ -166,7 +166,7 @@ def test_the_first_draw_is_due_until_a_gradient_allows_it(first: float) -> None:
     resumed, other = part(gap=100)
     for key, tensor in galore.state["w"].items():
         resumed.state["w"][key].copy_(tensor.nan_to_num())
-    resumed.resume(1)
+    resumed.resume()
     gradient = noise(1)[0]
     for each, weight in ((galore, parameter), (resumed, other)):
         steps(each, weight, [gradient], first=2)

@@ -69,7 +69,8 @@ class Site:
 
     ``name``: of the site's first projected weight. ``layers``: by the names of their weights. ``basis``:
     P (in × r) in the compute dtype, or None where ``regenerate`` draws it anew for each use. While
-    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least).
+    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least), of x at the
+    positions that are ``reached``, a mask over all but its last dimension; None: all.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Site:
     basis: Tensor | None = None
     regenerate: Callable[[], Tensor] | None = None
     observing: bool = False
+    reached: Tensor | None = None
     gram: Tensor | None = None
 
     def current_basis(self) -> Tensor:
@@ -93,7 +95,7 @@ class Site:
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """gram ← gram + XᵀX, its lower blocks only; x: (..., in)."""
-        inputs = x.reshape(-1, self.size)
+        inputs = x.reshape(-1, self.size) if self.reached is None else x[self.reached]
         inputs = inputs.to(torch.promote_types(x.dtype, torch.float32))
         if self.gram is None:
             self.gram = inputs.new_zeros(self.size, self.size)

@@ -24,7 +24,8 @@ class Subspace:
 
     ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
     ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised (a lagged sampler's) is float32 whatever this says.
+    is itself optimised (a lagged sampler's) is float32 whatever this says, but RSO's: activations in
+    ``compute_dtype`` are multiplied by it.
     """
 
     sampler: Sampler
@@ -246,8 +247,8 @@ class SubspacePart(Part):
         for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
             self.basis_changed(self.by_name[name], change, step)
 
-    def resume(self, step: int) -> None:
-        self.bases.resume(step)
+    def resume(self) -> None:
+        self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
         return self.bases.metrics()

@@ -15,7 +15,7 @@ from torch import Tensor
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
-from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source, spread
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Bases:
     ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, zeros until the first draw, so that
     nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
     from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
-    ``stored``: they are then drawn again, bitwise the same, at each use. ``scaled``: what the sampler draws
+    ``stored``: they are then drawn again, bitwise the same, at each use, and the state holds the seed that
+    these three give, ``basis_seed``, so that a run which goes on with other settings has the bases that its
+    moments are expressed in. ``scaled``: what the sampler draws
     is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
     the ranks that have the same bases; they call ``refresh_all`` and ``metrics`` together.
     """
@@ -91,11 +93,13 @@ class Bases:
         self.stored = stored
         self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
-        self.indices = dict.fromkeys(sizes, 0)  # of the draws in use
+        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the draws in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
-            zeros = torch.zeros(size, rank, dtype=dtype, device=devices[name])
-            self.state[name] = {"basis": zeros} if stored else {}
+            if stored:
+                self.state[name] = {"basis": torch.zeros(size, rank, dtype=dtype, device=devices[name])}
+            else:
+                self.state[name] = {"basis_seed": torch.tensor(self.seeds[name], device=devices[name])}
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
@@ -111,19 +115,25 @@ class Bases:
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
             return self.state[name]["basis"]
-        return self._drawn(self.request(name, self.indices[name]))
+        return self._drawn(self._request(name, self.seeds[name]))
 
-    def resume(self, step: int) -> None:
-        """``step`` is the last that the bases in use were drawn for."""
-        self.indices = {name: self.schedule.latest(i, step)[0] for name, i in self.positions.items()}
+    def resume(self) -> None:
+        """The state has been loaded."""
         if self.stored:
             self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
+        else:
+            self.seeds = {name: int(self.state[name]["basis_seed"]) for name in self.sizes}
+
+    def _seed_of(self, name: str, index: int | str) -> int:
+        return seed_of(self.seed, "basis", name, index)
 
     def request(self, name: str, index: int | str) -> Draw:
         """The draw with this index, without data."""
+        return self._request(name, self._seed_of(name, index))
+
+    def _request(self, name: str, seed: int) -> Draw:
         size, rank = self.sizes[name]
-        device = self.devices[name]
-        return Draw(size, rank, None, generator(self.seed, "basis", name, index), device)
+        return Draw(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
 
     def place(self, name: str, basis: Tensor) -> None:
         """Put an orthonormal ``basis`` in the place of the one in use."""
@@ -302,9 +312,11 @@ class Bases:
         if name in self.waiting:
             self.waiting.remove(name)
             self._first_draws[name] = step
-        self.indices[name] = index
         if self.stored:
             old.copy_(new)
+        else:
+            self.seeds[name] = self._seed_of(name, index)
+            self.state[name]["basis_seed"].fill_(self.seeds[name])
         return change
 
     def _try_draw(
