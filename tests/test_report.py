@@ -128,6 +128,17 @@ def test_other_validation_data_is_refused_or_marked(
     assert "different letters" in markdown(groups)
 
 
+def test_how_training_data_are_read_does_not_matter(make: Make) -> None:
+    runs = read_runs([make("a"), make("b", data__streaming=True)])
+    assert len(compare(runs)) == 2  # no refusal
+
+
+def test_groups_without_a_finished_run_come_last(make: Make) -> None:
+    make("a", 2.0), make("b", -50.0, finished=False, record={"state": "stopped"}, optimizer__name="galore")
+    groups = compare(read_runs([make("c", 3.0, optimizer__name="muon").parent]))
+    assert [group.label for group in groups] == ["adam", "muon", "galore"]
+
+
 def test_fingerprints_tell_whether_data_are_the_same(make: Make) -> None:
     one = make("a", data__path="/here/x.jsonl", record={"data": "f1"})
     same = make("b", data__path="/there/x.jsonl", record={"data": "f1"}, seed=1)

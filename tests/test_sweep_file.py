@@ -108,6 +108,14 @@ def test_the_sweeps_that_are_shipped(name: str, number: int) -> None:
     assert check_sweep(SWEEPS / name, yaml.safe_load((SWEEPS / name).read_text())) == number
 
 
+def test_a_cap_bounds_a_grid_and_hydras_own_keys_are_known(tmp_path: Path) -> None:
+    sweep = yaml.safe_load((SWEEPS / "optimizers.yaml").read_text())
+    for cap, number in ((5, 5), (100, 36)):
+        assert check_sweep(tmp_path, sweep | {"run_cap": cap}) == number
+    line = "hydra/launcher=submitit_local hydra.launcher.timeout_min=5"
+    assert read_list(written(tmp_path, line)) == [line.split()]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
