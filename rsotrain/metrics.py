@@ -3,6 +3,8 @@
 Importing this module does not import torch, so that the command line stays quick.
 """
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -11,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,6 +63,23 @@ def peak_memory_bytes(device: "torch.device | str") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()
+
+
+def forget_peak_memory(device: "torch.device | str") -> None:
+    """Begin the peak anew, so that a run does not report that of an earlier run of this process.
+
+    Nothing happens where the kernel cannot do so.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    gc.collect()  # an earlier run may lie in cycles
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what it freed is still resident
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM; see proc(5)
 
 
 def peak_resident_bytes() -> int:

@@ -22,7 +22,7 @@ from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.loggers import Loggers, build_loggers
-from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
+from rsotrain.metrics import StepTimer, finite, forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
 from rsotrain.run_folder import RunFolder, identity, open_run_folder, plain
@@ -114,6 +114,7 @@ class TrainingRun:
         self.folder = folder
         self.display = display
         self.world = world
+        forget_peak_memory(world.device)
         self.data = world.in_turn(
             lambda: build_data(
                 config.data,

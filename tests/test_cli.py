@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, Cli
 
+from rsotrain.cli import print_comparison
 from rsotrain.overrides import did_you_mean, known_keys, normalise
 
 
@@ -183,6 +184,16 @@ def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path
         (line,) = (line for line in table.splitlines() if f"│ {name} " in line)
         assert f"{sum(losses) / 2:.4f} ± " in line
         assert "2 runs" in line
+
+
+def test_a_comparison_that_cannot_be_drawn_costs_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    print_comparison([{"status": 0, "folder": tmp_path}, {"status": 2}])
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"rsotrain: {tmp_path}/config.yaml cannot be read")
+    assert captured.out == ""
 
 
 def test_submitit_members_hand_back_their_status(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:

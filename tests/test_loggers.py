@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,26 @@ if len(sys.argv) > 1:
     # A small program started by a large one has its own, small peak.
     assert 2**20 < grandchild_peak < 2**27
     assert peak_memory_bytes("cpu") >= before  # this process has torch loaded, too
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps the peak")
+def test_a_run_forgets_the_peak_of_the_one_before() -> None:
+    code = """
+from rsotrain.allocator import keep_freed_memory
+from rsotrain.metrics import forget_peak_memory, peak_memory_bytes
+import torch
+keep_freed_memory()
+before = peak_memory_bytes("cpu")
+pieces = [torch.ones(2**18) for _ in range(200)]
+large = peak_memory_bytes("cpu")
+del pieces
+forget_peak_memory("cpu")
+print(large - before, peak_memory_bytes("cpu") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    large, small = map(int, done.stdout.split())
+    assert large > 190 * 2**20
+    assert small < 30 * 2**20
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
