@@ -169,7 +169,7 @@ def _sync(path: Path) -> None:
 def _prune(final: Path, keep: int) -> None:
     others = [path for path in list_checkpoints(final.parent) if path != final]
     earlier = [path for path in others if path.name < final.name]
-    kept = {*earlier[len(earlier) - keep + 1 :], min([final, *reversed(earlier)], key=_score)}
+    kept = {*earlier[max(0, len(earlier) - keep + 1) :], min([final, *reversed(earlier)], key=_score)}
     _remove([path for path in others if path not in kept])
     for left in final.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left)

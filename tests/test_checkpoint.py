@@ -38,6 +38,14 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 7])
+def test_as_many_are_kept_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep=keep)
+        kept = [int(p.name[5:]) for p in list_checkpoints(tmp_path)]
+        assert kept == list(range(1, step + 1))[-keep:]
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, 2.0), (6, 2.1), (7, float("nan"))):
         save(tmp_path, step, keep=1, score=score)
