@@ -63,8 +63,8 @@ def save_checkpoint(
     ``tensors``: by kind ("model", "optimizer") and name, in CPU memory; with several ranks, which all call
     this, the piece that ``shards`` says. The best has the lowest ``record["score"]``. What lies there of
     this step or of later ones is of a course that training has left, or damaged, and goes, as does what
-    was left unfinished. Raises OSError if the disk is full or the folder cannot be written (TrainingError
-    on the other ranks); the earlier checkpoints are then untouched.
+    was left unfinished. Raises OSError, on all ranks, if the disk is full or the folder cannot be written;
+    the earlier checkpoints are then untouched.
     """
     final = folder / f"step_{step:08d}"
     unfinished = folder / f"{_PARTIAL}{final.name}"
@@ -218,7 +218,8 @@ def load_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one kind ("model", "optimizer"), by name, in CPU memory.
 
-    Whole, or with several ranks those that ``shards`` names in the piece it says, if they have its shape.
+    Whole, or with several ranks those that ``shards`` names in the piece it says; without those of them
+    that are stored in another shape.
     Raises OSError, ValueError or safetensors' SafetensorError if a file is missing or damaged.
     """
     single = path / f"{kind}.safetensors"
@@ -233,11 +234,10 @@ def load_tensors(
     stored = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     if single.is_file():  # that of the other kind lies beside it
         stored = {name: stored[name] for name in _names(single)}
-    pieces = {
-        name: shard
-        for name, shard in (shards or {}).items()
-        if name in stored and shard.dim is not None and shard.shape == tuple(stored[name].size)
-    }
+    pieces = {n: shard for n, shard in (shards or {}).items() if n in stored and shard.dim is not None}
+    for name, shard in list(pieces.items()):
+        if shard.shape != tuple(stored[name].size):  # whole, it might have the shape of a piece
+            del pieces[name], stored[name]
     state = {
         name: torch.empty(
             pieces[name].piece_shape if name in pieces else tuple(entry.size), dtype=entry.properties.dtype

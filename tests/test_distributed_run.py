@@ -105,6 +105,17 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             UserError,
             config("a", "optimizer=adam", f"checkpoint.path={folder / 'straight'}"),
         ),
+        # on two ranks a piece of its weights has the shape of the whole there
+        "larger model": partial(
+            expecting,
+            UserError,
+            config(
+                "l",
+                "model.intermediate_size=352",
+                f"checkpoint.path={folder / 'straight'}",
+                "checkpoint.load=weights",
+            ),
+        ),
         "weights": lambda world: train(
             config(
                 "w",
@@ -211,6 +222,14 @@ def test_the_state_of_another_optimizer_is_refused_but_its_weights_may_be_taken(
     assert first["train/loss"] < 0.9 * last[0]["train/loss"]
     (summary, _) = ranks.succeeded(results["two"]["continued"])
     assert summary["step"] == 9
+
+
+def test_weights_of_another_shape_are_refused_where_the_whole_is_as_large_as_a_piece(
+    shared: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = shared
+    for sentence in ranks.succeeded(results["two"]["larger model"]):
+        assert "the checkpoint is of another model: model.layers.0.mlp.down_proj.weight" in sentence
 
 
 def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[str, Any]]) -> None:
