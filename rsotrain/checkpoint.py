@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsotrain.distributed import World
@@ -63,31 +64,53 @@ def save_checkpoint(
     ``tensors``: by kind ("model", "optimizer") and name, in CPU memory; with several ranks, which all call
     this, the piece that ``shards`` says. The best has the lowest ``record["score"]``. What lies there of
     this step or of later ones is of a course that training has left, or damaged, and goes, as does what
-    was left unfinished. Raises OSError, on all ranks, if the disk is full or the folder cannot be written;
-    the earlier checkpoints are then untouched.
+    was left unfinished. Raises OSError or SafetensorError, on all ranks, if the disk is full or the folder
+    cannot be written; the earlier checkpoints are then untouched.
     """
     final = folder / f"step_{step:08d}"
     unfinished = folder / f"{_PARTIAL}{final.name}"
-    if world is None or world.size == 1:
-        _prepare(unfinished)
-        for kind in KINDS:
-            save_file(
-                {n: t.contiguous() for n, t in tensors[kind].items()}, unfinished / f"{kind}.safetensors"
-            )
-        _finish(unfinished, final, record, _checksums(unfinished), keep)
-        return final
+    try:
+        if world is None or world.size == 1:
+            _save_alone(unfinished, final, tensors, record, keep)
+        else:
+            _save_together(unfinished, final, tensors, record, keep, shards or {}, world)
+    except (OSError, SafetensorError):
+        if world is None or world.is_main:  # what is half written may be what fills the disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return final
+
+
+def _save_alone(
+    unfinished: Path, final: Path, tensors: Mapping[str, Tensors], record: Mapping[str, Any], keep: int
+) -> None:
+    _prepare(unfinished)
+    for kind in KINDS:
+        save_file({n: t.contiguous() for n, t in tensors[kind].items()}, unfinished / f"{kind}.safetensors")
+    _finish(unfinished, final, record, _checksums(unfinished), keep)
+
+
+def _save_together(
+    unfinished: Path,
+    final: Path,
+    tensors: Mapping[str, Tensors],
+    record: Mapping[str, Any],
+    keep: int,
+    shards: Mapping[str, Shard],
+    world: World,
+) -> None:
     world.main_together(lambda: _prepare(unfinished))
     for kind in KINDS:
-        world.together(partial(_save_pieces, unfinished / kind, tensors[kind], shards or {}, world))
+        world.together(partial(_save_pieces, unfinished / kind, tensors[kind], shards, world))
     own = world.together(lambda: _checksums(unfinished, f"shard-{world.rank + 1:05d}-"))
     checksums = {name: digest for part in world.gathered(own) for name, digest in part.items()}
     world.main_together(lambda: _finish(unfinished, final, record, checksums, keep))
-    return final
 
 
 def _prepare(unfinished: Path) -> None:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in unfinished.parent.glob(f"{_PARTIAL}*"):  # before anything is written: it takes room
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir()
 
 
@@ -171,8 +194,6 @@ def _prune(final: Path, keep: int) -> None:
     earlier = [path for path in others if path.name < final.name]
     kept = {*earlier[max(0, len(earlier) - keep + 1) :], min([final, *reversed(earlier)], key=_score)}
     _remove([path for path in others if path not in kept])
-    for left in final.parent.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left)
 
 
 def _score(path: Path) -> float:

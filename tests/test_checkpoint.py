@@ -30,7 +30,7 @@ def test_round_trip_keeps_dtype_and_bits(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
-    (tmp_path / ".partial-step_00000001").mkdir(parents=True)
+    (tmp_path / ".partial-step_00000007").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
@@ -86,14 +86,16 @@ def test_a_failure_while_writing_leaves_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
+    (tmp_path / ".partial-step_00000009").mkdir()  # of a process that was killed
 
-    def full_disk(*_: object) -> None:
+    def full_disk(tensors: object, file: Path) -> None:
+        file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]  # and nothing takes room
     monkeypatch.undo()
     save(tmp_path, 2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
