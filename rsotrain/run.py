@@ -200,7 +200,7 @@ class TrainingRun:
         """Train to the last step, or to the first request to stop, whose reason is returned."""
         config, trainer = self.config, self.trainer
         self.timer = StepTimer()
-        reason = stop.reason()
+        reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
         while trainer.step < config.steps and reason is None:
             lr = trainer.lr
             result = trainer.train_step(stop.signals)
