@@ -17,7 +17,14 @@ from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.distributed import World, start
-from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import (
+    INTERRUPTED_STATUS,
+    Interrupted,
+    StoppedEarly,
+    TrainingError,
+    UserError,
+    require,
+)
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
@@ -331,6 +338,12 @@ class TrainingRun:
             return None
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path) -> None:
+        done = state["trainer"]["step"]
+        require(
+            done <= self.config.steps,
+            f"{path} is of step {done}, but steps={self.config.steps};"
+            " raise steps, or take the weights alone with checkpoint.load=weights",
+        )
         self.trainer.load_state_dict(state)
         self.earlier_seconds, self.validation, self.record = run["seconds"], run["validation"], run["record"]
         self.best_loss = run.get("best_loss", math.inf)

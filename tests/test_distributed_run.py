@@ -126,6 +126,9 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             )
         ),
         "continued": lambda world: train(config("c", f"checkpoint.path={folder / 'straight'}", "steps=9")),
+        "fewer steps": partial(
+            expecting, UserError, config("s", f"checkpoint.path={folder / 'straight'}", "steps=7")
+        ),
         "full disk": partial(full_disk, config("f")),
         "other settings": partial(expecting, UserError, config("f", "optimizer.lr=0.5", "overwrite=false")),
         "not finite": partial(
@@ -220,6 +223,8 @@ def test_the_state_of_another_optimizer_is_refused_but_its_weights_may_be_taken(
     last = [json.loads(line) for line in (folder / "straight/metrics.jsonl").read_text().splitlines()]
     assert first["step"] == 1
     assert first["train/loss"] < 0.9 * last[0]["train/loss"]
+    for sentence in ranks.succeeded(results["two"]["fewer steps"]):
+        assert "step_00000008 is of step 8, but steps=7" in sentence
     (summary, _) = ranks.succeeded(results["two"]["continued"])
     assert summary["step"] == 9
 
