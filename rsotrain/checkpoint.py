@@ -216,11 +216,14 @@ def _remove(checkpoints: list[Path]) -> None:
 def verify(path: Path, rank: int = 0, size: int = 1) -> None:
     """Compare every ``size``-th file, from number ``rank`` on, with its checksum.
 
-    Raises OSError or DamagedError for one that is missing or has changed.
+    Raises OSError or DamagedError for one that is missing or has changed, or for one too many.
     """
     checksums = json.loads((path / _CHECKSUMS).read_text())
     if not isinstance(checksums, dict) or _RECORD not in checksums:
         raise DamagedError(f"{_CHECKSUMS} is damaged")
+    for file in path.rglob("*.safetensors"):  # all that lie there are read
+        if file.relative_to(path).as_posix() not in checksums:
+            raise DamagedError(f"{file.name} is none of its files")
     for name in sorted(checksums)[rank::size]:
         if _digest(path / name) != checksums[name]:
             raise DamagedError(f"{name} is damaged: its checksum does not fit")

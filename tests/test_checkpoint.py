@@ -53,7 +53,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
         assert kept == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6], 7: [5, 7]}[step]
 
 
-@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "no checksums"])
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "too many", "no checksums"])
 def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     file = path / "optimizer.safetensors"
@@ -63,6 +63,9 @@ def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     elif kind == "truncated":
         file.write_bytes(content[:-4])
+    elif kind == "too many":
+        (path / "model").mkdir()
+        (path / "model/shard.safetensors").write_bytes(content)
     else:
         (file if kind == "missing" else path / "checksums.json").unlink()
     with pytest.raises(OSError if kind in ("missing", "no checksums") else DamagedError):
