@@ -268,7 +268,8 @@ class TrainingRun:
 
     def _save_or_fail(self) -> None:
         """The last checkpoint, and wait for it."""
-        self._begin_save()
+        if self.saver.step != self.trainer.step:  # asked to stop, time is short: once is enough
+            self._begin_save()
         if (failed := self.saver.wait()) is not None:
             step, error = failed
             raise TrainingError(
@@ -318,6 +319,12 @@ class TrainingRun:
                     )
                 self._take_up(state, run, path)
                 return self.trainer.step
+        # the first checkpoint of a new start would remove them, and they may be whole again tomorrow
+        require(
+            not own,
+            f"no checkpoint in {self.folder.checkpoints} can be read; bring one back, choose another"
+            " run_name, or overwrite=true to start again",
+        )
         if self.config.checkpoint.path is not None:
             return self._begin_from(Path(self.config.checkpoint.path).expanduser())
         return None

@@ -27,6 +27,11 @@ class BackgroundSaver:
         self.folder, self.world, self.keep = folder, world, keep
         self._running: tuple[int, futures.Future[Path]] | None = None
 
+    @property
+    def step(self) -> int | None:
+        """Of what was begun and not waited for."""
+        return None if self._running is None else self._running[0]
+
     def start(
         self, step: int, tensors: Mapping[str, Tensors], shards: Mapping[str, Shard], record: dict[str, Any]
     ) -> None:

@@ -19,6 +19,7 @@ import torch
 from test_trainer import compose
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from rsotrain import checkpoint, saving
 from rsotrain.checkpoint import list_checkpoints, load_checkpoint, load_tensors
 from rsotrain.config import Config
 from rsotrain.distributed import World
@@ -244,6 +245,30 @@ def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[s
     names = [p.name for p in list_checkpoints(folder / "f/checkpoints")]
     assert names == ["step_00000002", "step_00000006", "step_00000008"]
     assert not list((folder / "f/checkpoints").glob(".partial*"))
+
+
+def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def save_checkpoint(folder: Path, step: int, *arguments: Any, **settings: Any) -> Path:
+        written.append(step)
+        return checkpoint.save_checkpoint(folder, step, *arguments, **settings)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
+    config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
+    assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
+    assert written == [2, 4]
+
+
+def test_where_no_checkpoint_can_be_read_none_is_replaced(tiny: list[str], tmp_path: Path) -> None:
+    config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
+    assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
+    for path in list_checkpoints(tmp_path / "r/checkpoints"):
+        (path / "checksums.json").unlink()
+    assert "no checkpoint in" in expecting(UserError, config, World(torch.device("cpu")))
+    assert len(list_checkpoints(tmp_path / "r/checkpoints")) == 2
 
 
 def test_what_rank_0_refuses_all_refuse(shared: tuple[Path, dict[str, Any]]) -> None:
