@@ -17,7 +17,14 @@ from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.distributed import World, start
-from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import (
+    INTERRUPTED_STATUS,
+    Interrupted,
+    StoppedEarly,
+    TrainingError,
+    UserError,
+    require,
+)
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
@@ -201,7 +208,7 @@ class TrainingRun:
         """Train to the last step, or to the first request to stop, whose reason is returned."""
         config, trainer = self.config, self.trainer
         self.timer = StepTimer()
-        reason = stop.reason()
+        reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
         while trainer.step < config.steps and reason is None:
             lr = trainer.lr
             result = trainer.train_step(stop.signals)
@@ -262,7 +269,8 @@ class TrainingRun:
 
     def _save_or_fail(self) -> None:
         """The last checkpoint, and wait for it."""
-        self._begin_save()
+        if self.saver.step != self.trainer.step:  # asked to stop, time is short: once is enough
+            self._begin_save()
         if (failed := self.saver.wait()) is not None:
             step, error = failed
             raise TrainingError(
@@ -312,6 +320,12 @@ class TrainingRun:
                     )
                 self._take_up(state, run, path)
                 return self.trainer.step
+        # the first checkpoint of a new start would remove them, and they may be whole again tomorrow
+        require(
+            not own,
+            f"no checkpoint in {self.folder.checkpoints} can be read; bring one back, choose another"
+            " run_name, or overwrite=true to start again",
+        )
         if self.config.checkpoint.path is not None:
             return self._begin_from(Path(self.config.checkpoint.path).expanduser())
         return None
@@ -332,6 +346,12 @@ class TrainingRun:
             return None
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path) -> None:
+        done = state["trainer"]["step"]
+        require(
+            done <= self.config.steps,
+            f"{path} is of step {done}, but steps={self.config.steps};"
+            " raise steps, or take the weights alone with checkpoint.load=weights",
+        )
         self.trainer.load_state_dict(state)
         self.earlier_seconds, self.validation, self.record = run["seconds"], run["validation"], run["record"]
         self.best_loss = run.get("best_loss", math.inf)

@@ -158,6 +158,17 @@ def test_jsonl_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    said: list[str] = []
+    logger = JsonlLogger(path, warn=said.append)
+    for step in (1, 2):
+        logger.log({"train/loss": 1.0}, step)
+    logger.close({}, 0)
+    assert said == ["warning: metrics.jsonl cannot be written: No space left on device"]
+
+
 def test_all_loggers_are_closed_even_when_one_fails(tmp_path: Path) -> None:
     class Broken:
         def log(self, record: object, step: int) -> None: ...
