@@ -99,12 +99,12 @@ def _validate_instructions(data: InstructionsDataConfig) -> None:
         "data=instructions is tokenised into the cache; leave data.streaming out",
     )
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(data.prompt_template)]
+        fields = [field[1:] for field in string.Formatter().parse(data.prompt_template)]
     except ValueError as error:
         raise UserError(f"data.prompt_template is no template ({error}); write fields as {{name}}") from error
     require(
-        all(name is None or name.isidentifier() for name in fields),
-        "data.prompt_template takes fields by name, as {instruction}",
+        all(name is None or (name.isidentifier() and not form and not kind) for name, form, kind in fields),
+        "data.prompt_template takes fields by name and as they are, as {instruction}; a brace itself is {{",
     )
 
 

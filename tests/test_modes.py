@@ -84,6 +84,8 @@ def test_a_run_is_evaluated_exported_and_continued(
         (["model.vocab_size=320", "model.pad_vocab_to_multiple_of=64"], "leave one of them out"),
         (["data=c4", "data.path=x"], "give both data.path and data.validation_path"),
         (["data=instructions", "data.packing=packed"], "needs data.packing=padded"),
+        (["data=instructions", "data.prompt_template='{a:d}'"], "takes fields by name and as they are"),
+        (["data=instructions", "data.prompt_template='{a!x}'"], "takes fields by name and as they are"),
         (["tokenizer=sentencepiece", "tokenizer.path=nowhere"], "tokenizer.path=nowhere is not a file"),
         (["data.sample_by=line"], "data.sample_by=line is for text files"),
         (["data.validation_fraction=0.1"], "either data.validation_path=… or data.validation_fraction"),
