@@ -119,6 +119,11 @@ def validate_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
         )
     if isinstance(tokenizer, TrainedTokenizerConfig):
         require(
+            model.init_from is None,
+            "tokenizer=trained is trained on this data, and the weights of model.init_from know other pieces;"
+            " give theirs with tokenizer=huggingface 'tokenizer.path=${model.init_from}'",
+        )
+        require(
             tokenizer.vocab_size >= 300,
             f"tokenizer.vocab_size={tokenizer.vocab_size} is too small; byte fallback alone takes 259 pieces",
         )

@@ -80,6 +80,7 @@ def test_a_run_is_evaluated_exported_and_continued(
         (["export.path=x"], "are for mode=export"),
         (["model=pretrained"], "model.init_from has no value"),
         (["model=pretrained", "model.init_from=nowhere"], "config.json cannot be read"),
+        (["model.init_from=somewhere"], "tokenizer=trained is trained on this data"),
         (["data.packing=padded", "data.document_mask=true"], "data.document_mask has no effect"),
         (["model.vocab_size=320", "model.pad_vocab_to_multiple_of=64"], "leave one of them out"),
         (["data=c4", "data.path=x"], "give both data.path and data.validation_path"),
