@@ -7,6 +7,7 @@ from pathlib import Path
 from rsotrain.config import (
     C4DataConfig,
     Config,
+    DataConfig,
     FilesDataConfig,
     HubDataConfig,
     HuggingFaceTokenizerConfig,
@@ -36,6 +37,11 @@ def validate_data(config: Config) -> None:
     data = config.data
     positive(data, "data.", "lanes", "shuffle_buffer", "workers")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows={data.max_bad_rows} must not be negative")
+    for name in ("lanes", "shuffle_buffer"):
+        require(
+            data.streaming or getattr(data, name) == getattr(DataConfig, name),
+            f"data.{name}={getattr(data, name)} is for data.streaming=true; leave it out",
+        )
     require(
         not (data.document_mask and data.packing is Packing.padded),
         "data.document_mask has no effect with data.packing=padded, where a sequence is one document;"

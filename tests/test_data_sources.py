@@ -167,6 +167,17 @@ def test_c4_from_files_and_through_datasets_are_the_same(tmp_path: Path) -> None
     assert rows == [(97, TEXTS[197]), (99, TEXTS[199])]
 
 
+def test_a_folder_read_as_from_the_hub_is_told_from_what_it_was(tmp_path: Path) -> None:
+    folder = write_c4(tmp_path / "c4")
+    hub = HubDataConfig(name=str(folder), config="en")
+    before = [corpus.fingerprint for corpus in open_corpora(hub, tmp_path)]
+    assert [corpus.fingerprint for corpus in open_corpora(hub, tmp_path)] == before
+    shard = folder / "en/c4-validation.00000-of-00001.json.gz"
+    shard.write_bytes(gzip.compress(json_lines(TEXTS[599:])))
+    for corpus, old in zip(open_corpora(hub, tmp_path), before, strict=True):
+        assert corpus.fingerprint != old
+
+
 def test_a_hub_without_a_connection_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -173,6 +173,27 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
         data.train.close()
 
 
+@pytest.mark.parametrize("changes", [{"lanes": 4}, {"shuffle_buffer": 7}, {"packing": Packing.padded}, {}])
+def test_a_state_of_another_order_is_no_place_to_go_on_from(
+    changes: dict[str, Any], corpus: Files, cache_dir: Path
+) -> None:
+    data = settings(corpus, streaming=True)
+    first = build(data, cache_dir)
+    steps(first, range(3))
+    state = first.train.state_dict()
+    first.train.close()
+    seed = 0 if changes else 1
+    for each in ({"streaming": True}, {"streaming": False}):
+        other = settings(corpus, **each, **changes)
+        whole, late = build(other, cache_dir, seed=seed), build(other, cache_dir, seed=seed)
+        late.train.load_state_dict(json.loads(json.dumps(state)))
+        expected = steps(whole, range(5), seed=seed)[3:]
+        for batch, right in zip(steps(late, range(3, 5), seed=seed), expected, strict=True):
+            assert torch.equal(batch, right)
+        whole.train.close()
+        late.train.close()
+
+
 def test_c4_shards_stream_alike_from_files_and_through_datasets_and_resume_inside_one(
     tmp_path: Path, cache_dir: Path, tokenizer: Tokenizer
 ) -> None:

@@ -57,7 +57,7 @@ def find_files(path: str, key: str) -> list[Path]:
         raise UserError(f"{key} is empty; give a file, a folder or a glob")
     given = Path(path).expanduser()
     if given.is_dir():
-        inside = sorted(p for p in given.rglob("*") if p.is_file() and not _is_hidden(p, given))
+        inside = sorted(p for p in given.rglob("*") if p.is_file() and not is_hidden(p, given))
         files = [p for p in inside if data_suffix(p) in known]
         if not files:
             raise UserError(f"{key}={path} holds no data files ({', '.join(known)}, also compressed)")
@@ -84,7 +84,7 @@ def find_files(path: str, key: str) -> list[Path]:
     return files
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
+def is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 

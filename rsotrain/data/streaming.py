@@ -54,6 +54,8 @@ class StreamedSequences:
         # without self: in a cycle, the processes of a stream that nobody closes would end late
         self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, lanes)
         self._workers = data.workers
+        # what a mark means depends on these
+        self._order = [self.lanes, seed, data.packing.name, data.shuffle, data.shuffle_buffer]
         self._groups: list[BackgroundIterator] = []
         self._state: State = (0, {})
         self._rows: dict[int, np.ndarray] = {}  # the windows of a step, by place in the batch
@@ -112,11 +114,15 @@ class StreamedSequences:
     def state_dict(self) -> dict[str, Any]:
         """The next step and the places in the corpus of the lanes that this process reads."""
         step, marks = self._state
-        return {"step": step, "lanes": {str(lane): list(mark) for lane, mark in sorted(marks.items())}}
+        lanes = {str(lane): list(mark) for lane, mark in sorted(marks.items())}
+        return {"step": step, "order": self._order, "lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of any number of ranks; without one, from the beginning."""
-        if not state:
+        """Go on from a state of any number of ranks.
+
+        Without one, or with one of other lanes or another order, what comes before is read again.
+        """
+        if state.get("order") != self._order:
             return
         self.close()
         self._state = (state["step"], {int(lane): Mark(*mark) for lane, mark in state["lanes"].items()})
