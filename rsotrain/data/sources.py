@@ -15,7 +15,7 @@ from rsotrain.config import (
 from rsotrain.data.documents import Corpus, Fields, InstructionFields, Part, TextField
 from rsotrain.data.fingerprint import files_fingerprint
 from rsotrain.data.hub import HubShard, HubSource, open_split
-from rsotrain.data.readers import FileShard, find_files
+from rsotrain.data.readers import FileShard, find_files, is_hidden
 from rsotrain.data.synthetic import SyntheticShard
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -41,7 +41,7 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
             return _local(data, cache_dir)
         case C4DataConfig(path=None):
             sources = [HubSource(*C4, split, data.revision) for split in ("train", "validation")]
-            train, validation = (_hub(data, source, "text") for source in sources)
+            train, validation = (_hub(data, source, "text", cache_dir) for source in sources)
             return train, validation
         case C4DataConfig():
             assert data.path is not None
@@ -52,7 +52,7 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
             )
             return train, validation
         case HubDataConfig():
-            return _hub_corpora(data)
+            return _hub_corpora(data, cache_dir)
     raise TypeError(f"no reader for {type(data).__name__}")
 
 
@@ -102,27 +102,38 @@ def _synthetic(data: SyntheticDataConfig, first: int, number: int) -> Corpus:
     return Corpus("data=synthetic", (shard,), TextField("text"), fingerprint=repr(shard))
 
 
-def _hub_corpora(data: HubDataConfig) -> tuple[Corpus, Corpus]:
+def _hub_corpora(data: HubDataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
     train = HubSource(data.name, data.config, data.train_split, data.revision)
     if data.validation_split is not None:
         validation = HubSource(data.name, data.config, data.validation_split, data.revision)
-        return _hub(data, train, data.text_field), _hub(data, validation, data.text_field)
+        sources = train, validation
+        train_corpus, held_out = (_hub(data, source, data.text_field, cache_dir) for source in sources)
+        return train_corpus, held_out
     assert data.validation_fraction is not None  # validate() has seen to it
     return (
-        _hub(data, train, data.text_field, Part.train, data.validation_fraction),
-        _hub(data, train, data.text_field, Part.held_out, data.validation_fraction),
+        _hub(data, train, data.text_field, cache_dir, Part.train, data.validation_fraction),
+        _hub(data, train, data.text_field, cache_dir, Part.held_out, data.validation_fraction),
     )
 
 
 def _hub(
-    data: DataConfig, source: HubSource, text_field: str, part: Part = Part.whole, fraction: float = 0.0
+    data: DataConfig,
+    source: HubSource,
+    text_field: str,
+    cache_dir: Path,
+    part: Part = Part.whole,
+    fraction: float = 0.0,
 ) -> Corpus:
     num_shards = open_split(source).num_shards
+    fingerprint = f"{source!r} {num_shards}"
+    if (folder := Path(source.repository)).is_dir():  # whose files change under the same name
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p, folder))
+        fingerprint += files_fingerprint(files, cache_dir, whole=False)
     return Corpus(
         name=source.name,
         shards=tuple(HubShard(source, i, num_shards, (text_field,)) for i in range(num_shards)),
         fields=TextField(text_field),
-        fingerprint=f"{source!r} {num_shards}",
+        fingerprint=fingerprint,
         part=part,
         fraction=fraction,
         max_bad_rows=data.max_bad_rows,
