@@ -9,10 +9,13 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from rsotrain.errors import UserError
 from rsotrain.overrides import did_you_mean, flatten, known_keys
@@ -30,8 +33,8 @@ SWEEP_KEYS = (
 def read_list(path: Path) -> list[list[str]]:
     """The configurations of a list: overrides in a line each, or a YAML list of such lines or of mappings.
 
-    Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty or
-    sets a key that does not exist.
+    Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty, sets a
+    key that does not exist, or several values of one.
     """
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
@@ -55,6 +58,8 @@ def read_list(path: Path) -> list[list[str]]:
             if match is None:
                 raise UserError(f"{path}: {override!r} is not of the form key=value")
             _check_key(path, match["key"])
+            if _is_sweep(override):
+                raise UserError(f"{path}: {override} is several runs; write a configuration for each")
     return configurations
 
 
@@ -103,6 +108,14 @@ def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
     return min(number, cap or number) if sweep["method"] == "grid" else cap
 
 
+def _is_sweep(override: str) -> bool:
+    """a=1,2 and the like; what Hydra cannot read it says itself when the run starts."""
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
+
+
 def _check_key(path: Path, key: str) -> None:
     known = known_keys()
     if key not in known and not key.startswith("hydra"):
@@ -110,8 +123,11 @@ def _check_key(path: Path, key: str) -> None:
 
 
 def _split(place: str, line: str) -> list[str]:
+    """Words up to a comment, which begins a word: shlex's own would begin in the middle of one."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.commenters = True, ""
     try:
-        return shlex.split(line, comments=True)
+        return list(takewhile(lambda word: not word.startswith("#"), words))
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
 

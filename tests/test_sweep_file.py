@@ -20,19 +20,21 @@ def written(folder: Path, text: str, name: str = "list.txt") -> Path:
 
 def test_text_and_yaml_say_the_same(tmp_path: Path) -> None:
     text = written(
-        tmp_path, "# all\n\noptimizer=galore seed=1 # one\n'run_name=\"a b\"' optimizer.betas=[0.9,0.99]\n"
+        tmp_path,
+        "# all\n\noptimizer=galore seed=1 data.path=/a#b # don't\n"
+        "'run_name=\"a b\"' optimizer.betas=[0.9,0.99]\n",
     )
     listed = written(
         tmp_path,
-        "- optimizer=galore seed=1\n- {run_name: a b, optimizer.betas: [0.9, 0.99]}\n",
+        "- optimizer=galore seed=1 data.path=/a#b\n- {run_name: a b, optimizer.betas: [0.9, 0.99]}\n",
         "list.yaml",
     )
     assert read_list(text) == [
-        ["optimizer=galore", "seed=1"],
+        ["optimizer=galore", "seed=1", "data.path=/a#b"],
         ['run_name="a b"', "optimizer.betas=[0.9,0.99]"],
     ]
     assert read_list(listed) == [
-        ["optimizer=galore", "seed=1"],
+        ["optimizer=galore", "seed=1", "data.path=/a#b"],
         ["run_name='a b'", "optimizer.betas=[0.9,0.99]"],
     ]
 
@@ -65,6 +67,7 @@ def test_yaml_values_reach_the_command_line_as_they_are(tmp_path: Path) -> None:
     ("name", "text", "sentence"),
     [
         ("a.txt", "# nothing\n", "holds no configuration"),
+        ("a.txt", "optimizer=adam seed=0,1\n", "seed=0,1 is several runs; write a configuration for each"),
         ("a.txt", "optimizer=adam\noptimzer=galore\n", "unknown key optimzer; did you mean optimizer"),
         ("a.txt", "optimizer.rnak=3\n", "unknown key optimizer.rnak; did you mean optimizer.rank"),
         ("a.txt", "=3\n", "'=3' is not of the form key=value"),

@@ -62,7 +62,7 @@ def build_data(
 
         assert batch_size is not None, "streaming needs to know the batch size"
         sequences = StreamedSequences(
-            train, model, data, seq_len=seq_len, batch_size=batch_size, seed=seed, share=share
+            train, model, data, seq_len=seq_len, batch_size=batch_size, seed=seed, notify=notify, share=share
         )
     else:
         sequences = _cached(train, model, data, seq_len, cache_dir, notify)

@@ -20,6 +20,7 @@ from rsotrain.data.synthetic import SyntheticShard
 
 CORPUS = Path(__file__).parent / "corpus"
 C4 = "allenai/c4", "en"
+VALIDATION = "data.validation_path"
 
 
 def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
@@ -30,8 +31,10 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
     """
     match data:
         case EmbeddedDataConfig():
-            files = [[CORPUS / "train.json.gz"], [CORPUS / "validation.json.gz"]]
-            train, validation = (_files(data, f, TextField("text"), cache_dir) for f in files)
+            train, validation = (
+                _files(data, [CORPUS / f"{part}.json.gz"], TextField("text"), cache_dir)
+                for part in ("train", "validation")
+            )
             return train, validation
         case SyntheticDataConfig():
             return _synthetic(data, 0, data.num_documents), _synthetic(
@@ -46,11 +49,11 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
         case C4DataConfig():
             assert data.path is not None
             assert data.validation_path is not None  # validate() has seen to it
-            train, validation = (
-                _files(data, find_files(path, key), TextField("text"), cache_dir)
-                for path, key in ((data.path, "data.path"), (data.validation_path, "data.validation_path"))
+            files, held_out = find_files(data.path, "data.path"), find_files(data.validation_path, VALIDATION)
+            return (
+                _files(data, files, TextField("text"), cache_dir),
+                _files(data, held_out, TextField("text"), cache_dir, is_read_whole=True),
             )
-            return train, validation
         case HubDataConfig():
             return _hub_corpora(data, cache_dir)
     raise TypeError(f"no reader for {type(data).__name__}")
@@ -64,10 +67,10 @@ def _local(data: FilesDataConfig | InstructionsDataConfig, cache_dir: Path) -> t
         fields, sample_by = TextField(data.text_field), data.sample_by or SampleBy.document
     files = find_files(data.path, "data.path")
     if data.validation_path is not None:
-        held_out = find_files(data.validation_path, "data.validation_path")
+        held_out = find_files(data.validation_path, VALIDATION)
         return (
             _files(data, files, fields, cache_dir, sample_by),
-            _files(data, held_out, fields, cache_dir, sample_by),
+            _files(data, held_out, fields, cache_dir, sample_by, is_read_whole=True),
         )
     assert data.validation_fraction is not None  # validate() has seen to it
     return (
@@ -84,12 +87,14 @@ def _files(
     sample_by: SampleBy = SampleBy.document,
     part: Part = Part.whole,
     fraction: float = 0.0,
+    is_read_whole: bool = False,
 ) -> Corpus:
+    whole = is_read_whole or not data.streaming
     return Corpus(
         name=f"the data file {files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on",
         shards=tuple(FileShard(file, fields.columns, sample_by) for file in files),
         fields=fields,
-        fingerprint=files_fingerprint(files, cache_dir, whole=not data.streaming),
+        fingerprint=files_fingerprint(files, cache_dir, whole=whole),
         part=part,
         fraction=fraction,
         max_bad_rows=data.max_bad_rows,

@@ -15,7 +15,7 @@ import torch
 
 from rsotrain.config import DataConfig
 from rsotrain.data.background import BackgroundIterator
-from rsotrain.data.documents import Corpus
+from rsotrain.data.documents import Corpus, Notify
 from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes
 from rsotrain.data.order import FileOrder
 from rsotrain.data.sequences import Batch
@@ -33,7 +33,7 @@ class StreamedSequences:
 
     They can be asked for step after step; another step costs a new start of the processes, and reading up
     to it from the last known state or from the beginning. ``share``: the places of a batch that this
-    process will ask for; null: all.
+    process will ask for; null: all. ``notify`` hears of bad rows that are skipped, again in each epoch.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class StreamedSequences:
         seq_len: int,
         batch_size: int,
         seed: int,
+        notify: Notify,
         share: range | None = None,
     ) -> None:
         self.seq_len = seq_len
@@ -54,6 +55,7 @@ class StreamedSequences:
         # without self: in a cycle, the processes of a stream that nobody closes would end late
         self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, lanes)
         self._workers = data.workers
+        self._notify = notify
         # what a mark means depends on these
         self._order = [self.lanes, seed, data.packing.name, data.shuffle, data.shuffle_buffer]
         self._groups: list[BackgroundIterator] = []
@@ -86,7 +88,9 @@ class StreamedSequences:
         self._rows = {}
         try:
             for group in self._groups:
-                rows, following = _raised(next(group))
+                rows, following, notes = _raised(next(group))
+                for note in notes:
+                    self._notify(note)
                 places = [place for lane in following for place in self._places(lane)]
                 self._rows |= zip(places, rows, strict=True)
                 marks |= following
@@ -136,16 +140,17 @@ class StreamedSequences:
 
 
 class _Group:
-    """Some lanes of one process: each item is a step's windows and the marks after it."""
+    """Some lanes of one process: each item is a step's windows, the marks after it, and what is amiss."""
 
     def __init__(self, lanes: list[tuple[Lane, int, Mark]], skip: int) -> None:
         self.lanes = lanes
         self.skip = skip
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[int, Mark]] | Exception]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[int, Mark], list[str]] | Exception]:
         for lane, _, _ in self.lanes:
             lane.tokenizer.use_threads(1)
-        streams = [(lane.number, count, lane.windows(mark)) for lane, count, mark in self.lanes]
+        notes: list[str] = []
+        streams = [(lane.number, count, lane.windows(mark, notes.append)) for lane, count, mark in self.lanes]
         skip = self.skip
         try:
             while True:
@@ -155,7 +160,8 @@ class _Group:
                         row, marks[number] = next(windows)
                         rows.append(row)
                 if skip == 0:
-                    yield np.stack(rows), marks
+                    yield np.stack(rows), marks, notes.copy()
+                    notes.clear()
                 skip = max(0, skip - 1)
         except UserError as error:  # raised where the batch is asked for
             yield error
