@@ -254,7 +254,7 @@ class RSO(Part):
         self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
-        return self.bases.metrics()
+        return self.bases.record.metrics()
 
     def ranks(self) -> list[int]:
         return [site.rank for site in self.sites]

@@ -213,7 +213,7 @@ class SubspacePart(Part):
             for m in bucket:
                 a = gradients[m.name]
                 projected.append(self._project(m, a, self.basis(m)))
-                if m.name in self.bases.unobserved:
+                if m.name in self.bases.record.unobserved:
                     self._observe(m, a, projected[-1])
             self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
         if self.subspace.sampler.lagged:
@@ -231,7 +231,7 @@ class SubspacePart(Part):
             basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
             projected = self._project(matrix, gradient, matrix.columns_of(basis))
         copies = matrix.shard.pieces if matrix.by_columns else 1
-        self.bases.observe(matrix.name, gradient, projected, copies)
+        self.bases.record.observe(matrix.name, gradient, projected, copies)
 
     def _refresh(
         self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
@@ -251,7 +251,7 @@ class SubspacePart(Part):
         self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
-        return self.bases.metrics()
+        return self.bases.record.metrics()
 
     def ranks(self) -> list[int]:
         return [m.rank for m in self.matrices]

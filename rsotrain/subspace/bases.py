@@ -1,8 +1,6 @@
-"""The bases of a set of matrices: drawing, replacing and measuring them."""
+"""The bases of a set of matrices: drawing and replacing them."""
 
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import seed_of
@@ -60,7 +59,7 @@ class Bases:
     these three give, ``basis_seed``, so that a run which goes on with other settings has the bases that its
     moments are expressed in. ``scaled``: what the sampler draws
     is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
-    the ranks that have the same bases; they call ``refresh_all`` and ``metrics`` together.
+    the ranks that have the same bases; they call ``refresh_all`` together.
     """
 
     def __init__(
@@ -104,13 +103,7 @@ class Bases:
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
         self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
-        self.unobserved: set[str] = set()  # drawn since ``observe``
-        self.skipped = 0  # draws that failed
-        self._refresh_step = 0
-        self._refresh_seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._overlaps: dict[str, Tensor] = {}
-        self._captured: dict[str, Tensor] = {}
+        self.record = RefreshRecord(gap, mesh)
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
@@ -173,11 +166,6 @@ class Bases:
         index = self.schedule.draw_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.lagged and index > 0)
 
-    def _measures(self, index: int) -> bool:
-        """Measuring costs about a projection: of draws that come thick and fast, one in ten steps."""
-        every = max(1, 10 // self.schedule.gap)
-        return index == 0 or index % every == 1 % every
-
     @torch.no_grad()
     def refresh_all(
         self,
@@ -230,8 +218,7 @@ class Bases:
         rank, size = dist.get_rank(), dist.get_world_size()
         owners = dict(zip(names, spread([s.cost for s in sources.values()], size), strict=True))
         device = self.devices[names[0]]
-        self._start_timer(step, device)
-        try:
+        with self.record.timing(step, device):
             seen = {name: sources[name].at(owners[name]) for name in names}
             drawn: dict[str, Tensor] = {}
             outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
@@ -249,12 +236,10 @@ class Bases:
                 sent = [name for name in names if owners[name] == owner and found[name] == _DRAWN]
                 if sent:
                     drawn |= self._broadcast(sent, owner, drawn)
-        finally:
-            self._stop_timer(device)
         changes = {}
         for name in names:
             if reason := _REASONS.get(found[name]):
-                self._skip(name, step, reason)
+                self.record.skip(name, step, reason, name in self.waiting)
             changes[name] = self._settle(name, self[name], drawn.get(name), step, number(name))
         return changes
 
@@ -287,14 +272,11 @@ class Bases:
         if index is None:
             index = self.schedule.latest(self.positions[name], step)[0]
         old = self[name]
-        self._start_timer(step, old.device)
-        try:
+        with self.record.timing(step, old.device):
             seen = gram() if self.informed(step) else None
             outcome, new = self._try_draw(name, old, seen, step, lr_factor, index)
-        finally:
-            self._stop_timer(old.device)
         if reason := _REASONS.get(outcome):
-            self._skip(name, step, reason)
+            self.record.skip(name, step, reason, name in self.waiting)
         return self._settle(name, old, new, step, index)
 
     def _settle(
@@ -305,10 +287,8 @@ class Bases:
             return None
         first = name in self.waiting or step == 1
         change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
-        if self._measures(index):
-            self.unobserved.add(name)
-            if change is not None:
-                self._overlaps[name] = change.overlap(self.sampler.orthonormal)
+        if self.record.measures(index):
+            self.record.drawn(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
             self.waiting.remove(name)
             self._first_draws[name] = step
@@ -339,69 +319,3 @@ class Bases:
             return _DRAWN, self._drawn(draw)
         except torch.linalg.LinAlgError:
             return _FAILED, None
-
-    def observe(self, name: str, gradient: Tensor, projected: Tensor, copies: int = 1) -> None:
-        """Note the share of ‖A‖_F² that lies in the subspace.
-
-        ``gradient``: A (M×k); ``projected``: A on an orthonormal basis of the subspace (M×r). Of both the
-        pieces that are here; of the latter there are ``copies`` in all.
-        """
-        self.unobserved.discard(name)
-        energy, kept = (
-            torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-            for x in (gradient, projected)
-        )
-        self._captured[name] = torch.stack([kept / copies, energy])
-
-    def metrics(self) -> dict[str, float]:
-        """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
-        with draws; how many draws failed in this process, once one has.
-
-        Where draws come more often than every ten steps, not all are measured.
-        """
-        result = {}
-        if self._overlaps:
-            result["subspace/overlap"] = float(torch.stack(list(self._overlaps.values())).mean())
-        if self._captured:
-            sums = torch.stack(list(self._captured.values()))
-            if self.mesh is not None:
-                dist.all_reduce(sums)
-            kept, energy = sums.unbind(1)
-            result["subspace/captured_energy"] = float(torch.where(energy > 0, kept / energy, 1.0).mean())
-        if self._refresh_step:
-            seconds = self._refresh_seconds
-            for start, end in self._events:
-                end.synchronize()
-                seconds += start.elapsed_time(end) / 1000
-            result["subspace/refresh_seconds"] = seconds
-        if self.skipped:
-            result["subspace/skipped_draws"] = self.skipped
-        return result
-
-    def _skip(self, name: str, step: int, what: str) -> None:
-        self.skipped += 1
-        if self.skipped == 1:
-            stays = "nothing is projected yet" if name in self.waiting else "its old basis stays"
-            warnings.warn(
-                f"step {step}: the gradient of {name} {what}; {stays}"
-                " (said once, counted in subspace/skipped_draws)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def _start_timer(self, step: int, device: torch.device) -> None:
-        if step != self._refresh_step:
-            self._refresh_step, self._refresh_seconds = step, 0.0
-            self._events.clear()
-        if device.type == "cuda":
-            start = torch.cuda.Event(enable_timing=True)
-            start.record()
-            self._events.append((start, torch.cuda.Event(enable_timing=True)))
-        else:
-            self._started = time.perf_counter()
-
-    def _stop_timer(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            self._events[-1][1].record()
-        else:
-            self._refresh_seconds += time.perf_counter() - self._started
