@@ -25,9 +25,3 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST, _M_TOP_PAD: 64 * 2**20}
     return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
-
-
-def release_freed_memory() -> None:
-    """Give the kernel back what ``keep_freed_memory`` keeps: for a measurement that begins anew."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsotrain.distributed import World
@@ -63,31 +64,53 @@ def save_checkpoint(
     ``tensors``: by kind ("model", "optimizer") and name, in CPU memory; with several ranks, which all call
     this, the piece that ``shards`` says. The best has the lowest ``record["score"]``. What lies there of
     this step or of later ones is of a course that training has left, or damaged, and goes, as does what
-    was left unfinished. Raises OSError if the disk is full or the folder cannot be written (TrainingError
-    on the other ranks); the earlier checkpoints are then untouched.
+    was left unfinished. Raises OSError or SafetensorError, on all ranks, if the disk is full or the folder
+    cannot be written; the earlier checkpoints are then untouched.
     """
     final = folder / f"step_{step:08d}"
     unfinished = folder / f"{_PARTIAL}{final.name}"
-    if world is None or world.size == 1:
-        _prepare(unfinished)
-        for kind in KINDS:
-            save_file(
-                {n: t.contiguous() for n, t in tensors[kind].items()}, unfinished / f"{kind}.safetensors"
-            )
-        _finish(unfinished, final, record, _checksums(unfinished), keep)
-        return final
+    try:
+        if world is None or world.size == 1:
+            _save_alone(unfinished, final, tensors, record, keep)
+        else:
+            _save_together(unfinished, final, tensors, record, keep, shards or {}, world)
+    except (OSError, SafetensorError):
+        if world is None or world.is_main:  # what is half written may be what fills the disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return final
+
+
+def _save_alone(
+    unfinished: Path, final: Path, tensors: Mapping[str, Tensors], record: Mapping[str, Any], keep: int
+) -> None:
+    _prepare(unfinished)
+    for kind in KINDS:
+        save_file({n: t.contiguous() for n, t in tensors[kind].items()}, unfinished / f"{kind}.safetensors")
+    _finish(unfinished, final, record, _checksums(unfinished), keep)
+
+
+def _save_together(
+    unfinished: Path,
+    final: Path,
+    tensors: Mapping[str, Tensors],
+    record: Mapping[str, Any],
+    keep: int,
+    shards: Mapping[str, Shard],
+    world: World,
+) -> None:
     world.main_together(lambda: _prepare(unfinished))
     for kind in KINDS:
-        world.together(partial(_save_pieces, unfinished / kind, tensors[kind], shards or {}, world))
+        world.together(partial(_save_pieces, unfinished / kind, tensors[kind], shards, world))
     own = world.together(lambda: _checksums(unfinished, f"shard-{world.rank + 1:05d}-"))
     checksums = {name: digest for part in world.gathered(own) for name, digest in part.items()}
     world.main_together(lambda: _finish(unfinished, final, record, checksums, keep))
-    return final
 
 
 def _prepare(unfinished: Path) -> None:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in unfinished.parent.glob(f"{_PARTIAL}*"):  # before anything is written: it takes room
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir()
 
 
@@ -169,10 +192,8 @@ def _sync(path: Path) -> None:
 def _prune(final: Path, keep: int) -> None:
     others = [path for path in list_checkpoints(final.parent) if path != final]
     earlier = [path for path in others if path.name < final.name]
-    kept = {*earlier[len(earlier) - keep + 1 :], min([final, *reversed(earlier)], key=_score)}
+    kept = {*earlier[max(0, len(earlier) - keep + 1) :], min([final, *reversed(earlier)], key=_score)}
     _remove([path for path in others if path not in kept])
-    for left in final.parent.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left)
 
 
 def _score(path: Path) -> float:
@@ -195,11 +216,14 @@ def _remove(checkpoints: list[Path]) -> None:
 def verify(path: Path, rank: int = 0, size: int = 1) -> None:
     """Compare every ``size``-th file, from number ``rank`` on, with its checksum.
 
-    Raises OSError or DamagedError for one that is missing or has changed.
+    Raises OSError or DamagedError for one that is missing or has changed, or for one too many.
     """
     checksums = json.loads((path / _CHECKSUMS).read_text())
     if not isinstance(checksums, dict) or _RECORD not in checksums:
         raise DamagedError(f"{_CHECKSUMS} is damaged")
+    for file in path.rglob("*.safetensors"):  # all that lie there are read
+        if file.relative_to(path).as_posix() not in checksums:
+            raise DamagedError(f"{file.name} is none of its files")
     for name in sorted(checksums)[rank::size]:
         if _digest(path / name) != checksums[name]:
             raise DamagedError(f"{name} is damaged: its checksum does not fit")
@@ -218,7 +242,8 @@ def load_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one kind ("model", "optimizer"), by name, in CPU memory.
 
-    Whole, or with several ranks those that ``shards`` names in the piece it says, if they have its shape.
+    Whole, or with several ranks those that ``shards`` names in the piece it says; without those of them
+    that are stored in another shape.
     Raises OSError, ValueError or safetensors' SafetensorError if a file is missing or damaged.
     """
     single = path / f"{kind}.safetensors"
@@ -233,11 +258,10 @@ def load_tensors(
     stored = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     if single.is_file():  # that of the other kind lies beside it
         stored = {name: stored[name] for name in _names(single)}
-    pieces = {
-        name: shard
-        for name, shard in (shards or {}).items()
-        if name in stored and shard.dim is not None and shard.shape == tuple(stored[name].size)
-    }
+    pieces = {n: shard for n, shard in (shards or {}).items() if n in stored and shard.dim is not None}
+    for name, shard in list(pieces.items()):
+        if shard.shape != tuple(stored[name].size):  # whole, it might have the shape of a piece
+            del pieces[name], stored[name]
     state = {
         name: torch.empty(
             pieces[name].piece_shape if name in pieces else tuple(entry.size), dtype=entry.properties.dtype

@@ -184,7 +184,11 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
     from rsotrain.report.runs import has_metrics, read_run
 
     folders = dict.fromkeys(outcome["folder"] for outcome in outcomes if "folder" in outcome)
-    runs = [read_run(folder) for folder in folders if has_metrics(folder)]
+    try:
+        runs = [read_run(folder) for folder in folders if has_metrics(folder)]
+    except UserError as error:  # somebody has touched a folder; the runs themselves have ended well
+        say(error)
+        return
     if len(runs) > 1:
         print_comparison(compare(runs, mixed=True))
 

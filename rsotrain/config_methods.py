@@ -56,7 +56,8 @@ class SubspaceConfig(OptimizerConfig):
 
     ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected
     dimension of each matrix. ``update_proj_gap``: T, optimizer steps between two refreshes.
-    ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once.
+    ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once, which also
+    spreads the memory of what RSO gathers for them.
     """
 
     rank: int | float = 0.25

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
@@ -166,13 +167,15 @@ class Display:
         if live is not None and live.is_started:
             live.stop()
         if log is not None:
-            log.close()
+            with suppress(OSError):
+                log.close()
 
     def _put(self, text: str, screen: bool = True) -> None:
         with self._lock:
             if self._log is not None:
-                self._log.write(text + "\n")
-                self._log.flush()
+                with suppress(OSError):  # a full disk ends no training
+                    self._log.write(text + "\n")
+                    self._log.flush()
             if not screen or self._silent:
                 return
             try:

@@ -192,9 +192,3 @@ def build_mesh(parallelism: ParallelismConfig, device_type: str) -> "DeviceMesh"
             " give parallelism.shard_size a divisor"
         )
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-
-
-def stop() -> None:
-    """Leave the other ranks; only where all of them do."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

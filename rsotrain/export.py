@@ -21,9 +21,13 @@ def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype |
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or trained.dtype
     tensors = {name: p.detach().cpu().to(dtype) for name, p in trained.model.named_parameters()}
+    # gone first, written last: what is interrupted has none, and is not taken for a model
+    (folder / "config.json").unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     save_weights(folder, tensors)
+    for name, content in _tokenizer_files(trained).items():
+        (folder / name).write_bytes(content)
     eos = trained.tokenizer.eos_id
     write_config(
         folder,
@@ -33,8 +37,6 @@ def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype |
         eos_id=eos,
         bos_id=eos,
     )
-    for name, content in _tokenizer_files(trained).items():
-        (folder / name).write_bytes(content)
 
 
 def _tokenizer_files(trained: TrainedModel) -> dict[str, bytes]:

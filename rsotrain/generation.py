@@ -57,7 +57,8 @@ def _draw(logits: Tensor, config: GenerateConfig, generator: torch.Generator) ->
         return int(logits.argmax())
     if config.top_k is not None and config.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / config.temperature).softmax(0), 1, generator=generator))
+    logits = (logits - logits.max()).double() / config.temperature  # a small one must not overflow
+    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
 
 
 def generate_texts(

@@ -23,7 +23,7 @@ class Reason(str):
 
 
 class StopRequest:
-    """``reason()`` is None until training should stop. A second SIGINT ends the process at once."""
+    """``reason()`` is None until training should stop. A SIGINT after that ends the process at once."""
 
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -50,9 +50,9 @@ class StopRequest:
         return float(reason is not None), float(reason is not None and reason.signalled)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self._signal = self._signal or signal.Signals(number)
+        # an exception would wait for a collective to return, for a checkpoint, for W&B
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:

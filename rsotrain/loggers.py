@@ -5,7 +5,8 @@ Only rank 0 builds loggers. Record keys are metric names (``train/loss``, ``val/
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -27,12 +28,16 @@ class JsonlLogger:
 
     NaN and infinities become null. ``resume_step=n`` keeps the lines of an earlier run up to step n and
     drops what comes after it (and a line torn by a kill), so that the history reads as that of one
-    uninterrupted run; None starts a new file. Raises TypeError for a value that JSON cannot hold and
-    OSError when the file cannot be written.
+    uninterrupted run; None starts a new file. Raises TypeError for a value that JSON cannot hold. Lines that
+    a full disk does not take are lost, which is said once, by ``warn``.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: Path, resume_step: int | None = None, warn: Callable[[str], None] = print
+    ) -> None:
         self.path = path
+        self._warn = warn
+        self._warned = False
         if resume_step is None:
             path.write_text("")
         else:
@@ -40,11 +45,23 @@ class JsonlLogger:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
 
     def log(self, record: Record, step: int) -> None:
-        self._file.write(json.dumps(finite({"step": step, **record}), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(finite({"step": step, **record}), allow_nan=False) + "\n"
+        with self._surviving():
+            self._file.write(line)
+            self._file.flush()
 
     def close(self, summary: Mapping[str, object], exit_code: int) -> None:
-        self._file.close()
+        with self._surviving():
+            self._file.close()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"warning: {self.path.name} cannot be written: {error.strerror or error}")
+            self._warned = True
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -126,7 +143,7 @@ def build_loggers(
     nested dictionary. ``warn`` is called from another thread, too. Raises UserError when ``WANDB_MODE`` in
     the environment is not a mode of W&B.
     """
-    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl", resume_step)]
+    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl", resume_step, warn)]
     mode = resolve_mode(config.wandb_mode) if config.wandb else None
     if mode is not None:
         wandb_logger = WandbLogger(

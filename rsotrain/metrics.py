@@ -3,6 +3,7 @@
 Importing this module does not import torch, so that the command line stays quick.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -15,8 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from rsotrain.allocator import release_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,21 +65,21 @@ def peak_memory_bytes(device: "torch.device | str") -> int:
     return peak_resident_bytes()
 
 
-def reset_peak_memory(device: "torch.device") -> None:
-    """Have ``peak_memory_bytes`` begin anew, with what is in use now.
+def forget_peak_memory(device: "torch.device | str") -> None:
+    """Begin the peak anew, so that a run does not report that of an earlier run of this process.
 
-    The resident set's peak can be reset on Linux only; elsewhere it stays the process's.
+    Nothing happens where the kernel cannot do so.
     """
     import torch
 
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    release_freed_memory()
+    gc.collect()  # an earlier run may lie in cycles
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what it freed is still resident
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM; see proc(5)
 
 
 def peak_resident_bytes() -> int:

@@ -31,7 +31,11 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
     a run's model, and returned. Raises UserError where model, data, tasks or lm-eval are missing.
     """
     trained, device = _open(config, config.precision)
-    seq_len = min(config.seq_len, trained.config.max_position_embeddings)
+    seq_len, longest = config.seq_len, trained.config.max_position_embeddings
+    if seq_len > longest:
+        raise UserError(
+            f"seq_len={seq_len} is longer than the {longest} positions of {trained.path}; give at most these"
+        )
     limit = config.evaluation.max_tokens
     validation = build_validation(
         config.data, trained.tokenizer, seq_len=seq_len, cache_dir=cache_dir, notify=print, max_tokens=limit
@@ -54,9 +58,16 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         result |= evaluate_tasks(trained, config.evaluation, device)
     print_result_table(result)
     if trained.step is not None:
-        with (trained.path.parent.parent / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(finite(result)) + "\n")
+        _record(result, trained.path.parent.parent / "evaluations.jsonl")
     return result
+
+
+def _record(result: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(finite(result)) + "\n")
+    except OSError as error:  # somebody else's run, perhaps; the result is on the screen
+        print(f"warning: {path} cannot be written ({error.strerror})")
 
 
 def generate_mode(config: Config) -> dict[str, Any]:
@@ -89,6 +100,8 @@ def export_mode(config: Config) -> dict[str, Any]:
         raise UserError(f"{trained.path} is no run of ours; give the folder to write with export.path=…")
     if (folder / "config.json").exists() and not config.overwrite:
         raise UserError(f"{folder} holds a model already; overwrite=true replaces it")
+    if (folder / "checkpoints").is_dir():  # its config.json would pass the run off as the exported model
+        raise UserError(f"{folder} is a run; give another folder with export.path=…")
     dtype = config.export.dtype
     try:
         export_huggingface(trained, folder, None if dtype is None else DTYPES[dtype])

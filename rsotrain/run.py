@@ -1,31 +1,34 @@
 """One run from its configuration to its files: what surrounds the training loop."""
 
-import math
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rsotrain import modes
 from rsotrain.benchmark.mode import benchmark_mode
-from rsotrain.checkpoint import KINDS, list_checkpoints, read_checkpoint
-from rsotrain.config import Config, LoadWhat, Mode
+from rsotrain.checkpoint import list_checkpoints
+from rsotrain.config import Config, Mode
 from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.distributed import World, start
-from rsotrain.errors import INTERRUPTED_STATUS, Interrupted, StoppedEarly, TrainingError, UserError
+from rsotrain.errors import (
+    INTERRUPTED_STATUS,
+    Interrupted,
+    StoppedEarly,
+    TrainingError,
+)
 from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.loggers import Loggers, build_loggers
-from rsotrain.metrics import StepTimer, finite, peak_memory_bytes, write_json_atomic
+from rsotrain.metrics import StepTimer, finite, forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
+from rsotrain.resume import Progress, resume
 from rsotrain.run_folder import RunFolder, identity, open_run_folder, plain
 from rsotrain.saving import BackgroundSaver
 from rsotrain.trained_model import save_tokenizer
@@ -117,6 +120,7 @@ class TrainingRun:
         self.folder = folder
         self.display = display
         self.world = world
+        forget_peak_memory(world.device)
         self.data = world.in_turn(
             lambda: build_data(
                 config.data,
@@ -132,11 +136,9 @@ class TrainingRun:
         )
         world.main_together(lambda: save_tokenizer(self.data.tokenizer, folder.path))
         self.trainer = Trainer(config, self.data, world)
-        self.validation: dict[str, float] = {}  # the last evaluation, and its step
-        self.best_loss = math.inf
-        self.record: dict[str, float | int | str] = {}
-        self.earlier_seconds = 0.0  # of earlier starts of this run
-        resumed = self._resume()
+        earlier = resume(self.trainer, folder.checkpoints, display.message)
+        resumed = None if earlier is None else self.trainer.step
+        self.progress = earlier or Progress()
         self.matmul_rate = matmul_flops_per_second(self.trainer.device, COMPUTE_DTYPE[config.precision])
         self.loggers = Loggers([])
         world.main_together(lambda: self._start_loggers(resumed))
@@ -160,7 +162,7 @@ class TrainingRun:
     @property
     def seconds(self) -> float:
         """Wall time of training, evaluation and saving, over all starts."""
-        return self.earlier_seconds + time.monotonic() - self.start
+        return self.progress.seconds + time.monotonic() - self.start
 
     def run(self) -> dict[str, Any]:
         summary: dict[str, Any] = {}
@@ -203,7 +205,7 @@ class TrainingRun:
         """Train to the last step, or to the first request to stop, whose reason is returned."""
         config, trainer = self.config, self.trainer
         self.timer = StepTimer()
-        reason = stop.reason()
+        reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
         while trainer.step < config.steps and reason is None:
             lr = trainer.lr
             result = trainer.train_step(stop.signals)
@@ -219,7 +221,7 @@ class TrainingRun:
             # with several ranks all stop after the same step, whichever of them was asked to
             reason = stop.reason() if self.world.size == 1 else agreed_reason(stop, result.signals)
         if trainer.step == config.steps:
-            if self.validation.get("step") != trainer.step:
+            if self.progress.validation.get("step") != trainer.step:
                 self._evaluate()
             return None
         return reason
@@ -248,14 +250,14 @@ class TrainingRun:
     def _log(self, values: dict[str, float]) -> None:
         trainer = self.trainer
         record = {"step": trainer.step, "tokens": trainer.tokens, "time": self.seconds, **values}
-        self.record |= record
+        self.progress.record |= record
         self.loggers.log(record, trainer.step)
         self.display.update(trainer.step, record)
 
     def _evaluate(self) -> None:
         metrics = self.trainer.evaluate()
-        self.validation = {"step": self.trainer.step, **metrics}
-        self.best_loss = min(self.best_loss, metrics["val/loss"])
+        self.progress.validation = {"step": self.trainer.step, **metrics}
+        self.progress.best_loss = min(self.progress.best_loss, metrics["val/loss"])
         self._log(metrics)
         if self.config.logger.wandb and self.config.evaluation.samples:
             self.loggers.log_table(
@@ -264,7 +266,8 @@ class TrainingRun:
 
     def _save_or_fail(self) -> None:
         """The last checkpoint, and wait for it."""
-        self._begin_save()
+        if self.saver.step != self.trainer.step:  # asked to stop, time is short: once is enough
+            self._begin_save()
         if (failed := self.saver.wait()) is not None:
             step, error = failed
             raise TrainingError(
@@ -281,90 +284,25 @@ class TrainingRun:
     def _begin_save(self) -> None:
         self._warn_of_failed_save()
         state, step = self.trainer.state_dict(), self.trainer.step
-        own = {
-            "seconds": self.seconds,
-            "best_loss": self.best_loss,
-            "validation": self.validation,
-            "record": finite(self.record),
-            "data": self.data.fingerprint,
-        }
-        evaluated = self.validation.get("step") == step
+        evaluated = self.progress.validation.get("step") == step
         self.saver.start(
             step,
             state,
             self.trainer.shards(),
             {
                 **state["trainer"],
-                "run": {k: v for k, v in own.items() if v != math.inf},
-                "score": finite(self.validation["val/loss"]) if evaluated else None,
+                "run": replace(self.progress, seconds=self.seconds).to_json(self.data.fingerprint),
+                "score": finite(self.progress.validation["val/loss"]) if evaluated else None,
             },
         )
 
-    def _resume(self) -> int | None:
-        """Load the newest checkpoint that is whole; its step, or None to start afresh."""
-        own = self.world.from_main(lambda: [str(p) for p in list_checkpoints(self.folder.checkpoints)])
-        for path in map(Path, reversed(own)):
-            found = self._read(path)
-            if found is not None:
-                state, run = found
-                if run["data"] != self.data.fingerprint:
-                    raise UserError(
-                        f"the data or the tokenizer have changed since {path} was written;"
-                        " bring the old files back, choose another run_name, or overwrite=true to start again"
-                    )
-                self._take_up(state, run, path)
-                return self.trainer.step
-        if self.config.checkpoint.path is not None:
-            return self._begin_from(Path(self.config.checkpoint.path).expanduser())
-        return None
-
-    def _read(self, path: Path, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """What ``load_state_dict`` takes, and the run's own record; None, said aloud, if it is damaged."""
-
-        def read() -> tuple[dict[str, Any], dict[str, Any]]:
-            try:
-                return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
-            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-                raise OSError(str(error)) from error
-
-        try:
-            return self.world.together(read)
-        except OSError as error:
-            self.display.message(f"warning: {path.name} cannot be read and is passed over: {error}")
-            return None
-
-    def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path) -> None:
-        self.trainer.load_state_dict(state)
-        self.earlier_seconds, self.validation, self.record = run["seconds"], run["validation"], run["record"]
-        self.best_loss = run.get("best_loss", math.inf)
-        self.display.message(f"resumed from {path}")
-
-    def _begin_from(self, given: Path) -> int | None:
-        """Start from another run's checkpoint, or from its weights alone."""
-        inside = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        candidates = self.world.from_main(lambda: [str(p) for p in list_checkpoints(inside)]) or [str(given)]
-        for path in map(Path, reversed(candidates)):
-            weights_only = self.config.checkpoint.load is LoadWhat.weights
-            found = self._read(path, KINDS[:1] if weights_only else KINDS)
-            if found is None:
-                continue
-            state, run = found
-            if weights_only:
-                self.trainer.load_weights(state["model"])
-                self.display.message(f"begins with the weights of {path}")
-                return None
-            if run["data"] != self.data.fingerprint:
-                raise UserError(
-                    f"checkpoint.path={path} was trained on other data or with another tokenizer;"
-                    " take the weights alone with checkpoint.load=weights"
-                )
-            self._take_up(state, run, path)
-            return self.trainer.step
-        raise UserError(f"checkpoint.path={given} holds no checkpoint that can be read")
-
     def _summary(self) -> dict[str, Any]:
         """The last of each metric, the best validation loss, the median throughput."""
-        summary: dict[str, Any] = {**self.record, **self.validation, "best/val/loss": self.best_loss}
+        summary: dict[str, Any] = {
+            **self.progress.record,
+            **self.progress.validation,
+            "best/val/loss": self.progress.best_loss,
+        }
         median = self.timer.median()
         if median is not None:
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}

@@ -1,7 +1,8 @@
 """Checkpoints written in the background, from a copy, while training goes on."""
 
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from rsotrain.checkpoint import KINDS, Tensors, save_checkpoint
 from rsotrain.distributed import World
 from rsotrain.sharding import Shard
 
+# For a checkpoint that is being written when training fails on one of several ranks.
+_LAST_SECONDS = 20.0
+
 
 class BackgroundSaver:
     """One checkpoint at a time. All ranks call its methods together, with their pieces.
@@ -21,8 +25,12 @@ class BackgroundSaver:
 
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: tuple[int, Future[Path]] | None = None
+        self._running: tuple[int, futures.Future[Path]] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Of what was begun and not waited for."""
+        return None if self._running is None else self._running[0]
 
     def start(
         self, step: int, tensors: Mapping[str, Tensors], shards: Mapping[str, Shard], record: dict[str, Any]
@@ -30,18 +38,36 @@ class BackgroundSaver:
         """Begin to write; what was begun before must have been waited for."""
         assert self._running is None
         staged = {kind: {name: _copied(t) for name, t in tensors[kind].items()} for kind in KINDS}
-        self._running = step, self._executor.submit(self._write, step, staged, shards, record)
+        future: futures.Future[Path] = futures.Future()
+        # a daemon: it may wait for a rank that never answers, and must not keep the process from ending
+        thread = threading.Thread(
+            target=self._write,
+            args=(future, step, staged, shards, record),
+            name="checkpoint",
+            daemon=True,
+        )
+        thread.start()
+        self._running = step, future
 
     def _write(
-        self, step: int, tensors: Mapping[str, Tensors], shards: Mapping[str, Shard], record: dict[str, Any]
-    ) -> Path:
+        self,
+        future: futures.Future[Path],
+        step: int,
+        tensors: Mapping[str, Tensors],
+        shards: Mapping[str, Shard],
+        record: dict[str, Any],
+    ) -> None:
         try:
             with self.world.reporting_losses():
-                return save_checkpoint(
+                written = save_checkpoint(
                     self.folder, step, tensors, record, keep=self.keep, shards=shards, world=self.world
                 )
         except SafetensorError as error:  # its word for a full disk
-            raise OSError(str(error)) from error
+            future.set_exception(OSError(str(error)))
+        except BaseException as error:  # for ``wait`` to raise
+            future.set_exception(error)
+        else:
+            future.set_result(written)
 
     def wait(self) -> tuple[int, OSError] | None:
         """Until all is written; the step and the error of a checkpoint that could not be.
@@ -51,6 +77,11 @@ class BackgroundSaver:
         if self._running is None:
             return None
         (step, future), self._running = self._running, None
+        # asking again and again: writing may take long, but a rank that does not answer is lost
+        while True:
+            futures.wait([future], timeout=1.0)
+            if self.world.sum([not future.done()]) == [0.0]:
+                break
         try:
             future.result()
         except OSError as error:
@@ -58,8 +89,10 @@ class BackgroundSaver:
         return None
 
     def close(self) -> None:
-        """Let what runs end, whatever comes of it."""
-        self._executor.shutdown()
+        """Let what runs end, whatever comes of it; with several ranks not for long: one may be lost."""
+        if self._running is not None:
+            timeout = None if self.world.size == 1 else _LAST_SECONDS
+            futures.wait([self._running[1]], timeout)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,28 +5,36 @@
 """
 
 import argparse
-import math
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from rsotrain.errors import UserError
-from rsotrain.overrides import did_you_mean, known_keys
+from rsotrain.overrides import did_you_mean, flatten, known_keys
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
+_PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it
 ARGUMENTS = "${args_no_hyphens}"  # in a sweep's command: its parameters as key=value
+METHODS = ("grid", "random", "bayes")
+SWEEP_KEYS = (
+    "command", "controller", "description", "early_terminate", "entity", "metric", "method", "name",
+    "parameters", "program", "project", "run_cap",
+)  # fmt: skip
 
 
 def read_list(path: Path) -> list[list[str]]:
     """The configurations of a list: overrides in a line each, or a YAML list of such lines or of mappings.
 
-    Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty or
-    sets a key that does not exist.
+    Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty, sets a
+    key that does not exist, or several values of one.
     """
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
@@ -36,13 +44,10 @@ def read_list(path: Path) -> list[list[str]]:
         configurations = [_item(path, number, item) for number, item in enumerate(content)]
     else:
         configurations = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                overrides = shlex.split(line, comments=True)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
-            if overrides:
-                configurations.append(overrides)
+        lines = enumerate(text.splitlines(), start=1)
+        configurations = [
+            overrides for number, line in lines if (overrides := _split(f"{path}, line {number}", line))
+        ]
     if not configurations:
         raise UserError(
             f"{path} holds no configuration; write overrides such as optimizer=galore seed=1 in it"
@@ -53,6 +58,8 @@ def read_list(path: Path) -> list[list[str]]:
             if match is None:
                 raise UserError(f"{path}: {override!r} is not of the form key=value")
             _check_key(path, match["key"])
+            if _is_sweep(override):
+                raise UserError(f"{path}: {override} is several runs; write a configuration for each")
     return configurations
 
 
@@ -70,9 +77,17 @@ def configuration(path: Path, index: int) -> list[str]:
 def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
     """The number of runs of a W&B sweep file; None if it has no end.
 
-    Raises UserError for a parameter that is no key, a value list that is empty and a command that does not
-    hand the parameters on.
+    Raises UserError for a key that W&B or rsotrain does not know, a method that is none, a parameter without
+    values and a command that does not hand the parameters on.
     """
+    for key in sweep:
+        if key not in SWEEP_KEYS:
+            raise UserError(f"{path}: a sweep has no key {key}{did_you_mean(str(key), SWEEP_KEYS)}")
+    if sweep.get("method") not in METHODS:
+        raise UserError(f"{path}: method must be {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+    cap = sweep.get("run_cap")
+    if cap is not None and (not isinstance(cap, int) or cap < 1):
+        raise UserError(f"{path}: run_cap must be a number of runs")
     parameters = sweep.get("parameters")
     if not isinstance(parameters, Mapping) or not parameters:
         raise UserError(f"{path} has no parameters to sweep over")
@@ -82,15 +97,23 @@ def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
     number = 1
     for key, parameter in parameters.items():
         _check_key(path, str(key))
-        if not isinstance(parameter, Mapping):
+        if not isinstance(parameter, Mapping) or not (
+            {"value", "values", "distribution"} & parameter.keys() or {"min", "max"} <= parameter.keys()
+        ):
             raise UserError(f"{path}: parameter {key} must have value, values or min and max")
         if "values" in parameter:
-            if not parameter["values"]:
-                raise UserError(f"{path}: parameter {key} has no values")
+            if not isinstance(parameter["values"], list) or not parameter["values"]:
+                raise UserError(f"{path}: parameter {key} has no values; list them as values: [a, b]")
             number *= len(parameter["values"])
-    if sweep.get("method") == "grid":
-        return min(number, sweep.get("run_cap") or number)
-    return sweep.get("run_cap")
+    return min(number, cap or number) if sweep["method"] == "grid" else cap
+
+
+def _is_sweep(override: str) -> bool:
+    """a=1,2 and the like; what Hydra cannot read it says itself when the run starts."""
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
 
 
 def _check_key(path: Path, key: str) -> None:
@@ -99,12 +122,26 @@ def _check_key(path: Path, key: str) -> None:
         raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
 
 
+def _split(place: str, line: str) -> list[str]:
+    """Words up to a comment, which begins a word: shlex's own would begin in the middle of one."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        return list(takewhile(lambda word: not word.startswith("#"), words))
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
 def _item(path: Path, number: int, item: object) -> list[str]:
+    place = f"{path}, item {number}"
+    overrides: list[str] = []
     if isinstance(item, str):
-        return shlex.split(item)
-    if isinstance(item, Mapping):
-        return [f"{key}={_value(value)}" for key, value in item.items()]
-    raise UserError(f"{path}, item {number}: write key: value pairs, or one string of key=value")
+        overrides = _split(place, item)
+    elif isinstance(item, Mapping):
+        overrides = [f"{key}={_value(value)}" for key, value in flatten(item)]
+    if not overrides:
+        raise UserError(f"{place}: write key: value pairs, or one string of key=value")
+    return overrides
 
 
 def _value(value: object) -> str:
@@ -115,10 +152,9 @@ def _value(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(_value(item) for item in value)}]"
-    if isinstance(value, str) and re.search(r"[\s,=\[\]{}()'\"]", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in ("null", "true", "false")):
+        # Hydra takes a backslash literally unless a quote, or the end, follows.
+        return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'") + "'"
     return str(value)
 
 

@@ -87,6 +87,15 @@ def share_of_batch(batch_size: int, world: World) -> range:
     return range(world.rank * own, (world.rank + 1) * own)
 
 
+def reached_positions(targets: torch.Tensor) -> torch.Tensor | None:
+    """Which positions (batch, seq_len) the loss depends on, those up to the last target; None: all.
+
+    Attention looks back only, so nothing behind a sequence's last target, such as padding, has a gradient.
+    """
+    last = (targets != IGNORE_INDEX).flip(1).cumsum(1).flip(1)
+    return None if bool((last > 0).all()) else last > 0
+
+
 class Trainer:
     """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
 
@@ -194,9 +203,12 @@ class Trainer:
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed loss of one micro-batch of the step, on the device."""
+        reached = reached_positions(targets)
+        if reached is not None:
+            reached = reached.to(self.device, non_blocking=True)
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        with self.optimizer.observing():
+        with self.optimizer.observing(reached):
             if self.saved_activations_bytes is not None:
                 return self.model(inputs, targets)
             with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
@@ -210,7 +222,7 @@ class Trainer:
         The norm is fp32, and that before they are scaled down.
         """
         gradients = self.optimizer.gradients()
-        pieces: Sequence[torch.Tensor] = gradients
+        pieces = gradients
         if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
             pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
         norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)

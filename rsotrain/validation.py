@@ -8,6 +8,7 @@ from rsotrain.config import (
     Config,
     LoadWhat,
     LRSchedulerConfig,
+    Mode,
     ModelConfig,
     OptimizerConfig,
     Strategy,
@@ -34,12 +35,11 @@ def validate(config: Config) -> None:
     validate_model(config.model)
     longest = config.model.max_position_embeddings
     require(
-        config.seq_len <= longest,
+        config.seq_len <= longest or config.mode is not Mode.train,  # the others have another model
         f"seq_len={config.seq_len} is longer than model.max_position_embeddings={longest};"
         " shorten the sequences or raise the model's maximum",
     )
     _validate_optimizer(config.optimizer)
-    _validate_subspace(config)
     _validate_lr_scheduler(config.lr_scheduler, config.steps)
     validate_data(config)
     validate_tokenizer(config.tokenizer, config.model)
@@ -128,6 +128,7 @@ _OWN_RANGES = {
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+    """Ranks too large, and which samplers an optimizer takes, are for ``optim/build.py`` to refuse."""
     require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr} must not be negative")
     require(optimizer.scale >= 0, f"optimizer.scale={optimizer.scale} must not be negative")
     positive(optimizer, "optimizer.", "eps")
@@ -146,20 +147,8 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
             value is None or low <= value <= high,
             f"optimizer.{key}={value} must lie between {low} and {high}",
         )
-
-
-def _validate_subspace(config: Config) -> None:
-    """The rank; which samplers an optimizer takes is for ``optim/build.py`` to say."""
-    optimizer, model = config.optimizer, config.model
-    if not isinstance(optimizer, SubspaceConfig):
-        return
-    positive(optimizer, "optimizer.", "rank", "update_proj_gap")
-    smallest = min(model.hidden_size, model.intermediate_size, model.kv_size)
-    require(
-        optimizer.rank <= smallest,
-        f"optimizer.rank={optimizer.rank} is larger than the smallest dimension ({smallest}) of a block's"
-        " matrices; give a smaller rank, or a fraction such as optimizer.rank=0.25",
-    )
+    if isinstance(optimizer, SubspaceConfig):
+        positive(optimizer, "optimizer.", "rank", "update_proj_gap")
 
 
 def _validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:

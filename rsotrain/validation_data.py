@@ -7,6 +7,7 @@ from pathlib import Path
 from rsotrain.config import (
     C4DataConfig,
     Config,
+    DataConfig,
     FilesDataConfig,
     HubDataConfig,
     HuggingFaceTokenizerConfig,
@@ -36,6 +37,11 @@ def validate_data(config: Config) -> None:
     data = config.data
     positive(data, "data.", "lanes", "shuffle_buffer", "workers")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows={data.max_bad_rows} must not be negative")
+    for name in ("lanes", "shuffle_buffer"):
+        require(
+            data.streaming or getattr(data, name) == getattr(DataConfig, name),
+            f"data.{name}={getattr(data, name)} is for data.streaming=true; leave it out",
+        )
     require(
         not (data.document_mask and data.packing is Packing.padded),
         "data.document_mask has no effect with data.packing=padded, where a sequence is one document;"
@@ -99,12 +105,12 @@ def _validate_instructions(data: InstructionsDataConfig) -> None:
         "data=instructions is tokenised into the cache; leave data.streaming out",
     )
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(data.prompt_template)]
+        fields = [field[1:] for field in string.Formatter().parse(data.prompt_template)]
     except ValueError as error:
         raise UserError(f"data.prompt_template is no template ({error}); write fields as {{name}}") from error
     require(
-        all(name is None or name.isidentifier() for name in fields),
-        "data.prompt_template takes fields by name, as {instruction}",
+        all(name is None or (name.isidentifier() and not form and not kind) for name, form, kind in fields),
+        "data.prompt_template takes fields by name and as they are, as {instruction}; a brace itself is {{",
     )
 
 
@@ -118,6 +124,11 @@ def validate_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
             f"tokenizer.path={path} is not a {'file' if is_file else 'folder'}",
         )
     if isinstance(tokenizer, TrainedTokenizerConfig):
+        require(
+            model.init_from is None,
+            "tokenizer=trained is trained on this data, and the weights of model.init_from know other pieces;"
+            " give theirs with tokenizer=huggingface 'tokenizer.path=${model.init_from}'",
+        )
         require(
             tokenizer.vocab_size >= 300,
             f"tokenizer.vocab_size={tokenizer.vocab_size} is too small; byte fallback alone takes 259 pieces",

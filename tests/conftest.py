@@ -16,7 +16,7 @@ os.environ.pop("WANDB_API_KEY", None)
 import pytest
 import torch
 
-pytest_plugins = ["wandb_harness"]  # its fixtures
+pytest_plugins = ["wandb_harness", "report_harness"]  # their fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,12 +30,20 @@ def test_round_trip_keeps_dtype_and_bits(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
-    (tmp_path / ".partial-step_00000001").mkdir(parents=True)
+    (tmp_path / ".partial-step_00000007").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 7])
+def test_as_many_are_kept_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep=keep)
+        kept = [int(p.name[5:]) for p in list_checkpoints(tmp_path)]
+        assert kept == list(range(1, step + 1))[-keep:]
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -45,7 +53,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
         assert kept == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6], 7: [5, 7]}[step]
 
 
-@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "no checksums"])
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "too many", "no checksums"])
 def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     file = path / "optimizer.safetensors"
@@ -55,6 +63,9 @@ def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     elif kind == "truncated":
         file.write_bytes(content[:-4])
+    elif kind == "too many":
+        (path / "model").mkdir()
+        (path / "model/shard.safetensors").write_bytes(content)
     else:
         (file if kind == "missing" else path / "checksums.json").unlink()
     with pytest.raises(OSError if kind in ("missing", "no checksums") else DamagedError):
@@ -78,14 +89,16 @@ def test_a_failure_while_writing_leaves_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
+    (tmp_path / ".partial-step_00000009").mkdir()  # of a process that was killed
 
-    def full_disk(*_: object) -> None:
+    def full_disk(tensors: object, file: Path) -> None:
+        file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]  # and nothing takes room
     monkeypatch.undo()
     save(tmp_path, 2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, Cli
 
+from rsotrain.cli import print_comparison
 from rsotrain.overrides import did_you_mean, known_keys, normalise
 
 
@@ -62,7 +63,7 @@ MISTAKES = [
     (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers, the first in [0, 1)"),
     (["seq_len=2048"], "seq_len=2048 is longer than model.max_position_embeddings=1024"),
     (["batch_size=16", "micro_batch_size=3"], "batch_size=16 is not divisible by micro_batch_size=3"),
-    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the smallest dimension (128)"),
+    (["optimizer=galore", "optimizer.rank=900"], "rank=900 is larger than the projected dimension (128)"),
     (["optimizer=galore", "sampler=none"], "optimizer=galore needs a sampler"),
     (["optimizer=adam", "sampler=svd"], "optimizer=adam has no subspace"),
     (["data=files"], "data.path has no value; give it with data.path="),
@@ -183,6 +184,16 @@ def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path
         (line,) = (line for line in table.splitlines() if f"│ {name} " in line)
         assert f"{sum(losses) / 2:.4f} ± " in line
         assert "2 runs" in line
+
+
+def test_a_comparison_that_cannot_be_drawn_costs_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    print_comparison([{"status": 0, "folder": tmp_path}, {"status": 2}])
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"rsotrain: {tmp_path}/config.yaml cannot be read")
+    assert captured.out == ""
 
 
 def test_submitit_members_hand_back_their_status(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:

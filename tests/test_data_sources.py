@@ -21,7 +21,7 @@ from rsotrain.config import (
     SyntheticDataConfig,
 )
 from rsotrain.data.documents import Corpus, Document, sample_texts
-from rsotrain.data.readers import FileShard
+from rsotrain.data.readers import BadRow, FileShard
 from rsotrain.data.sources import open_corpora
 from rsotrain.errors import UserError
 
@@ -134,6 +134,21 @@ def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
         assert train_texts(data, tmp_path) == expected
 
 
+def test_a_folder_without_what_is_hidden_in_it_and_not_of_two_kinds(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / ".cache").mkdir(parents=True)
+    for name in ("a.jsonl", ".b.jsonl", ".cache/c.jsonl"):
+        (folder / name).write_bytes(json_lines([name]))
+    data = FilesDataConfig("files", path=str(folder), validation_path=str(folder))
+    assert train_texts(data, tmp_path) == ["a.jsonl"]
+    (folder / "README.md").write_text("no document")
+    with pytest.raises(UserError, match=r"data.path=.* holds text \(README.md\) beside JSON .* a glob"):
+        train_texts(data, tmp_path)
+    data = FilesDataConfig("files", path="", validation_path=str(folder))
+    with pytest.raises(UserError, match=r"data.path is empty"):  # not the present folder
+        train_texts(data, tmp_path)
+
+
 def test_c4_from_files_and_through_datasets_are_the_same(tmp_path: Path) -> None:
     folder = write_c4(tmp_path / "c4")
     files = C4DataConfig(
@@ -150,6 +165,17 @@ def test_c4_from_files_and_through_datasets_are_the_same(tmp_path: Path) -> None
     assert len(train.shards) == 3  # each rank opens only the files of its lanes
     rows = [(n, row["text"]) for n, row in train.shards[1].rows(first=97, step=2)]
     assert rows == [(97, TEXTS[197]), (99, TEXTS[199])]
+
+
+def test_a_folder_read_as_from_the_hub_is_told_from_what_it_was(tmp_path: Path) -> None:
+    folder = write_c4(tmp_path / "c4")
+    hub = HubDataConfig(name=str(folder), config="en")
+    before = [corpus.fingerprint for corpus in open_corpora(hub, tmp_path)]
+    assert [corpus.fingerprint for corpus in open_corpora(hub, tmp_path)] == before
+    shard = folder / "en/c4-validation.00000-of-00001.json.gz"
+    shard.write_bytes(gzip.compress(json_lines(TEXTS[599:])))
+    for corpus, old in zip(open_corpora(hub, tmp_path), before, strict=True):
+        assert corpus.fingerprint != old
 
 
 def test_a_hub_without_a_connection_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +232,21 @@ def test_bad_rows_are_named_and_skipped_up_to_the_limit(tmp_path: Path) -> None:
         UserError, match=r"line 12 is not UTF-8.*; data.max_bad_rows=1 allows no more bad rows"
     ):
         texts(corpus(1))
+
+
+def test_a_table_with_strings_that_are_not_utf8_names_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    text = pa.array([*(text.encode() for text in TEXTS[:500]), b"\xff", b"last"]).view(pa.string())
+    pq.write_table(pa.table({"text": text}), path)
+    rows = FileShard(path, ("text",)).rows(first=1, step=100)
+    assert [row["text"] for _, row in rows] == [*TEXTS[1:500:100], "last"]
+    numbers = [number for number, row in FileShard(path, ("text",)).rows() if isinstance(row, BadRow)]
+    assert numbers == [500]
+    data = FilesDataConfig("files", path=str(path), validation_path=str(path), max_bad_rows=1)
+    assert train_texts(data, tmp_path) == [*TEXTS[:500], "last"]
+    data.max_bad_rows = 0
+    with pytest.raises(UserError, match=r"a.parquet: row 501 is not UTF-8"):
+        train_texts(data, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.json.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "a.arrow"])

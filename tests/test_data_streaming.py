@@ -1,6 +1,8 @@
 """Streamed sequences: those of the cache, the same for any number of ranks and workers, resumed exactly."""
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rsotrain.config import (
 )
 from rsotrain.data.build import Data, build_data
 from rsotrain.data.build_tokenizer import build_tokenizer
+from rsotrain.data.documents import Corpus
 from rsotrain.data.lanes import Lane, Mark, lane_units
 from rsotrain.data.sources import open_corpora
 from rsotrain.data.streaming import StreamedSequences
@@ -27,6 +30,10 @@ from rsotrain.errors import UserError
 
 Files = tuple[Path, Path]
 SEQ_LEN, BATCH = 16, 8
+
+
+def ignore(_: str) -> None:
+    """What is amiss."""
 
 
 def settings(corpus: Files, **keywords: Any) -> FilesDataConfig:
@@ -42,6 +49,12 @@ def build(data: DataConfig, cache_dir: Path, **keywords: Any) -> Data:
         notify=lambda _: None,
         batch_size=BATCH,
         **keywords,
+    )
+
+
+def streamed(corpus: Corpus, tokenizer: Tokenizer, data: DataConfig) -> StreamedSequences:
+    return StreamedSequences(
+        corpus, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, notify=ignore
     )
 
 
@@ -90,10 +103,10 @@ def test_a_lane_goes_on_from_every_mark(
     # blocks of 7 documents: resuming in the middle of a block, of a document and of an epoch (300 documents)
     data = settings(corpus, packing=packing, shuffle=shuffle, shuffle_buffer=7)
     one = lane(data, tokenizer, cache_dir, number=1, lanes=3)
-    windows, marks = take(one.windows(Mark()), 2000 if packing is Packing.packed else 250)
+    windows, marks = take(one.windows(Mark(), ignore), 2000 if packing is Packing.packed else 250)
     assert marks[-1].epoch >= 1
     for i in (0, 1, 5, 33, 98, 99, 100, 101, len(marks) - 4):
-        again, marks_again = take(one.windows(Mark(*json.loads(json.dumps(marks[i])))), 3)
+        again, marks_again = take(one.windows(Mark(*json.loads(json.dumps(marks[i]))), ignore), 3)
         assert np.array_equal(again, windows[i + 1 : i + 4])
         assert marks_again == marks[i + 1 : i + 4]
 
@@ -107,7 +120,7 @@ def test_lanes_share_the_documents_and_an_epoch_has_each_once(
     for lanes in (1, 4, 7):
         seen = []
         for number in range(lanes):
-            windows = lane(data, tokenizer, cache_dir, number, lanes).windows(Mark())
+            windows = lane(data, tokenizer, cache_dir, number, lanes).windows(Mark(), ignore)
             for window, mark in windows:
                 seen.append(tuple(window[1:].tolist()))
                 if len(seen) == len(texts) * (number + 1) // lanes or mark.epoch:
@@ -171,6 +184,27 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
         data.train.close()
 
 
+@pytest.mark.parametrize("changes", [{"lanes": 4}, {"shuffle_buffer": 7}, {"packing": Packing.padded}, {}])
+def test_a_state_of_another_order_is_no_place_to_go_on_from(
+    changes: dict[str, Any], corpus: Files, cache_dir: Path
+) -> None:
+    data = settings(corpus, streaming=True)
+    first = build(data, cache_dir)
+    steps(first, range(3))
+    state = first.train.state_dict()
+    first.train.close()
+    seed = 0 if changes else 1
+    for each in ({"streaming": True}, {"streaming": False}):
+        other = settings(corpus, **each, **changes)
+        whole, late = build(other, cache_dir, seed=seed), build(other, cache_dir, seed=seed)
+        late.train.load_state_dict(json.loads(json.dumps(state)))
+        expected = steps(whole, range(5), seed=seed)[3:]
+        for batch, right in zip(steps(late, range(3, 5), seed=seed), expected, strict=True):
+            assert torch.equal(batch, right)
+        whole.train.close()
+        late.train.close()
+
+
 def test_c4_shards_stream_alike_from_files_and_through_datasets_and_resume_inside_one(
     tmp_path: Path, cache_dir: Path, tokenizer: Tokenizer
 ) -> None:
@@ -183,7 +217,9 @@ def test_c4_shards_stream_alike_from_files_and_through_datasets_and_resume_insid
     def stream(data: DataConfig) -> StreamedSequences:
         data.streaming, data.shuffle_buffer = True, 30
         train, _ = open_corpora(data, cache_dir)
-        return StreamedSequences(train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0)
+        return StreamedSequences(
+            train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, notify=ignore
+        )
 
     streams = [stream(data) for data in sources]
     for step in range(6):
@@ -214,10 +250,31 @@ def test_errors_of_a_worker_arrive_as_one_sentence(
     bad.write_bytes(corpus[0].read_bytes() + b"{not json\n")
     data = settings((bad, corpus[1]), streaming=True, shuffle_buffer=1000, lanes=2)
     train, _ = open_corpora(data, cache_dir)
-    stream = StreamedSequences(train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0)
+    stream = StreamedSequences(
+        train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, notify=ignore
+    )
     with pytest.raises(UserError, match=r"bad.jsonl: line 301 is not valid JSON") as caught:
         stream.batch(np.arange(BATCH))
     assert "\n" not in str(caught.value)
+
+
+def test_skipped_rows_of_a_worker_are_named(
+    corpus: Files, cache_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b"{not json\n" + corpus[0].read_bytes())
+    data = settings((bad, corpus[1]), streaming=True, lanes=1, max_bad_rows=1)
+    train, _ = open_corpora(data, cache_dir)
+    notes: list[str] = []
+    stream = StreamedSequences(
+        train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, notify=notes.append
+    )
+    stream.batch(np.arange(BATCH))
+    stream.close()
+    (note,) = notes
+    assert note.startswith("warning: ")
+    assert "bad.jsonl: line 1 is not valid JSON" in note
+    assert note.endswith("skipped")
 
 
 def test_a_lane_without_a_whole_sequence_is_refused(
@@ -225,6 +282,34 @@ def test_a_lane_without_a_whole_sequence_is_refused(
 ) -> None:
     data = settings((corpus[1], corpus[1]), streaming=True)
     train, _ = open_corpora(data, cache_dir)
-    stream = StreamedSequences(train, tokenizer, data, seq_len=1000, batch_size=BATCH, seed=0)
+    stream = StreamedSequences(train, tokenizer, data, seq_len=1000, batch_size=BATCH, seed=0, notify=ignore)
     with pytest.raises(UserError, match=r"lane 0 of 8 has less than one sequence of seq_len=1000; lower"):
         stream.batch(np.arange(BATCH))
+
+
+def test_no_background_process_outlives_its_stream(
+    corpus: Files, cache_dir: Path, tokenizer: Tokenizer
+) -> None:
+    """They ignore the signals with which a process that ends would end its children, and then waits."""
+    train, _ = open_corpora(settings(corpus, streaming=True), cache_dir)
+    others = set(multiprocessing.active_children())
+
+    def started() -> tuple[StreamedSequences, multiprocessing.process.BaseProcess]:
+        data = settings(corpus, streaming=True, workers=1)
+        stream = StreamedSequences(
+            train, tokenizer, data, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, notify=ignore
+        )
+        stream.batch(np.arange(BATCH))
+        (process,) = set(multiprocessing.active_children()) - others
+        process.terminate()
+        return stream, process
+
+    def ends(process: multiprocessing.process.BaseProcess) -> bool:
+        process.join(20)
+        return process.exitcode is not None
+
+    stream, process = started()
+    time.sleep(0.1)
+    assert process.is_alive()
+    del stream  # nobody closes it
+    assert ends(process)

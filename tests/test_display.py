@@ -53,6 +53,17 @@ TRAIN = {
 VALIDATION = {"val/loss": 5.5, "val/perplexity": 244.69, "val/bits_per_byte": 1.75}
 
 
+def test_a_full_disk_costs_the_log_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_path = tmp_path / "train.log"
+    log_path.symlink_to("/dev/full")
+    shown = Display(live=False, total_steps=1000, log_path=log_path)
+    shown.message("one")
+    shown.close()
+    assert capsys.readouterr().out == "one\n"
+
+
 def test_plain_lines_align_and_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     log_path = tmp_path / "train.log"

@@ -19,6 +19,7 @@ import torch
 from test_trainer import compose
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from rsotrain import checkpoint, saving
 from rsotrain.checkpoint import list_checkpoints, load_checkpoint, load_tensors
 from rsotrain.config import Config
 from rsotrain.distributed import World
@@ -105,6 +106,17 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             UserError,
             config("a", "optimizer=adam", f"checkpoint.path={folder / 'straight'}"),
         ),
+        # on two ranks a piece of its weights has the shape of the whole there
+        "larger model": partial(
+            expecting,
+            UserError,
+            config(
+                "l",
+                "model.intermediate_size=352",
+                f"checkpoint.path={folder / 'straight'}",
+                "checkpoint.load=weights",
+            ),
+        ),
         "weights": lambda world: train(
             config(
                 "w",
@@ -115,6 +127,9 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             )
         ),
         "continued": lambda world: train(config("c", f"checkpoint.path={folder / 'straight'}", "steps=9")),
+        "fewer steps": partial(
+            expecting, UserError, config("s", f"checkpoint.path={folder / 'straight'}", "steps=7")
+        ),
         "full disk": partial(full_disk, config("f")),
         "other settings": partial(expecting, UserError, config("f", "optimizer.lr=0.5", "overwrite=false")),
         "not finite": partial(
@@ -209,8 +224,18 @@ def test_the_state_of_another_optimizer_is_refused_but_its_weights_may_be_taken(
     last = [json.loads(line) for line in (folder / "straight/metrics.jsonl").read_text().splitlines()]
     assert first["step"] == 1
     assert first["train/loss"] < 0.9 * last[0]["train/loss"]
+    for sentence in ranks.succeeded(results["two"]["fewer steps"]):
+        assert "step_00000008 is of step 8, but steps=7" in sentence
     (summary, _) = ranks.succeeded(results["two"]["continued"])
     assert summary["step"] == 9
+
+
+def test_weights_of_another_shape_are_refused_where_the_whole_is_as_large_as_a_piece(
+    shared: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = shared
+    for sentence in ranks.succeeded(results["two"]["larger model"]):
+        assert "the checkpoint is of another model: model.layers.0.mlp.down_proj.weight" in sentence
 
 
 def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[str, Any]]) -> None:
@@ -220,6 +245,30 @@ def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[s
     names = [p.name for p in list_checkpoints(folder / "f/checkpoints")]
     assert names == ["step_00000002", "step_00000006", "step_00000008"]
     assert not list((folder / "f/checkpoints").glob(".partial*"))
+
+
+def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def save_checkpoint(folder: Path, step: int, *arguments: Any, **settings: Any) -> Path:
+        written.append(step)
+        return checkpoint.save_checkpoint(folder, step, *arguments, **settings)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
+    config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
+    assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
+    assert written == [2, 4]
+
+
+def test_where_no_checkpoint_can_be_read_none_is_replaced(tiny: list[str], tmp_path: Path) -> None:
+    config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
+    assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
+    for path in list_checkpoints(tmp_path / "r/checkpoints"):
+        (path / "checksums.json").unlink()
+    assert "no checkpoint in" in expecting(UserError, config, World(torch.device("cpu")))
+    assert len(list_checkpoints(tmp_path / "r/checkpoints")) == 2
 
 
 def test_what_rank_0_refuses_all_refuse(shared: tuple[Path, dict[str, Any]]) -> None:

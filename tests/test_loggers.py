@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,26 @@ if len(sys.argv) > 1:
     assert peak_memory_bytes("cpu") >= before  # this process has torch loaded, too
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps the peak")
+def test_a_run_forgets_the_peak_of_the_one_before() -> None:
+    code = """
+from rsotrain.allocator import keep_freed_memory
+from rsotrain.metrics import forget_peak_memory, peak_memory_bytes
+import torch
+keep_freed_memory()
+before = peak_memory_bytes("cpu")
+pieces = [torch.ones(2**18) for _ in range(200)]
+large = peak_memory_bytes("cpu")
+del pieces
+forget_peak_memory("cpu")
+print(large - before, peak_memory_bytes("cpu") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    large, small = map(int, done.stdout.split())
+    assert large > 190 * 2**20
+    assert small < 30 * 2**20
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_json_atomic(path, {"val/loss": math.nan, "nested": {"a": [math.inf, 1.5, True]}, "n": None})
@@ -135,6 +156,17 @@ def test_jsonl_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n')
     JsonlLogger(path).close({}, 0)
     assert path.read_text() == ""
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    said: list[str] = []
+    logger = JsonlLogger(path, warn=said.append)
+    for step in (1, 2):
+        logger.log({"train/loss": 1.0}, step)
+    logger.close({}, 0)
+    assert said == ["warning: metrics.jsonl cannot be written: No space left on device"]
 
 
 def test_all_loggers_are_closed_even_when_one_fails(tmp_path: Path) -> None:

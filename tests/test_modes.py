@@ -50,6 +50,13 @@ def test_a_run_is_evaluated_exported_and_continued(
     with pytest.raises(UserError, match="overwrite=true replaces it"):
         here("mode=export")
     here("mode=evaluate", "checkpoint.path=outputs/r/export")
+    with pytest.raises(UserError, match=r"outputs/r is a run; give another folder"):
+        here("mode=export", "export.path=outputs/r")
+    with pytest.raises(UserError, match=r"seq_len=300 is longer than the 256 positions of outputs/r/"):
+        here("mode=evaluate", "seq_len=300")
+    config["max_position_embeddings"] = 1 << 12  # more than the model of the command line has
+    (run / "export/config.json").write_text(json.dumps(config))
+    assert here("mode=evaluate", "checkpoint.path=outputs/r/export", "seq_len=300")["seq_len"] == 300
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert len(lines) == 3  # a foreign folder is not written to
     for line in lines:
@@ -80,11 +87,15 @@ def test_a_run_is_evaluated_exported_and_continued(
         (["export.path=x"], "are for mode=export"),
         (["model=pretrained"], "model.init_from has no value"),
         (["model=pretrained", "model.init_from=nowhere"], "config.json cannot be read"),
+        (["model.init_from=somewhere"], "tokenizer=trained is trained on this data"),
         (["data.packing=padded", "data.document_mask=true"], "data.document_mask has no effect"),
         (["model.vocab_size=320", "model.pad_vocab_to_multiple_of=64"], "leave one of them out"),
         (["data=c4", "data.path=x"], "give both data.path and data.validation_path"),
         (["data=instructions", "data.packing=packed"], "needs data.packing=padded"),
+        (["data=instructions", "data.prompt_template='{a:d}'"], "takes fields by name and as they are"),
+        (["data=instructions", "data.prompt_template='{a!x}'"], "takes fields by name and as they are"),
         (["tokenizer=sentencepiece", "tokenizer.path=nowhere"], "tokenizer.path=nowhere is not a file"),
+        (["data.lanes=2"], "data.lanes=2 is for data.streaming=true; leave it out"),
         (["data.sample_by=line"], "data.sample_by=line is for text files"),
         (["data.validation_fraction=0.1"], "either data.validation_path=… or data.validation_fraction"),
     ],
@@ -161,6 +172,13 @@ def test_every_optimizer_fine_tunes_on_responses(
     assert trainer.evaluate()["val/loss"] != before
 
 
+def test_a_fraction_that_holds_nothing_out_is_named(base: Path, tmp_path: Path, cache_dir: Path) -> None:
+    path = instructions(tmp_path / "a.jsonl", 3)
+    config = compose(["experiment=finetune_sft", f"model.init_from={base}", f"data.path={path}"])
+    with pytest.raises(UserError, match=r"data.validation_fraction=0.02 leaves no document of"):
+        load_data(config, cache_dir)
+
+
 def test_prompts_that_fill_a_sequence_are_left_out(base: Path, tmp_path: Path, cache_dir: Path) -> None:
     overrides = ["experiment=finetune_sft", f"model.init_from={base}", "seq_len=16"]
     path = instructions(tmp_path / "a.jsonl")
@@ -176,7 +194,7 @@ class Echo(torch.nn.Module):
         return 50.0 * torch.nn.functional.one_hot((tokens + 1) % 12, 12).float()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1e-50, 0.5])
 def test_generation_stops_at_eos_and_rows_do_not_mix(temperature: float) -> None:
     config = GenerateConfig(temperature=temperature, max_new_tokens=4, top_k=3)
 

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out: the same tensors bit by bit, the same logits, a sentence otherwise."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,11 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
         ({"head_dim": 24}, "has head_dim=24, but only 16"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has rope_type=llama3"),
         ({"sliding_window": 16}, "has sliding_window=16"),
-        ({"hidden_size": None}, "has no usable"),
+        ({"hidden_size": None}, "has hidden_size=None, but it must be a positive number"),
+        ({"num_attention_heads": 0}, "has num_attention_heads=0, but it must be"),
+        ({"num_key_value_heads": "two"}, "has num_key_value_heads=two, but it must be"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "has rope_theta=x, but it must be"),
+        ({"rope_parameters": ["default"]}, "has rope parameters that are not an object"),
     ],
 )
 def test_other_architectures_are_refused(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -159,8 +164,20 @@ def test_other_architectures_are_refused(changes: dict[str, Any], sentence: str,
         read_config(folder)
 
 
+def test_what_shapes_do_not_show_must_be_as_in_the_folder(tmp_path: Path) -> None:
+    folder = read_huggingface(write_folder(tmp_path, num_key_value_heads=4))
+    for changes in ({"num_attention_heads": 8, "num_key_value_heads": 8}, {"tie_word_embeddings": True}):
+        config = dataclasses.replace(folder.config, **changes)
+        model = build_model(config, vocab_size=VOCAB, precision=Precision.fp32, device=CPU, seed=0)
+        with pytest.raises(UserError, match=r"num_attention_heads=4|a head of its own"):
+            load_weights(model, folder)
+
+
 def test_damaged_and_missing_files_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a JSON object"):
         read_config(tmp_path)
     folder = write_folder(tmp_path / "a")
     (folder / "model.safetensors").write_bytes(b"short")
@@ -168,6 +185,10 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path: Path) -> None:
     model = build_model(source.config, vocab_size=VOCAB, precision=Precision.fp32, device=CPU, seed=0)
     with pytest.raises(UserError, match=r"weights in .* cannot be read"):
         load_weights(model, source)
+    for index in ("[]", '{"weight_map": 1}', "{}", '{"weight_map": {"a": "none.safetensors"}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match=r"weights in .* cannot be read"):
+            load_weights(model, source)
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")

@@ -2,81 +2,22 @@
 
 import csv
 import io
-import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from report_harness import Make, call
 
 from rsotrain.errors import UserError
-from rsotrain.report.cli import build_parser, report
 from rsotrain.report.comparison import COLUMNS, best_groups, compare, label_runs
-from rsotrain.report.live import runs_table
 from rsotrain.report.plots import draw, svg_text
 from rsotrain.report.runs import read_run, read_runs
 from rsotrain.report.tables import comma_separated, markdown
 from rsotrain.report.theme import COLORS
-from rsotrain.run_folder import RunState
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Write a run folder of four evaluated steps, whose validation loss ends at ``loss``."""
-
-    def write(
-        name: str,
-        loss: float = 2.0,
-        *,
-        finished: bool = True,
-        record: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> Path:
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        config: dict[str, Any] = {
-            "steps": 40, "seed": 0, "seq_len": 32, "run_name": name, "model": {"name": "llama_tiny"},
-            "optimizer": {"name": "adam", "lr": 0.01}, "sampler": {"name": "none"},
-            "data": {"name": "embedded"}, "tokenizer": {"name": "trained"},
-        }  # fmt: skip
-        for key, value in settings.items():
-            group, _, inner = key.partition("__")
-            if inner:
-                config[group][inner] = value
-            else:
-                config[key] = value
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        steps = (10, 20, 30, 40) if finished else (10, 20)
-        lines = [
-            {
-                "step": step, "tokens": 100 * step, "time": step / 2, "train/loss": loss + 41 - step,
-                "val/loss": loss + 40 - step, "throughput/tokens_per_second": 200.0, "subspace/overlap": 0.5,
-                "memory/parameters_bytes": 1000, "memory/gradients_bytes": 1000, "memory/peak_bytes": 5000,
-            }
-            for step in steps
-        ]  # fmt: skip
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "run.json").write_text(json.dumps(record or {"run_id": name}))
-        if finished:
-            (folder / "summary.json").write_text(json.dumps({"finished": True, **lines[-1]}))
-        return folder
-
-    return write
-
-
-def call(*arguments: str | Path) -> None:
-    report(build_parser().parse_args([str(a) for a in arguments]))
 
 
 def test_seeds_are_averaged_and_the_best_is_marked(make: Make) -> None:
@@ -135,6 +76,38 @@ def test_unfinished_runs_do_not_count_beside_finished_ones(make: Make) -> None:
     assert group.status == "3 runs, stopped at 20/40"
 
 
+def test_a_diverged_run_has_no_loss_and_its_group_is_not_the_best(make: Make) -> None:
+    make("a", 2.0), make("b", 3.0, optimizer__name="galore")
+    diverged = make("c", 1.0, seed=1)
+    lines = (diverged / "metrics.jsonl").read_text().replace('"val/loss": 1.0', '"val/loss": null')
+    (diverged / "metrics.jsonl").write_text(lines)
+    (diverged / "summary.json").write_text('{"finished": true, "val/loss": null}')
+    run = read_run(diverged)
+    assert (run.last("val/loss"), run.latest("val/loss")) == (None, None)  # not that of step 30
+    groups = compare(read_runs([diverged.parent]))
+    assert [(group.label, group.statistic("val/loss")) for group in groups] == [
+        ("adam", (2.0, None, 1)),
+        ("galore", (3.0, None, 1)),
+    ]
+    assert not best_groups(groups, COLUMNS[0])
+    assert "1 of the finished runs of adam ended without a finite loss." in markdown(groups)
+
+
+def test_a_group_is_called_by_what_its_runs_share(make: Make) -> None:
+    make("a"), make("b", optimizer__name="galore")
+    (group,) = compare(read_runs([make("c", seed=1).parent]), ["seq_len", "seq_len"])
+    assert (group.label, len(group.runs)) == ("llama_tiny", 3)
+
+
+def test_pictures_of_a_finished_run_without_figures(make: Make) -> None:
+    bare, other = make("a"), make("b", finished=False, seed=1)
+    (bare / "metrics.jsonl").write_text('{"step": 40, "tokens": 1, "time": 1, "val/loss": 2.0}\n')
+    (bare / "summary.json").write_text('{"finished": true, "val/loss": 2.0}')
+    pictures = draw(compare(read_runs([bare, other])))
+    assert "validation_loss_by_steps" in pictures
+    assert not {"memory", "throughput"} & set(pictures)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -153,6 +126,17 @@ def test_other_validation_data_is_refused_or_marked(
     assert sorted(group.mark for group in groups) == ["[a]", "[b]"]
     assert not best_groups(groups, COLUMNS[0])
     assert "different letters" in markdown(groups)
+
+
+def test_how_training_data_are_read_does_not_matter(make: Make) -> None:
+    runs = read_runs([make("a"), make("b", data__streaming=True)])
+    assert len(compare(runs)) == 2  # no refusal
+
+
+def test_groups_without_a_finished_run_come_last(make: Make) -> None:
+    make("a", 2.0), make("b", -50.0, finished=False, record={"state": "stopped"}, optimizer__name="galore")
+    groups = compare(read_runs([make("c", 3.0, optimizer__name="muon").parent]))
+    assert [group.label for group in groups] == ["adam", "muon", "galore"]
 
 
 def test_fingerprints_tell_whether_data_are_the_same(make: Make) -> None:
@@ -182,6 +166,10 @@ def test_folders_that_are_no_runs_get_one_sentence_each(make: Make, tmp_path: Pa
     (good / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
         read_runs([good])
+    make("c")
+    for folder in (good, good.parent / "c"):
+        (folder / "config.yaml").write_text(f"steps: many\nodd: [{{{folder.name}: 1}}]\n")
+    assert [group.runs[0].steps for group in compare(read_runs([good.parent]))] == [40, 40]
 
 
 def test_lines_torn_by_a_kill_are_left_out(make: Make) -> None:
@@ -189,26 +177,6 @@ def test_lines_torn_by_a_kill_are_left_out(make: Make) -> None:
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "val/lo')
     assert [record["step"] for record in read_run(folder).history] == [10, 20]
-
-
-def test_what_a_run_is_at(make: Make) -> None:
-    here = {"state": "running", "host": socket.gethostname()}
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    elsewhere = {"state": "running", "host": "another", "pid": 1}
-    states = {
-        "finished": ({}, True, RunState.finished),
-        "running": (here | {"pid": os.getpid()}, False, RunState.running),
-        "lost": (here | {"pid": gone.pid}, False, RunState.lost),
-        "failed": ({"state": "failed"}, False, RunState.failed),
-        "elsewhere": (elsewhere, False, RunState.running),
-        "silent": (elsewhere, False, RunState.lost),
-    }
-    for name, (record, finished, state) in states.items():
-        folder = make(name, record=record, finished=finished)
-        if name == "silent":
-            os.utime(folder / "metrics.jsonl", (0, 0))
-        assert read_run(folder).state is state, name
 
 
 class Page(HTMLParser):
@@ -284,53 +252,16 @@ def test_curves_are_means_over_shared_steps(make: Make) -> None:
     ]
 
 
-def test_watch_draws_until_the_last_run_has_ended(make: Make, tmp_path: Path) -> None:
-    alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
-    folder = make("a", finished=False, record=alive)
-    out = tmp_path / "out"
-    watcher = threading.Thread(target=call, args=(folder, "--out", out, "--watch", "--every", "0.1"))
-    watcher.start()
-    deadline = time.monotonic() + 60
-    while not (out / "report.html").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert '<meta http-equiv="refresh" content="0.1">' in (out / "report.html").read_text()
-    (folder / "summary.json").write_text(json.dumps({"finished": True, "val/loss": 1.25}))
-    watcher.join(60)
-    assert not watcher.is_alive()
-    text = (out / "report.html").read_text()
-    assert "1.2500" in text
-    assert "http-equiv" not in text
-
-
-def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    make("a", 2.0)
-    alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
-    going = make("b", 3.0, finished=False, record=alive, optimizer__name="galore")
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(runs_table(read_runs([going.parent])))
-    lines = console.export_text().splitlines()
-    assert lines[0].strip() == "2 runs: 1 running, 1 finished"
-    first, second = (line.replace("│", " ").split() for line in lines[4:6])
-    assert first[:2] == ["galore", "running"]  # the running ones first
-    # 10 s for the first 20 steps, so as many for the rest; losses and speed from the last line
-    assert first[-6:] == ["50%", "10.0", "s", "24.0000", "23.0000", "200"]
-    assert second[:2] == ["adam", "finished"]
-    assert second[-4:] == ["100%", "3.0000", "2.0000", "200"]
-    threading.Timer(0.3, lambda: (going / "summary.json").write_text('{"finished": true}')).start()
-    call(going.parent, "--live", "--every", "0.1")
-    printed = capsys.readouterr().out
-    assert "Comparison" in printed
-    assert "2 finished" in printed
-
-
 def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
     folder = make("a")
     with pytest.raises(UserError, match="--every has no effect without --watch or --live"):
         call(folder, "--every", "3")
-    with pytest.raises(UserError, match="--every 0 must be positive"):
-        call(folder, "--live", "--every", "0")
+    for seconds in ("0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"--every {seconds} must be positive"):
+            call(folder, "--live", "--every", seconds)
+    for option in ("--out", "--title"):
+        with pytest.raises(UserError, match=f"{option} has no effect with --live"):
+            call(folder, "--live", option, "x")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         call(folder, "--out", tmp_path / "file" / "out")
@@ -347,33 +278,3 @@ def test_without_matplotlib_the_fix_is_named(make: Make, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'rsotrain\[report\]'"):
         call(make("a"))
-
-
-def test_a_wandb_offline_folder_is_read_like_a_run_folder(make: Make, tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    local = read_run(make("a", 2.0))
-    folders = []
-    for first, last in ((0, 2), (1, 4)):  # stopped after 20 steps, on from the checkpoint of step 10
-        settings = wandb.Settings(silent=True, console="off")
-        run = wandb.init(
-            mode="offline",
-            dir=tmp_path,
-            id="abc",
-            name="a",
-            project="p",
-            config=dict(local.config),
-            settings=settings,
-        )
-        folders.append(Path(run.dir).parent)
-        for record in local.history[first:last]:
-            run.log(dict(record), step=record["step"])
-        if last == 4:
-            run.summary.update(dict(local.summary))
-        run.finish(exit_code=0 if last == 4 else 75)
-        time.sleep(1.1)  # W&B names folders by the second
-    (stopped,) = read_runs([folders[0]])
-    assert (stopped.state, stopped.step) == (RunState.stopped, 20)
-    (whole,) = read_runs([folders[0].parent])
-    assert (whole.name, whole.state, dict(whole.config)) == ("a", RunState.finished, dict(local.config))
-    assert list(whole.history) == list(local.history)
-    assert compare([whole])[0].statistic("val/loss") == compare([local])[0].statistic("val/loss")

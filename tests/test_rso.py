@@ -244,6 +244,25 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
             assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def test_a_run_that_goes_on_with_other_settings_keeps_its_bases_until_the_next_draw() -> None:
+    """Moments, and the B of the proximal term, mean nothing in another basis."""
+    found = []
+    for projection in c.BasisStorage:
+        own = {"projection": projection, "proximal_eta": 0.1}
+        model = Toy()
+        optimizer = build(model, config(**own))
+        train(model, optimizer, range(GAP + 1))
+        weights, state = model.state_dict(), optimizer.state_dict()
+        model = Toy()
+        optimizer = build(model, config(**own, update_proj_gap=2), seed=1)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(GAP + 1, GAP + 5))
+        found.append(model)
+    for p, q in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 class Reduced(Toy):
     """float32 weights, bfloat16 activations."""
 

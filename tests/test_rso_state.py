@@ -48,7 +48,7 @@ def test_the_proximal_term_pulls_b_towards_zero_with_its_gradient() -> None:
         ({}, "haar", 1, 2),
         ({"solver": c.InnerSolver.momentum}, "svd", 1, 1),
         ({"proximal_eta": 1.0}, "haar", 1, 3),
-        ({"projection": c.BasisStorage.regenerated}, "haar", 0, 2),
+        ({"projection": c.BasisStorage.regenerated}, "haar", 0, 2),  # a seed of 8 bytes a site instead
     ],
 )
 def test_state_bytes_equal_the_formula(
@@ -58,7 +58,7 @@ def test_state_bytes_equal_the_formula(
     for precision, size in ((c.Precision.fp32, 4), (c.Precision.bf16_mixed, 2)):
         optimizer = build(Toy(torch.float32), config(**own), SAMPLERS[sampler], precision=precision)
         blocks = sum(4 * (moments * RANK * out + 1) for out in (MIDDLE, MIDDLE, OUT))
-        bases = per_linear * size * RANK * (IN + MIDDLE)
+        bases = per_linear * size * RANK * (IN + MIDDLE) if per_linear else 2 * 8
         assert optimizer.parts[0].state_bytes() == blocks + bases
         stored = {k: t for k, t in optimizer.state_dict().items() if k != "step"}
         total = sum(t.numel() * t.element_size() for t in stored.values())
@@ -123,7 +123,7 @@ def test_the_norm_of_scaled_gradients_estimates_the_full_gradients() -> None:
         ({}, c.SvdConfig(name="svd", solver=c.SvdSolver.full), "RSO never forms"),
         ({}, c.OnlinePCAConfig(name="online_pca"), "orthonormalize=true"),
         ({"basis_scale": False}, SAMPLERS["gaussian"], "scaled already"),
-        ({"on_refresh": c.OnRefresh.transport}, SAMPLERS["gaussian"], "needs orthonormal bases"),
+        ({"on_refresh": c.OnRefresh.transport}, SAMPLERS["gaussian"], r"haar.*, or set .*on_refresh=keep"),
         ({}, c.NoSamplerConfig(name="none"), "needs a sampler"),
         ({"betas": (0.9, 1.0)}, HAAR, "AdaGrad"),
         ({}, c.MixtureConfig(name="mixture", principal_fraction=1.5), r"principal_fraction=1\.5"),
@@ -139,12 +139,71 @@ def test_mistakes_get_a_sentence_and_leave_the_model(
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("sampler", ["haar", "svd"])
+def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsotrain.subspace.samplers.normal", None)
+    optimizer = build(Toy(torch.float32).to("meta"), config(), SAMPLERS[sampler])
+    assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
+
+
+@pytest.mark.parametrize("sampler", ["svd", "importance", "randomized_svd", "mixture", "online_pca"])
+def test_the_scale_of_bases_is_no_affair_of_the_samplers(sampler: str) -> None:
+    """Those that go on from the basis in use see it orthonormal."""
+    found = []
+    for scaled in (True, False):
+        model = Toy()
+        optimizer = build(model, config(basis_scale=scaled, lr=0.0, update_proj_gap=2), SAMPLERS[sampler])
+        train(model, optimizer, range(7))
+        found.append([(site, site.current_basis()) for site in rso_of(optimizer).sites])
+    for (site, large), (_, orthonormal) in zip(*found, strict=True):
+        scale = (site.size / site.rank) ** 0.5
+        assert torch.allclose(large / scale, orthonormal, rtol=0, atol=1e-4)  # of float32 spectra
+
+
+@pytest.mark.parametrize("sampler", ["svd", "online_pca"])
+def test_staggered_sites_gather_in_turn_from_the_first_step_on(sampler: str) -> None:
+    """No step holds the Gram matrices of all; what is drawn first are principal axes, for online PCA too."""
+    model = Toy()
+    optimizer = build(model, config(staggered=True), SAMPLERS[sampler])
+    gathered: dict[int, list[str]] = {}
+    for t in range(2 * GAP):
+        with optimizer.observing():
+            model(batch(t)).square().sum().backward()
+        due = [site for site in rso_of(optimizer).sites if site.gram is not None]
+        if due:
+            gathered[t + 1] = [site.name for site in due]
+        grams = {site: site.gram.clone() for site in due if site.gram is not None}
+        optimizer.step()
+        for site, lower in grams.items():
+            axes = torch.linalg.eigh(lower)[1][:, -RANK:]  # reads the lower triangle
+            assert site.basis is not None
+            captured = float((axes.T @ site.basis.double()).square().sum()) * site.rank / site.size
+            if t < GAP - 1:
+                assert captured == pytest.approx(RANK, rel=1e-3)
+        optimizer.zero_grad()
+    # of two matrices the second's turn comes after T // 2 steps; its draw is at the end of the one before
+    first, third = ["first.weight"], ["third.weight"]
+    assert gathered == {1: first, GAP // 2: third, GAP: first, GAP + GAP // 2: third, 2 * GAP: first}
+
+
 def test_an_informed_step_outside_observing_is_an_error() -> None:
     model = Toy()
     optimizer = build(model, config(), SVD)
     model(batch(0)).sum().backward()
     with pytest.raises(RuntimeError, match="observing"):
         optimizer.step()
+
+
+def test_inputs_of_a_step_that_was_given_up_are_forgotten() -> None:
+    model = Toy()
+    optimizer = build(model, config(), SVD)
+    with optimizer.observing():
+        model(batch(0)).sum().backward()
+    model(batch(0))  # no part of the step
+    sites = rso_of(optimizer).sites
+    assert all(site.gram is not None and not site.observing for site in sites)
+    optimizer.zero_grad()
+    assert all(site.gram is None for site in sites)
 
 
 def test_inputs_that_are_not_finite_leave_the_basis() -> None:

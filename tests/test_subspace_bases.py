@@ -150,7 +150,7 @@ def test_non_finite_gradient_keeps_the_basis_counts_and_warns_once() -> None:
     with pytest.warns(RuntimeWarning, match="step 2: the gradient of w is not finite") as caught:
         steps(galore, parameter, gradients[1:3], first=2)
     assert len(caught) == 1
-    assert galore.bases.skipped == 2
+    assert galore.bases.record.skipped == 2
     assert torch.equal(galore.state["w"]["basis"], basis)
     steps(galore, parameter, gradients[3:], first=4)
     assert not torch.equal(galore.state["w"]["basis"], basis)
@@ -166,7 +166,7 @@ def test_the_first_draw_is_due_until_a_gradient_allows_it(first: float) -> None:
     resumed, other = part(gap=100)
     for key, tensor in galore.state["w"].items():
         resumed.state["w"][key].copy_(tensor.nan_to_num())
-    resumed.resume(1)
+    resumed.resume()
     gradient = noise(1)[0]
     for each, weight in ((galore, parameter), (resumed, other)):
         steps(each, weight, [gradient], first=2)

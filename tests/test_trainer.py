@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -11,7 +12,9 @@ from rsotrain.cli import conf_dir, register_schemas, to_config
 from rsotrain.config import Config
 from rsotrain.data.build import Data, build_data
 from rsotrain.errors import UserError
-from rsotrain.trainer import NonFiniteError, Trainer
+from rsotrain.models.loss import IGNORE_INDEX
+from rsotrain.optim.rso import RSO
+from rsotrain.trainer import NonFiniteError, Trainer, check_composition, reached_positions
 
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
@@ -38,6 +41,39 @@ def trainer(overrides: list[str], cache_dir: Path) -> Trainer:
 
 def weights(trained: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+
+
+def test_a_rank_is_refused_where_a_matrix_that_it_is_for_is_smaller() -> None:
+    narrow = ["model=llama_tiny", "model.num_key_value_heads=1", "optimizer.rank=32"]  # k and v: 16 x 64
+    check_composition(compose([*narrow, "optimizer=rso"]))  # q, k and v share a basis: of rank 64 at most
+    check_composition(compose([*narrow, "optimizer=galore", "optimizer.block_parameters=[q_proj]"]))
+    with pytest.raises(UserError, match=r"rank=32 is larger than the projected dimension \(16\) of .*k_proj"):
+        check_composition(compose([*narrow, "optimizer=galore"]))
+
+
+def test_padding_plays_no_part_in_the_bases(tiny: list[str], cache_dir: Path) -> None:
+    own = ["data.packing=padded", "seq_len=256", "optimizer=rso", "sampler=svd"]
+    found = []
+    for padding in (0, 7):
+        trained = trainer([*tiny, *own], cache_dir)
+        inputs, targets = trained.data.train.batch(np.arange(4))
+        padded = targets.flip(1).ne(IGNORE_INDEX).cumsum(1).flip(1) == 0
+        assert 0 < padded.sum() < padded.numel()
+        trained.forward(inputs.where(~padded, padding), targets)
+        part = trained.optimizer.parts[0]
+        assert isinstance(part, RSO)
+        found.append([site.take_gram() for site in part.sites])
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_positions_are_reached_up_to_the_last_target() -> None:
+    ignored = IGNORE_INDEX
+    targets = torch.tensor([[ignored, 5, ignored, 6], [ignored, 5, ignored, ignored], [ignored] * 4])
+    reached = reached_positions(targets)
+    assert reached is not None
+    assert reached.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
+    assert reached_positions(targets[:1]) is None
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -22,7 +22,7 @@ from rsotrain.config import Config
 from rsotrain.distributed import World, start
 from rsotrain.errors import UserError
 from rsotrain.flops import matmul_flops_per_second
-from rsotrain.metrics import peak_memory_bytes, reset_peak_memory, write_json_atomic
+from rsotrain.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
 from rsotrain.run_folder import plain, run_folder_path
@@ -44,7 +44,7 @@ def benchmark_mode(config: Config) -> dict[str, Any]:
         world.together(lambda: check_composition(config))
         data = world.in_turn(lambda: random_data(config))
         folder = Path(world.from_main(lambda: str(_make_folder(config))))
-        reset_peak_memory(world.device)
+        forget_peak_memory(world.device)
         result = _measure(Trainer(config, data, world), folder)
     result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from rsotrain.config import DataConfig, InstructionsDataConfig, Packing, TokenizerConfig
 from rsotrain.data.build_tokenizer import build_tokenizer
 from rsotrain.data.cache import Facts, cached_file
-from rsotrain.data.documents import Corpus, Notify, batches
+from rsotrain.data.documents import Corpus, Notify, Part, batches
 from rsotrain.data.progress import documents_with_bar
 from rsotrain.data.sequences import PackedSequences, PaddedSequences, TrainingSequences
 from rsotrain.data.sources import open_corpora
@@ -62,7 +62,7 @@ def build_data(
 
         assert batch_size is not None, "streaming needs to know the batch size"
         sequences = StreamedSequences(
-            train, model, data, seq_len=seq_len, batch_size=batch_size, seed=seed, share=share
+            train, model, data, seq_len=seq_len, batch_size=batch_size, seed=seed, notify=notify, share=share
         )
     else:
         sequences = _cached(train, model, data, seq_len, cache_dir, notify)
@@ -130,6 +130,11 @@ def _tokens(
         start = perf_counter()
         with documents_with_bar(corpus, notify) as documents:
             facts = write_tokens(file, batches(documents, ENCODED_CHARACTERS), tokenizer, max_tokens)
+        if facts["num_documents"] == 0 and corpus.part is Part.held_out:
+            raise UserError(
+                f"data.validation_fraction={corpus.fraction} leaves no document of {corpus.name} to validate"
+                " on; raise it, or give other documents for validation"
+            )
         if facts["num_documents"] == 0:
             raise UserError(f"{corpus.name} has no documents; give another")
         seconds = perf_counter() - start

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rsotrain.config import DataConfig, Packing
-from rsotrain.data.documents import BadRows, Corpus, Document
+from rsotrain.data.documents import BadRows, Corpus, Document, Notify
 from rsotrain.data.order import SequenceOrder
 from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.data.tokens import encode_documents
@@ -76,16 +76,17 @@ class Lane:
     number: int
     lanes: int
 
-    def windows(self, mark: Mark) -> Iterator[tuple[np.ndarray, Mark]]:
+    def windows(self, mark: Mark, notify: Notify) -> Iterator[tuple[np.ndarray, Mark]]:
         """(window, the mark from which the next one is made), without end: int32, shape (seq_len + 1,).
 
-        Raises UserError for bad data and when an epoch does not fill one window.
+        ``notify`` hears of the bad rows that are skipped. Raises UserError for bad data and when an epoch
+        does not fill one window.
         """
         make = self._packed if self.data.packing is Packing.packed else self._padded
         epoch_start = mark
         while True:
             window = None
-            for window, following in make(epoch_start):
+            for window, following in make(epoch_start, notify):
                 yield window, following
             fresh = Mark(epoch_start.epoch)
             if window is None and epoch_start == fresh:
@@ -95,11 +96,11 @@ class Lane:
                 )
             epoch_start = Mark(epoch_start.epoch + 1)
 
-    def _packed(self, mark: Mark) -> Iterator[tuple[np.ndarray, Mark]]:
+    def _packed(self, mark: Mark, notify: Notify) -> Iterator[tuple[np.ndarray, Mark]]:
         """Until the end of the epoch. Each window begins with the last token of the one before."""
         pending: deque[tuple[Mark, np.ndarray]] = deque()
         num_pending, needed = 0, self.seq_len + 1
-        for place, ids in self._pieces(mark):
+        for place, ids in self._pieces(mark, notify):
             pending.append((place, ids))
             num_pending += len(ids)
             while num_pending >= needed:
@@ -116,31 +117,31 @@ class Lane:
                 num_pending -= self.seq_len
                 yield np.concatenate(parts), pending[0][0]
 
-    def _padded(self, mark: Mark) -> Iterator[tuple[np.ndarray, Mark]]:
+    def _padded(self, mark: Mark, notify: Notify) -> Iterator[tuple[np.ndarray, Mark]]:
         eos = np.array([self.tokenizer.eos_id], np.int32)
-        for place, ids in self._pieces(mark._replace(document=max(mark.document, 0))):
+        for place, ids in self._pieces(mark._replace(document=max(mark.document, 0)), notify):
             window = np.full(self.seq_len + 1, PAD, np.int32)
             tokens = np.concatenate([eos, ids])[: self.seq_len + 1]
             window[: len(tokens)] = tokens
             yield window, place._replace(document=place.document + 1)
 
-    def _pieces(self, mark: Mark) -> Iterator[tuple[Mark, np.ndarray]]:
+    def _pieces(self, mark: Mark, notify: Notify) -> Iterator[tuple[Mark, np.ndarray]]:
         """(place, tokens and the separator after them) of each document from ``mark`` to the epoch's end."""
         eos = np.array([self.tokenizer.eos_id], np.int32)
         if mark.document < 0:
             yield mark, eos
             mark = mark._replace(document=0)
         offset = mark.offset
-        documents = self._documents(mark._replace(offset=0))
+        documents = self._documents(mark._replace(offset=0), notify)
         while batch := list(islice(documents, ENCODED_DOCUMENTS)):
             encoded = encode_documents([document for _, document in batch], self.tokenizer)
             for (place, _), ids in zip(batch, encoded, strict=True):
                 yield place._replace(offset=offset), np.concatenate([ids, eos])[offset:]
                 offset = 0
 
-    def _documents(self, mark: Mark) -> Iterator[tuple[Mark, Document]]:
+    def _documents(self, mark: Mark, notify: Notify) -> Iterator[tuple[Mark, Document]]:
         units = lane_units(self.corpus, self.number, self.lanes)
-        bad = BadRows(self.data.max_bad_rows, lambda _: None)
+        bad = BadRows(self.data.max_bad_rows, notify)
         order = self._permutation(len(units), mark.epoch)
         for position in range(mark.unit, len(units)):
             unit = units[order[position]]

@@ -49,15 +49,24 @@ def data_suffix(path: Path) -> str:
 def find_files(path: str, key: str) -> list[Path]:
     """The data files that a file name, a folder or a glob stand for, sorted.
 
-    Raises UserError, with ``key`` in the sentence, where there is none, or one of an unknown kind.
+    Of a folder all that is not hidden. Raises UserError, with ``key`` in the sentence, where there is none,
+    or one of an unknown kind.
     """
     known = JSON_SUFFIXES + TEXT_SUFFIXES + TABLE_SUFFIXES
+    if not path:
+        raise UserError(f"{key} is empty; give a file, a folder or a glob")
     given = Path(path).expanduser()
     if given.is_dir():
-        inside = sorted(p for p in given.rglob("*") if p.is_file() and not p.name.startswith("."))
+        inside = sorted(p for p in given.rglob("*") if p.is_file() and not is_hidden(p, given))
         files = [p for p in inside if data_suffix(p) in known]
         if not files:
             raise UserError(f"{key}={path} holds no data files ({', '.join(known)}, also compressed)")
+        texts = [p for p in files if data_suffix(p) in TEXT_SUFFIXES]
+        if texts and len(texts) < len(files):  # most often a README beside the data
+            raise UserError(
+                f"{key}={path} holds text ({texts[0].name}) beside JSON or tables; say which with a glob,"
+                f" such as {key}='{path}/**/*.jsonl'"
+            )
     elif given.is_file():
         files = [given]
     else:
@@ -73,6 +82,10 @@ def find_files(path: str, key: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise UserError(f"{key}: {file} is empty; leave it out")
     return files
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class Position:
@@ -161,8 +174,8 @@ class FileShard:
             for batch in self._parquet_batches() if suffix == ".parquet" else self._arrow_batches():
                 offset = max(first - number, (first - number) % step)
                 if offset < batch.num_rows:
-                    rows = batch.take(list(range(offset, batch.num_rows, step))).to_pylist()
-                    yield from zip(range(number + offset, number + batch.num_rows, step), rows, strict=True)
+                    numbers = range(number + offset, number + batch.num_rows, step)
+                    yield from zip(numbers, _plain_rows(batch, offset, step, number), strict=True)
                 number += batch.num_rows
         except pa.ArrowInvalid as error:
             raise _Damaged(f"{suffix[1:].capitalize()} file ({str(error).splitlines()[0]})") from error
@@ -192,9 +205,25 @@ class FileShard:
         for column in self.columns:
             if column not in names:
                 raise UserError(
-                    f"{self.path} has no column {column!r} (its columns: {', '.join(names)});"
-                    " give the right one with data.text_field=…"
+                    f"{self.path} has no column {column!r} (its columns: {', '.join(names)}); name the right"
+                    " one in data.text_field (data=instructions: data.response_field, data.prompt_template)"
                 )
+
+
+def _plain_rows(batch: Any, offset: int, step: int, first: int) -> list[Row | BadRow]:
+    """The rows offset, offset + step, … of an Arrow batch, whose own first is row ``first`` of the file."""
+    places = list(range(offset, batch.num_rows, step))
+    try:
+        return batch.take(places).to_pylist()
+    except UnicodeDecodeError:  # Arrow takes a writer's word for it that its strings are UTF-8
+        return [_plain_row(batch.slice(place, 1), first + place) for place in places]
+
+
+def _plain_row(batch: Any, number: int) -> Row | BadRow:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return _not_utf8(f"row {number + 1}")
 
 
 class _Damaged(Exception):  # noqa: N818

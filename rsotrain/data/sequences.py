@@ -61,7 +61,7 @@ def merged_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """That of a run from the ``state_dict`` of each rank: the lanes of all."""
     if not states[0]:
         return {}
-    return {"step": states[0]["step"], "lanes": {n: m for state in states for n, m in state["lanes"].items()}}
+    return {**states[0], "lanes": {n: m for state in states for n, m in state["lanes"].items()}}
 
 
 class CachedSequences(ABC):
@@ -101,8 +101,8 @@ class CachedSequences(ABC):
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Nothing is taken up, of a streamed run neither: the order depends on the step alone."""
 
     def close(self) -> None:  # noqa: B027, what others have to do
         """Nothing is held open but the mapped file."""

@@ -15,11 +15,12 @@ from rsotrain.config import (
 from rsotrain.data.documents import Corpus, Fields, InstructionFields, Part, TextField
 from rsotrain.data.fingerprint import files_fingerprint
 from rsotrain.data.hub import HubShard, HubSource, open_split
-from rsotrain.data.readers import FileShard, find_files
+from rsotrain.data.readers import FileShard, find_files, is_hidden
 from rsotrain.data.synthetic import SyntheticShard
 
 CORPUS = Path(__file__).parent / "corpus"
 C4 = "allenai/c4", "en"
+VALIDATION = "data.validation_path"
 
 
 def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
@@ -30,8 +31,10 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
     """
     match data:
         case EmbeddedDataConfig():
-            files = [[CORPUS / "train.json.gz"], [CORPUS / "validation.json.gz"]]
-            train, validation = (_files(data, f, TextField("text"), cache_dir) for f in files)
+            train, validation = (
+                _files(data, [CORPUS / f"{part}.json.gz"], TextField("text"), cache_dir)
+                for part in ("train", "validation")
+            )
             return train, validation
         case SyntheticDataConfig():
             return _synthetic(data, 0, data.num_documents), _synthetic(
@@ -41,18 +44,18 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
             return _local(data, cache_dir)
         case C4DataConfig(path=None):
             sources = [HubSource(*C4, split, data.revision) for split in ("train", "validation")]
-            train, validation = (_hub(data, source, "text") for source in sources)
+            train, validation = (_hub(data, source, "text", cache_dir) for source in sources)
             return train, validation
         case C4DataConfig():
             assert data.path is not None
             assert data.validation_path is not None  # validate() has seen to it
-            train, validation = (
-                _files(data, find_files(path, key), TextField("text"), cache_dir)
-                for path, key in ((data.path, "data.path"), (data.validation_path, "data.validation_path"))
+            files, held_out = find_files(data.path, "data.path"), find_files(data.validation_path, VALIDATION)
+            return (
+                _files(data, files, TextField("text"), cache_dir),
+                _files(data, held_out, TextField("text"), cache_dir, is_read_whole=True),
             )
-            return train, validation
         case HubDataConfig():
-            return _hub_corpora(data)
+            return _hub_corpora(data, cache_dir)
     raise TypeError(f"no reader for {type(data).__name__}")
 
 
@@ -64,10 +67,10 @@ def _local(data: FilesDataConfig | InstructionsDataConfig, cache_dir: Path) -> t
         fields, sample_by = TextField(data.text_field), data.sample_by or SampleBy.document
     files = find_files(data.path, "data.path")
     if data.validation_path is not None:
-        held_out = find_files(data.validation_path, "data.validation_path")
+        held_out = find_files(data.validation_path, VALIDATION)
         return (
             _files(data, files, fields, cache_dir, sample_by),
-            _files(data, held_out, fields, cache_dir, sample_by),
+            _files(data, held_out, fields, cache_dir, sample_by, is_read_whole=True),
         )
     assert data.validation_fraction is not None  # validate() has seen to it
     return (
@@ -84,12 +87,14 @@ def _files(
     sample_by: SampleBy = SampleBy.document,
     part: Part = Part.whole,
     fraction: float = 0.0,
+    is_read_whole: bool = False,
 ) -> Corpus:
+    whole = is_read_whole or not data.streaming
     return Corpus(
         name=f"the data file {files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on",
         shards=tuple(FileShard(file, fields.columns, sample_by) for file in files),
         fields=fields,
-        fingerprint=files_fingerprint(files, cache_dir, whole=not data.streaming),
+        fingerprint=files_fingerprint(files, cache_dir, whole=whole),
         part=part,
         fraction=fraction,
         max_bad_rows=data.max_bad_rows,
@@ -102,27 +107,38 @@ def _synthetic(data: SyntheticDataConfig, first: int, number: int) -> Corpus:
     return Corpus("data=synthetic", (shard,), TextField("text"), fingerprint=repr(shard))
 
 
-def _hub_corpora(data: HubDataConfig) -> tuple[Corpus, Corpus]:
+def _hub_corpora(data: HubDataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
     train = HubSource(data.name, data.config, data.train_split, data.revision)
     if data.validation_split is not None:
         validation = HubSource(data.name, data.config, data.validation_split, data.revision)
-        return _hub(data, train, data.text_field), _hub(data, validation, data.text_field)
+        sources = train, validation
+        train_corpus, held_out = (_hub(data, source, data.text_field, cache_dir) for source in sources)
+        return train_corpus, held_out
     assert data.validation_fraction is not None  # validate() has seen to it
     return (
-        _hub(data, train, data.text_field, Part.train, data.validation_fraction),
-        _hub(data, train, data.text_field, Part.held_out, data.validation_fraction),
+        _hub(data, train, data.text_field, cache_dir, Part.train, data.validation_fraction),
+        _hub(data, train, data.text_field, cache_dir, Part.held_out, data.validation_fraction),
     )
 
 
 def _hub(
-    data: DataConfig, source: HubSource, text_field: str, part: Part = Part.whole, fraction: float = 0.0
+    data: DataConfig,
+    source: HubSource,
+    text_field: str,
+    cache_dir: Path,
+    part: Part = Part.whole,
+    fraction: float = 0.0,
 ) -> Corpus:
     num_shards = open_split(source).num_shards
+    fingerprint = f"{source!r} {num_shards}"
+    if (folder := Path(source.repository)).is_dir():  # whose files change under the same name
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p, folder))
+        fingerprint += files_fingerprint(files, cache_dir, whole=False)
     return Corpus(
         name=source.name,
         shards=tuple(HubShard(source, i, num_shards, (text_field,)) for i in range(num_shards)),
         fields=TextField(text_field),
-        fingerprint=f"{source!r} {num_shards}",
+        fingerprint=fingerprint,
         part=part,
         fraction=fraction,
         max_bad_rows=data.max_bad_rows,

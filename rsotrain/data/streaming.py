@@ -5,22 +5,22 @@ function of (seed, step), whoever reads which part of them: a rank that takes a 
 the lanes of that slice only, and a run goes on with another number of ranks.
 """
 
-import multiprocessing
 import os
-import signal
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from rsotrain.config import DataConfig
-from rsotrain.data.documents import Corpus
+from rsotrain.data.background import BackgroundIterator
+from rsotrain.data.documents import Corpus, Notify
 from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes
 from rsotrain.data.order import FileOrder
 from rsotrain.data.sequences import Batch
 from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.errors import UserError
 from rsotrain.models.loss import IGNORE_INDEX
 
 PREFETCHED_SEQUENCES = 2048  # each process works at most about this far ahead
@@ -33,7 +33,7 @@ class StreamedSequences:
 
     They can be asked for step after step; another step costs a new start of the processes, and reading up
     to it from the last known state or from the beginning. ``share``: the places of a batch that this
-    process will ask for; null: all.
+    process will ask for; null: all. ``notify`` hears of bad rows that are skipped, again in each epoch.
     """
 
     def __init__(
@@ -45,15 +45,20 @@ class StreamedSequences:
         seq_len: int,
         batch_size: int,
         seed: int,
+        notify: Notify,
         share: range | None = None,
     ) -> None:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.share = share if share is not None else range(batch_size)
-        self.lanes = num_lanes(data, corpus, batch_size)
-        self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, self.lanes)
+        self.lanes = lanes = num_lanes(data, corpus, batch_size)
+        # without self: in a cycle, the processes of a stream that nobody closes would end late
+        self._make_lane = lambda number: Lane(corpus, tokenizer, data, seq_len, seed, number, lanes)
         self._workers = data.workers
-        self._groups: list[Iterator[Any]] | None = None
+        self._notify = notify
+        # what a mark means depends on these
+        self._order = [self.lanes, seed, data.packing.name, data.shuffle, data.shuffle_buffer]
+        self._groups: list[BackgroundIterator] = []
         self._state: State = (0, {})
         self._rows: dict[int, np.ndarray] = {}  # the windows of a step, by place in the batch
         self._step = -1  # of _rows
@@ -77,20 +82,21 @@ class StreamedSequences:
         return inputs, rows[:, 1:].masked_fill(rows[:, 1:] == PAD, IGNORE_INDEX)
 
     def _read_step(self, step: int) -> None:
-        if self._groups is None or step != self._step + 1:
+        if not self._groups or step != self._step + 1:
             self._start(step)
-        assert self._groups is not None
         marks: dict[int, Mark] = {}
         self._rows = {}
-        for group in self._groups:
-            item = next(group)
-            if isinstance(item, Exception):
-                self.close()
-                raise item
-            rows, following = item
-            places = [place for lane in following for place in self._places(lane)]
-            self._rows |= zip(places, rows, strict=True)
-            marks |= following
+        try:
+            for group in self._groups:
+                rows, following, notes = _raised(next(group))
+                for note in notes:
+                    self._notify(note)
+                places = [place for lane in following for place in self._places(lane)]
+                self._rows |= zip(places, rows, strict=True)
+                marks |= following
+        except BaseException:
+            self.close()  # some groups may be a step ahead of others
+            raise
         self._step = step
         self._state = (step + 1, marks)
 
@@ -101,54 +107,50 @@ class StreamedSequences:
         if not set(needed) <= marks.keys():
             first, marks = 0, {lane: Mark() for lane in needed}
         workers = min(len(needed), self._workers or _spare_cores())
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._groups = []
         for worker in range(workers):
             group = _Group(
                 [(self._make_lane(n), len(self._places(n)), marks[n]) for n in needed[worker::workers]],
                 skip=step - first,
             )
-            loader = DataLoader(
-                group,
-                batch_size=None,
-                num_workers=1,
-                collate_fn=_as_it_is,
-                prefetch_factor=2 + PREFETCHED_SEQUENCES // self.batch_size,
-                worker_init_fn=_ignore_signals,
-                multiprocessing_context=context,
-            )
-            self._groups.append(iter(loader))
+            ahead = 2 + PREFETCHED_SEQUENCES // self.batch_size
+            self._groups.append(BackgroundIterator(group, ahead))
 
     def state_dict(self) -> dict[str, Any]:
         """The next step and the places in the corpus of the lanes that this process reads."""
         step, marks = self._state
-        return {"step": step, "lanes": {str(lane): list(mark) for lane, mark in sorted(marks.items())}}
+        lanes = {str(lane): list(mark) for lane, mark in sorted(marks.items())}
+        return {"step": step, "order": self._order, "lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of any number of ranks; without one, from the beginning."""
-        if not state:
+        """Go on from a state of any number of ranks.
+
+        Without one, or with one of other lanes or another order, what comes before is read again.
+        """
+        if state.get("order") != self._order:
             return
         self.close()
         self._state = (state["step"], {int(lane): Mark(*mark) for lane, mark in state["lanes"].items()})
 
     def close(self) -> None:
         """End the background processes."""
-        self._groups = None  # the loaders end theirs when they go
+        for group in self._groups:
+            group.close()
+        self._groups = []
         self._step, self._rows = -1, {}
 
 
-class _Group(IterableDataset[Any]):
-    """Some lanes of one process: each item is a step's windows and the marks after it."""
+class _Group:
+    """Some lanes of one process: each item is a step's windows, the marks after it, and what is amiss."""
 
     def __init__(self, lanes: list[tuple[Lane, int, Mark]], skip: int) -> None:
         self.lanes = lanes
         self.skip = skip
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[int, Mark]] | Exception]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[int, Mark], list[str]] | Exception]:
         for lane, _, _ in self.lanes:
             lane.tokenizer.use_threads(1)
-        streams = [(lane.number, count, lane.windows(mark)) for lane, count, mark in self.lanes]
+        notes: list[str] = []
+        streams = [(lane.number, count, lane.windows(mark, notes.append)) for lane, count, mark in self.lanes]
         skip = self.skip
         try:
             while True:
@@ -158,22 +160,21 @@ class _Group(IterableDataset[Any]):
                         row, marks[number] = next(windows)
                         rows.append(row)
                 if skip == 0:
-                    yield np.stack(rows), marks
+                    yield np.stack(rows), marks, notes.copy()
+                    notes.clear()
                 skip = max(0, skip - 1)
-        except Exception as error:  # raised as it is where the batch is asked for
+        except UserError as error:  # raised where the batch is asked for
             yield error
+        except Exception:  # which need not survive being pickled, nor would its traceback
+            yield RuntimeError(f"in a background process:\n{traceback.format_exc()}")
+
+
+def _raised(item: Any) -> Any:
+    if isinstance(item, Exception):
+        raise item
+    return item
 
 
 def _spare_cores() -> int:
     """Cores of this process's share of the machine, but the one that trains."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole job is the trainer's affair: it still needs batches to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -21,13 +21,14 @@ def compile_blocks(model: Llama) -> None:
     with one warning.
     """
     for block in model.model.layers:
-        block.forward = _compiled(block, model)  # type: ignore[method-assign]
+        block.forward = _compiled(block, model)
 
 
 def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
     from torch._dynamo.exc import BackendCompilerFailed
 
-    compiled = torch.compile(block.forward, recompile_limit=RECOMPILE_LIMIT)
+    limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # which torch's overloads do not name
+    compiled = torch.compile(block.forward, **limit)
 
     def forward(*args: Any, **keywords: Any) -> Any:
         try:

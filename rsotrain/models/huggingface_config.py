@@ -13,10 +13,14 @@ SIZES = {
     "intermediate_size": int,
     "num_hidden_layers": int,
     "num_attention_heads": int,
+    "num_key_value_heads": int,
     "max_position_embeddings": int,
     "vocab_size": int,
     "rms_norm_eps": float,
+    "rope_theta": float,
+    "initializer_range": float,
 }
+OPTIONAL = {"rope_theta": 10000.0, "initializer_range": 0.02}  # as transformers fills them in
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -31,7 +35,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{file} cannot be read ({error.strerror}); give a Hugging Face folder") from error
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object; give a Hugging Face folder")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{file} has rope parameters that are not an object")
     _refuse(file, "model_type", values.get("model_type"), MODEL_TYPES)
     _refuse(file, "hidden_act", values.get("hidden_act", "silu"), ("silu", "swish"))
     _refuse(file, "attention_bias", values.get("attention_bias", False), (False,))
@@ -41,17 +49,14 @@ def read_config(folder: Path) -> ModelConfig:
     window = values.get("sliding_window")
     if window is not None and window < values.get("max_position_embeddings", 0):
         _refuse(file, "sliding_window", window, (None,))
-    try:
-        sizes: dict[str, Any] = {name: kind(values[name]) for name, kind in SIZES.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} has no usable {error}") from error
+    given = OPTIONAL | {name: value for name, value in values.items() if value is not None}
+    given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
+    given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
+    sizes = {name: _number(file, name, given.get(name), kind) for name, kind in SIZES.items()}
     head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
     _refuse(file, "head_dim", values.get("head_dim") or head_dim, (head_dim,))
     return ModelConfig(
         name="pretrained",
-        num_key_value_heads=values.get("num_key_value_heads"),
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-        initializer_range=float(values.get("initializer_range", 0.02)),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         **sizes,
     )
@@ -61,6 +66,13 @@ def _refuse(file: Path, name: str, value: object, known: tuple[object, ...]) -> 
     if value not in known:
         choices = " or ".join(str(k) for k in known)
         raise UserError(f"{file} has {name}={value}, but only {choices} can be read here")
+
+
+def _number(file: Path, name: str, value: object, kind: type[int] | type[float]) -> Any:
+    known = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, known) or not value > 0:
+        raise UserError(f"{file} has {name}={value}, but it must be a positive number")
+    return kind(value)
 
 
 def write_config(

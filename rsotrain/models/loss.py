@@ -48,8 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Not cast to the gradient's dtype first: 1/tokens in bf16 is off by up to 0.2 %, every entry with it.
         grad_hidden, grad_weight = (
-            grad if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors
+            grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors
         )
         return grad_hidden, grad_weight, None
 
@@ -104,7 +105,8 @@ class _Softmax:
         step = self.logits.shape[0]
         for rows, target in zip(logits.split(step), targets.split(step), strict=True):
             valid = (target != IGNORE_INDEX).unsqueeze(1)
-            target = target.unsqueeze(1).clamp(min=0)
+            # Of other negative targets gather makes an error: no mistake counts as token 0.
+            target = target.unsqueeze(1).masked_fill(~valid, 0)
             logit = self.logits[: rows.shape[0]].copy_(rows)
             probability = self.probabilities[: rows.shape[0]]
             torch.softmax(logit, dim=1, out=probability)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config import ModelConfig
 from rsotrain.errors import UserError
 from rsotrain.models.huggingface_config import read_config
+from rsotrain.models.llama import Llama
 from rsotrain.sharding import local, shard_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +52,7 @@ class HuggingFaceFolder:
                     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                         shape = tuple(opened.get_slice(name).get_shape())
                         yield name, shape, lambda opened=opened, name=name: opened.get_tensor(name)  # type: ignore[misc]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"the weights in {self.path} cannot be read ({error})") from error
 
 
@@ -87,12 +88,23 @@ def _is_superfluous(name: str, parameters: Mapping[str, object]) -> bool:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: HuggingFaceFolder) -> None:
+def load_weights(model: Llama, folder: HuggingFaceFolder) -> None:
     """Copy a folder's tensors into the model's parameters, sharded or not, in the parameters' dtype.
 
-    Raises UserError, before anything is changed, where names or shapes differ.
+    Raises UserError, before anything is changed, where names, shapes or what shapes do not show differ.
     """
     check_fit(model, folder.tensors(), str(folder.path))
+    here, there = model.config, folder.config
+    if here.num_attention_heads != there.num_attention_heads:  # the matrices are as large for any number
+        raise UserError(
+            f"{folder.path} has num_attention_heads={there.num_attention_heads}, and this model"
+            f" {here.num_attention_heads}; use model=pretrained, and leave model.num_attention_heads out"
+        )
+    if here.tie_word_embeddings and not there.tie_word_embeddings:
+        raise UserError(
+            f"{folder.path} has a head of its own, which model.tie_word_embeddings=true would drop;"
+            " leave that out"
+        )
     parameters = dict(model.named_parameters())
     for name, _, read in folder.tensors():
         if name in parameters:

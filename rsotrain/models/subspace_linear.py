@@ -70,7 +70,8 @@ class Site:
     ``name``: of the site's first projected weight. ``layers``: by the names of their weights. ``basis``:
     P (in × r) in the compute dtype, or None where ``regenerate`` draws it anew for each use. While
     ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least), which is
-    there before the first of them: compiled blocks can add to a tensor, but not make it.
+    there before the first of them: compiled blocks can add to a tensor, but not make it. Of x at the
+    positions that are ``reached``, a mask over all but its last dimension; None: all.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Site:
     basis: Tensor | None = None
     regenerate: Callable[[], Tensor] | None = None
     observing: bool = False
+    reached: Tensor | None = None
     gram: Tensor | None = None
 
     def current_basis(self) -> Tensor:
@@ -88,18 +90,20 @@ class Site:
         assert self.regenerate is not None, "the site has no basis yet"
         return self.regenerate()
 
-    def start_observing(self) -> None:
+    def start_observing(self, reached: Tensor | None) -> None:
         assert self.basis is not None, "only random bases are regenerated, and they need no data"
         if self.gram is None:
             dtype = torch.promote_types(self.basis.dtype, torch.float32)
             self.gram = self.basis.new_zeros(self.size, self.size, dtype=dtype)
-        self.observing = True
+        self.observing, self.reached = True, reached
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """gram ← gram + XᵀX, its lower blocks only; x: (..., in)."""
         assert self.gram is not None
         inputs = x.reshape(-1, self.size).to(self.gram.dtype)
+        if self.reached is not None:  # as zeros: what is picked by a mask has a shape that depends on data
+            inputs = inputs.masked_fill(~self.reached.reshape(-1, 1), 0.0)
         # A product in bf16 would round each entry to 8 bits. Of the symmetric product 5/8 is enough.
         width = -(-self.size // _GRAM_BLOCKS)
         for start in range(0, self.size, width):

@@ -155,12 +155,15 @@ class Part(ABC):
         for holder in self.gradient_holders().values():
             holder.grad = None
 
-    def observing(self, step: int) -> AbstractContextManager[None]:
-        """Around each forward pass of ``step``: for what the part needs to see beside the gradients."""
+    def observing(self, step: int, reached: Tensor | None) -> AbstractContextManager[None]:
+        """Around each forward pass of ``step``: for what the part needs to see beside the gradients.
+
+        ``reached``: as in ``CompositeOptimizer.observing``.
+        """
         return nullcontext()
 
-    def resume(self, step: int) -> None:  # noqa: B027, most parts have nothing to do
-        """Called when the state after ``step`` steps has been loaded."""
+    def resume(self) -> None:  # noqa: B027, most parts have nothing to do
+        """Called when the state has been loaded."""
 
     def kept_share(self, lr: float) -> float:
         """1 − ηλ: what decoupled weight decay leaves of a weight."""

@@ -112,9 +112,10 @@ def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal:
     transports = config.on_refresh is c.OnRefresh.transport
     needs = needs_orthonormal or transports
     what = "optimizer.on_refresh=transport" if not needs_orthonormal else f"optimizer={config.name}"
+    otherwise = "" if needs_orthonormal else ", or set optimizer.on_refresh=keep"
     require(
         sampler.orthonormal or not needs,
-        f"{pair}: {what} needs orthonormal bases, which this sampler's are not; {sampler.hint}",
+        f"{pair}: {what} needs orthonormal bases, which this sampler's are not; {sampler.hint}{otherwise}",
     )
     if isinstance(config, c.LDAdamConfig):
         require(

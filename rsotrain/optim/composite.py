@@ -58,11 +58,14 @@ class CompositeOptimizer:
         return [gradient for part in self.parts for gradient in part.gradients().values()]
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Each forward pass of training runs inside it; backward passes do not."""
+    def observing(self, reached: Tensor | None = None) -> Iterator[None]:
+        """Each forward pass of training runs inside it; backward passes do not.
+
+        ``reached``: at which positions (batch, seq_len) the loss has a gradient; None: at all.
+        """
         with ExitStack() as stack:
             for part in self.parts:
-                stack.enter_context(part.observing(self.steps_done + 1))
+                stack.enter_context(part.observing(self.steps_done + 1, reached))
             yield
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -99,7 +102,7 @@ class CompositeOptimizer:
                 tensor.copy_(state[name])
         self.steps_done = int(state[_STEP])
         for part in self.parts:
-            part.resume(self.steps_done)
+            part.resume()
 
     def state_bytes(self) -> int:
         """Of all state tensors but the shared ``step``."""

@@ -39,9 +39,12 @@ class RSO(Part):
     the gradient's part in the subspace.
 
     Samplers that look at data see XᵀX of the site's input, as gathered by the forward passes of the step
-    that ends with the draw: the row space of dW = dYᵀX lies in that of X. As those of step 1 need a basis
-    too, their first draw is at the end of step 1, and step 1 has a random one. All draws for step t are
-    made at the end of step t−1: a checkpoint holds the bases to go on with, and never a Gram matrix.
+    that ends with the draw: the row space of dW = dYᵀX lies in that of X, of which the rows do not count
+    where dY is zero, those of padding. As those of step 1 need a basis too, their first draw is at the end
+    of step 1 (staggered: of the step before their turn), and until then they have a random one. All draws
+    for step t are made at the end of step t−1: a checkpoint holds the bases to go on with, and never a Gram
+    matrix. Those in use, in × in in float32, are held from the forward pass to the draw, all together unless
+    the draws are staggered.
 
     The proximal term adds B/η to the gradient, after clipping, and needs B itself: r·out elements more.
     ``refresh_warmup_steps`` n: after a refresh the rate is (s+1)/(n+1) of itself in step s = 0, 1, …, n−1.
@@ -114,6 +117,8 @@ class RSO(Part):
             site.regenerate = torch.compiler.disable(lambda: self.bases[site.name])
             return
         site.basis = self.bases[site.name]
+        if site.basis.is_meta:  # random numbers are drawn on the CPU: seconds for a large model
+            return
         if self.bases.informed(1):
             self.bases.place(site.name, haar(self.bases.request(site.name, "start")))
         else:
@@ -145,17 +150,17 @@ class RSO(Part):
             site.gram = None
 
     @contextmanager
-    def observing(self, step: int) -> Iterator[None]:
+    def observing(self, step: int, reached: Tensor | None) -> Iterator[None]:
         due = []
         if self.bases.informed(step + 1):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
-                site.start_observing()
+                site.start_observing(reached)
             yield
         finally:
             for site in due:
-                site.observing = False
+                site.observing, site.reached = False, None
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -208,9 +213,10 @@ class RSO(Part):
 
     def _next_draw(self, site: Site, step: int) -> int | None:
         """Index of the draw at the end of ``step``, for the next one; None: the basis stays."""
-        if step == 1 and self.bases.informed(2):
+        schedule, position = self.bases.schedule, self.bases.positions[site.name]
+        if self.bases.informed(step + 1) and step == max(1, schedule.offset(position)):
             return 0
-        return self.bases.schedule.draw_index(self.bases.positions[site.name], step + 1)
+        return schedule.draw_index(position, step + 1)
 
     def refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
         sources = {
@@ -245,11 +251,11 @@ class RSO(Part):
 
     # --- books ---------------------------------------------------------------------------------
 
-    def resume(self, step: int) -> None:
-        self.bases.resume(step + 1)
+    def resume(self) -> None:
+        self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
-        return self.bases.metrics()
+        return self.bases.record.metrics()
 
     def ranks(self) -> list[int]:
         return [site.rank for site in self.sites]

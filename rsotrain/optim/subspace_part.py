@@ -24,7 +24,8 @@ class Subspace:
 
     ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
     ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised (a lagged sampler's) is float32 whatever this says.
+    is itself optimised (a lagged sampler's) is float32 whatever this says, but RSO's: activations in
+    ``compute_dtype`` are multiplied by it.
     """
 
     sampler: Sampler
@@ -212,7 +213,7 @@ class SubspacePart(Part):
             for m in bucket:
                 a = gradients[m.name]
                 projected.append(self._project(m, a, self.basis(m)))
-                if m.name in self.bases.unobserved:
+                if m.name in self.bases.record.unobserved:
                     self._observe(m, a, projected[-1])
             self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
         if self.subspace.sampler.lagged:
@@ -230,7 +231,7 @@ class SubspacePart(Part):
             basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
             projected = self._project(matrix, gradient, matrix.columns_of(basis))
         copies = matrix.shard.pieces if matrix.by_columns else 1
-        self.bases.observe(matrix.name, gradient, projected, copies)
+        self.bases.record.observe(matrix.name, gradient, projected, copies)
 
     def refresh(
         self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
@@ -246,11 +247,11 @@ class SubspacePart(Part):
         for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
             self.basis_changed(self.by_name[name], change, step)
 
-    def resume(self, step: int) -> None:
-        self.bases.resume(step)
+    def resume(self) -> None:
+        self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
-        return self.bases.metrics()
+        return self.bases.record.metrics()
 
     def ranks(self) -> list[int]:
         return [m.rank for m in self.matrices]

@@ -9,11 +9,11 @@ from pathlib import Path
 from rsotrain.errors import UserError
 from rsotrain.metrics import write_atomic
 from rsotrain.report.comparison import Group, compare
-from rsotrain.report.runs import read_runs
+from rsotrain.report.runs import looks, read_runs
 from rsotrain.report.tables import comma_separated, markdown, screen
-from rsotrain.run_folder import RunState
 
 USER_ERROR_STATUS = 2
+LONGEST_SECONDS = 86_400  # between two looks
 PAGE = "report.html"
 DESCRIPTION = """\
 Compare runs: a table on the screen, and in --out report.html (one page, readable offline), report.md,
@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--group-by", action="append", default=[], metavar="KEY", help=GROUP_HELP)
-    parser.add_argument(
-        "--out", type=Path, default=Path("report"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: report")
     parser.add_argument("--title", help="of the page")
     parser.add_argument("--mixed", action="store_true", help="compare, and mark, unlike validation data")
     mode = parser.add_mutually_exclusive_group()
@@ -65,27 +63,30 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises UserError."""
     every, keys = arguments.every, [k for given in arguments.group_by for k in given.split(",") if k]
-    if every is not None and every <= 0:
-        raise UserError(f"--every {every:g} must be positive")
+    if every is not None and not 0 < every <= LONGEST_SECONDS:
+        raise UserError(f"--every {every:g} must be positive, and no more than {LONGEST_SECONDS}")
     if every is not None and not (arguments.watch or arguments.live):
         raise UserError("--every has no effect without --watch or --live; leave it out")
     if arguments.live:
+        for option in ("out", "title"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} has no effect with --live, which writes nothing; leave it out")
         from rsotrain.report.live import follow
 
         follow(arguments.runs, keys, mixed=arguments.mixed, every=every or 2.0)
         return
     names = ", ".join(path.resolve().name for path in arguments.runs[:3])
     title = arguments.title or f"Comparison: {names}{', …' if len(arguments.runs) > 3 else ''}"
-    while True:
-        runs = read_runs(arguments.runs)
+    out, every = arguments.out or Path("report"), every or 30.0
+    for runs, again in (
+        looks(arguments.runs, every) if arguments.watch else [(read_runs(arguments.runs), False)]
+    ):
         groups = compare(runs, keys, mixed=arguments.mixed)
-        going = arguments.watch and any(run.state is RunState.running for run in runs)
-        paths = write_report(groups, arguments.out, title, refresh_seconds=(every or 30.0) if going else None)
-        if not going:
-            break
-        finished = sum(run.finished for run in runs)
-        print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
-        time.sleep(every or 30.0)
+        paths = write_report(groups, out, title, refresh_seconds=every if again else None)
+        if again:
+            finished = sum(run.finished for run in runs)
+            time_of_day = time.strftime("%H:%M:%S")
+            print(f"{time_of_day}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
     print_comparison(groups)
     print(f"{paths[0]} and {len(paths) - 1} more files")
 

@@ -99,7 +99,7 @@ def compare(runs: Sequence[Run], group_by: Sequence[str] = (), *, mixed: bool = 
     sets = _validation_sets(runs)
     if len(sets) > 1 and not mixed:
         raise UserError(_refusal(sets[0][0], sets[1][0]))
-    keys = [_resolve(key, runs) for key in group_by]
+    keys = list(dict.fromkeys(_resolve(key, runs) for key in group_by))
     keys = keys or [key for key in differing_keys(runs) if key != REPLICATE_KEY]
     members: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
@@ -112,7 +112,7 @@ def compare(runs: Sequence[Run], group_by: Sequence[str] = (), *, mixed: bool = 
         varies = [k for k in differing_keys(of_group) if k != REPLICATE_KEY]
         mark = f"[{chr(ord('a') + which)}]" if len(sets) > 1 else ""
         if len(of_group) > 1 and label == of_group[0].name:
-            label = _names(of_group[0]) or label
+            label = _names(of_group) or label
         groups.append(Group(label, of_group, varies, mark))
     return sorted(groups, key=_rank)
 
@@ -123,8 +123,12 @@ def _rank(group: Group) -> tuple[str, bool, float, str]:
 
 
 def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
-    """The groups that are best in ``column``: finished ones, and only where there are several of them."""
-    candidates = [(g, s.mean) for g in groups if g.finished and (s := g.statistic(column.metric))]
+    """The groups that are best in ``column``: finished ones, and only where there are several of them.
+
+    A group in which a finished run has no figure, having diverged, is not the best.
+    """
+    statistics_of = [(group, group.statistic(column.metric)) for group in groups if group.finished]
+    candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
     marks = {group.mark for group, _ in candidates}
     if column.better is None or len(candidates) < 2 or (len(marks) > 1 and column.metric.startswith("val/")):
         return []
@@ -169,10 +173,10 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
     ]
 
 
-def _names(run: Run) -> str:
-    """Model, optimizer and sampler."""
-    names = [run.config.get(f"{group}.name") for group in ("model", "optimizer", "sampler")]
-    return " ".join(str(name) for name in names if name not in (None, "none"))
+def _names(runs: Sequence[Run]) -> str:
+    """Model, optimizer and sampler, those that all have."""
+    names = [{run.config.get(f"{group}.name") for run in runs} for group in ("model", "optimizer", "sampler")]
+    return " ".join(str(*name) for name in names if len(name) == 1 and not name & {None, "none"})
 
 
 def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -199,7 +203,7 @@ def _resolve(key: str, runs: Sequence[Run]) -> str:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    return str(value) if isinstance(value, list | dict) else value
 
 
 # --- what a validation loss means --------------------------------------------------------------

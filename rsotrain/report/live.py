@@ -1,13 +1,12 @@
 """``--live``: the runs of a sweep in a table that follows them."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsotrain.display import format_count, format_seconds
 from rsotrain.report.comparison import LOSS, compare, label_runs
-from rsotrain.report.runs import Run, read_runs
+from rsotrain.report.runs import Run, looks, read_runs
 from rsotrain.report.tables import screen
 from rsotrain.run_folder import RunState
 
@@ -33,9 +32,7 @@ def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: fl
     runs = read_runs(paths)
     compare(runs, keys, mixed=mixed)  # refuse at once what cannot be compared at the end
     with Live(runs_table(runs), console=console, auto_refresh=False, transient=False) as live:
-        while any(run.state is RunState.running for run in runs):
-            time.sleep(every)
-            runs = read_runs(paths)
+        for runs, _ in looks(paths, every):
             live.update(runs_table(runs), refresh=True)
     if len(runs) > 1:
         console.print(screen(compare(runs, keys, mixed=mixed), console.width))

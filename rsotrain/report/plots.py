@@ -81,9 +81,9 @@ def draw(groups: Sequence[Group]) -> dict[str, "Figure"]:
             if _has(groups, metric):
                 for axis in AXES:
                     figures[f"{name}_by_{axis.name}"] = _curves(groups, [(metric, label)], axis)
-        if _has(groups, "memory/parameters_bytes"):
+        if any(_mean(group, "memory/parameters_bytes") for group in groups):
             figures["memory"] = _memory(groups)
-        if _has(groups, THROUGHPUT.metric):
+        if any(_mean(group, THROUGHPUT.metric) for group in groups):
             figures["throughput"] = _throughput(groups)
         subspace = [
             ("subspace/overlap", "overlap with the basis before"),
@@ -138,7 +138,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def _has(groups: Sequence[Group], metric: str) -> bool:
-    return any(run.latest(metric) is not None for group in groups for run in group.runs)
+    return any(run.series(metric) for group in groups for run in group.runs)
 
 
 def _figure(height: float) -> "Figure":

@@ -5,16 +5,16 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rsotrain.errors import UserError
+from rsotrain.errors import INTERRUPTED_STATUS, UserError
 from rsotrain.overrides import flatten
-from rsotrain.report.wandb_offline import is_offline_folder, read_offline_runs
+from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
 from rsotrain.run_folder import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
@@ -43,18 +43,15 @@ class Run:
     @property
     def steps(self) -> int:
         """How many it is to do; what it has done where the configuration does not say."""
-        return int(self.config.get("steps") or self.step)
+        return int(_number(self.config.get("steps")) or self.step)
 
     def last(self, metric: str) -> float | None:
-        """What ``summary.json`` says, else the last finite value in the history; None: never logged."""
-        value = _number(self.summary.get(metric))
-        return value if value is not None else self.latest(metric)
+        """What ``summary.json`` says, else the latest; None: never logged, or not a finite number then."""
+        return _number(self.summary[metric]) if metric in self.summary else self.latest(metric)
 
     def latest(self, metric: str) -> float | None:
-        for record in reversed(self.history):
-            if (value := _number(record.get(metric))) is not None:
-                return value
-        return None
+        """The value in the last record that has the metric; a diverged run has no figure, not an old one."""
+        return next((_number(r[metric]) for r in reversed(self.history) if metric in r), None)
 
     def series(self, metric: str) -> list[tuple[float, float, float, float]]:
         """(step, tokens, seconds, value) of each record that has the metric."""
@@ -82,7 +79,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     offline: list[Path] = []
-    for path in dict.fromkeys(p.expanduser().resolve() for p in paths):
+    named = list(dict.fromkeys(p.expanduser().resolve() for p in paths))
+    for path in named:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give run folders, or the folder that holds them")
         if is_offline_folder(path):
@@ -101,9 +99,40 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         else:
             raise UserError(f"{path} is not a run folder: it has no {CONFIG}")
     for record in read_offline_runs(offline):
-        state = RunState.finished if record.exit_code == 0 else RunState.stopped
-        runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+        if record.history:
+            state = _state_of_offline(record)
+            runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+        elif record.path in named:
+            raise UserError(f"{record.path} has no metrics: its run has not got to the first step")
+    if not runs:
+        raise UserError(
+            f"{paths[0]} holds no run with metrics; give run folders, or the folder that holds them"
+        )
     return _unique(runs)
+
+
+def looks(paths: Sequence[Path], every: float) -> Iterator[tuple[list[Run], bool]]:
+    """The runs in ``paths`` and whether to look again, each ``every`` seconds, until none of them goes on.
+
+    Between two members of a sweep nothing runs for a moment, and a run has no metrics before its first
+    step: the end is believed when it is seen twice. Raises UserError.
+    """
+    went = False
+    while True:
+        runs = read_runs(paths)
+        goes = any(run.state is RunState.running for run in runs) or _is_starting(paths)
+        yield runs, goes or went
+        if not (goes or went):
+            return
+        went = goes
+        time.sleep(every)
+
+
+def _is_starting(paths: Sequence[Path]) -> bool:
+    """Whether a run in ``paths`` has begun and not got to its first step."""
+    folders = [folder for path in paths for folder in (path, *path.expanduser().glob("*/"))]
+    records = [f / RUN_RECORD for f in folders if (f / RUN_RECORD).is_file() and not has_metrics(f)]
+    return any(_state(_read_json(record), {}, record) is RunState.running for record in records)
 
 
 def is_run_folder(path: Path) -> bool:
@@ -167,13 +196,24 @@ def _state(record: Mapping[str, Any], summary: Mapping[str, Any], metrics: Path)
         return RunState.stopped if state is RunState.finished else state
     if record.get("host") == socket.gethostname() and isinstance(record.get("pid"), int):
         return RunState.running if _is_alive(record["pid"]) else RunState.lost
-    return RunState.running if time.time() - metrics.stat().st_mtime < SILENCE_SECONDS else RunState.lost
+    return _running_or_lost(metrics)
+
+
+def _state_of_offline(run: OfflineRun) -> RunState:
+    ended = {0: RunState.finished, INTERRUPTED_STATUS: RunState.stopped, None: None}
+    return ended.get(run.exit_code, RunState.failed) or _running_or_lost(next(run.path.glob("run-*.wandb")))
+
+
+def _running_or_lost(log: Path) -> RunState:
+    return RunState.running if time.time() - log.stat().st_mtime < SILENCE_SECONDS else RunState.lost
 
 
 def _is_alive(pid: int) -> bool:
+    if pid <= 0:  # means other processes than one
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

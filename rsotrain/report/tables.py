@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsotrain.report.comparison import COLUMNS, Column, Group, best_groups
+from rsotrain.report.comparison import COLUMNS, LOSS, Column, Group, best_groups
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +43,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
     if any(0 < len(group.finished) < len(group.runs) for group in groups):
         said.append("Only finished runs count in a group that has some.")
     for group in groups:
+        statistic = group.statistic(LOSS.metric)
+        if statistic is not None and (without := len(group.finished) - statistic.number) > 0:
+            said.append(f"{without} of the finished runs of {name_of(group)} ended without a finite loss.")
         if group.varies:
             said.append(f"The runs of {name_of(group)} differ in {', '.join(group.varies)}, too.")
     if any(group.mark for group in groups):

@@ -16,7 +16,10 @@ OWN_KEYS = "_"  # W&B's own columns and settings begin with it
 
 @dataclass
 class OfflineRun:
-    """What one W&B run id has recorded, over all its starts. ``exit_code``: None if it did not end."""
+    """What one W&B run id has recorded, over all its starts.
+
+    ``path``: the folder of the last one; ``exit_code``: None if it did not end.
+    """
 
     path: Path
     name: str
@@ -34,7 +37,7 @@ def read_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
     """One run for each id.
 
     A restart has a folder of its own; its records replace those of the others from its first step on.
-    Raises UserError for a folder without history.
+    Raises UserError for a folder that cannot be read.
     """
     runs: dict[str, OfflineRun] = {}
     for folder in sorted(folders, key=lambda p: p.name):  # the names hold the time
@@ -42,7 +45,7 @@ def read_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
         run_id = log.stem.removeprefix("run-")
         run = runs.setdefault(run_id, OfflineRun(folder, run_id))
         history: list[dict[str, Any]] = []
-        run.exit_code = None
+        run.path, run.exit_code = folder, None
         for record in _records(folder):
             match record:
                 case {"type": "run", "run": content}:
@@ -56,9 +59,6 @@ def read_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
                     run.exit_code = content.get("exit_code", 0)
         if history:
             run.history = [r for r in run.history if r["step"] < history[0]["step"]] + history
-    for run in runs.values():
-        if not run.history:
-            raise UserError(f"{run.path} has no metrics: its run has not got to the first step")
     return list(runs.values())
 
 

@@ -1,8 +1,6 @@
-"""The bases of a set of matrices: drawing, replacing and measuring them."""
+"""The bases of a set of matrices: drawing and replacing them."""
 
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
-from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source, spread
 
 if TYPE_CHECKING:
@@ -56,9 +55,11 @@ class Bases:
     ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, zeros until the first draw, so that
     nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
     from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
-    ``stored``: they are then drawn again, bitwise the same, at each use. ``scaled``: what the sampler draws
+    ``stored``: they are then drawn again, bitwise the same, at each use, and the state holds the seed that
+    these three give, ``basis_seed``, so that a run which goes on with other settings has the bases that its
+    moments are expressed in. ``scaled``: what the sampler draws
     is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
-    the ranks that have the same bases; they call ``refresh_all`` and ``metrics`` together.
+    the ranks that have the same bases; they call ``refresh_all`` together.
     """
 
     def __init__(
@@ -91,39 +92,41 @@ class Bases:
         self.stored = stored
         self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
-        self.indices = dict.fromkeys(sizes, 0)  # of the draws in use
+        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the draws in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
-            zeros = torch.zeros(size, rank, dtype=dtype, device=devices[name])
-            self.state[name] = {"basis": zeros} if stored else {}
+            if stored:
+                self.state[name] = {"basis": torch.zeros(size, rank, dtype=dtype, device=devices[name])}
+            else:
+                self.state[name] = {"basis_seed": torch.tensor(self.seeds[name], device=devices[name])}
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
         self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
-        self.unobserved: set[str] = set()  # drawn since ``observe``
-        self.skipped = 0  # draws that failed
-        self._refresh_step = 0
-        self._refresh_seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._overlaps: dict[str, Tensor] = {}
-        self._captured: dict[str, Tensor] = {}
+        self.record = RefreshRecord(gap, mesh)
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
             return self.state[name]["basis"]
-        return self._drawn(self.request(name, self.indices[name]))
+        return self._drawn(self._request(name, self.seeds[name]))
 
-    def resume(self, step: int) -> None:
-        """``step`` is the last that the bases in use were drawn for."""
-        self.indices = {name: self.schedule.latest(i, step)[0] for name, i in self.positions.items()}
+    def resume(self) -> None:
+        """The state has been loaded."""
         if self.stored:
             self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
+        else:
+            self.seeds = {name: int(self.state[name]["basis_seed"]) for name in self.sizes}
+
+    def _seed_of(self, name: str, index: int | str) -> int:
+        return seed_of(self.seed, "basis", name, index)
 
     def request(self, name: str, index: int | str) -> Draw:
         """The draw with this index, without data."""
+        return self._request(name, self._seed_of(name, index))
+
+    def _request(self, name: str, seed: int) -> Draw:
         size, rank = self.sizes[name]
-        device = self.devices[name]
-        return Draw(size, rank, None, generator(self.seed, "basis", name, index), device)
+        return Draw(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
 
     def place(self, name: str, basis: Tensor) -> None:
         """Put an orthonormal ``basis`` in the place of the one in use."""
@@ -162,11 +165,6 @@ class Bases:
             return False
         index = self.schedule.draw_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.lagged and index > 0)
-
-    def _measures(self, index: int) -> bool:
-        """Measuring costs about a projection: of draws that come thick and fast, one in ten steps."""
-        every = max(1, 10 // self.schedule.gap)
-        return index == 0 or index % every == 1 % every
 
     @torch.no_grad()
     def refresh_all(
@@ -220,8 +218,7 @@ class Bases:
         rank, size = dist.get_rank(), dist.get_world_size()
         owners = dict(zip(names, spread([s.cost for s in sources.values()], size), strict=True))
         device = self.devices[names[0]]
-        self._start_timer(step, device)
-        try:
+        with self.record.timing(step, device):
             seen = {name: sources[name].at(owners[name]) for name in names}
             drawn: dict[str, Tensor] = {}
             outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
@@ -239,12 +236,10 @@ class Bases:
                 sent = [name for name in names if owners[name] == owner and found[name] == _DRAWN]
                 if sent:
                     drawn |= self._broadcast(sent, owner, drawn)
-        finally:
-            self._stop_timer(device)
         changes = {}
         for name in names:
             if reason := _REASONS.get(found[name]):
-                self._skip(name, step, reason)
+                self.record.skip(name, step, reason, name in self.waiting)
             changes[name] = self._settle(name, self[name], drawn.get(name), step, number(name))
         return changes
 
@@ -277,14 +272,11 @@ class Bases:
         if index is None:
             index = self.schedule.latest(self.positions[name], step)[0]
         old = self[name]
-        self._start_timer(step, old.device)
-        try:
+        with self.record.timing(step, old.device):
             seen = gram() if self.informed(step) else None
             outcome, new = self._try_draw(name, old, seen, step, lr_factor, index)
-        finally:
-            self._stop_timer(old.device)
         if reason := _REASONS.get(outcome):
-            self._skip(name, step, reason)
+            self.record.skip(name, step, reason, name in self.waiting)
         return self._settle(name, old, new, step, index)
 
     def _settle(
@@ -295,16 +287,16 @@ class Bases:
             return None
         first = name in self.waiting or step == 1
         change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
-        if self._measures(index):
-            self.unobserved.add(name)
-            if change is not None:
-                self._overlaps[name] = change.overlap(self.sampler.orthonormal)
+        if self.record.measures(index):
+            self.record.drawn(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
             self.waiting.remove(name)
             self._first_draws[name] = step
-        self.indices[name] = index
         if self.stored:
             old.copy_(new)
+        else:
+            self.seeds[name] = self._seed_of(name, index)
+            self.state[name]["basis_seed"].fill_(self.seeds[name])
         return change
 
     def _try_draw(
@@ -327,69 +319,3 @@ class Bases:
             return _DRAWN, self._drawn(draw)
         except torch.linalg.LinAlgError:
             return _FAILED, None
-
-    def observe(self, name: str, gradient: Tensor, projected: Tensor, copies: int = 1) -> None:
-        """Note the share of ‖A‖_F² that lies in the subspace.
-
-        ``gradient``: A (M×k); ``projected``: A on an orthonormal basis of the subspace (M×r). Of both the
-        pieces that are here; of the latter there are ``copies`` in all.
-        """
-        self.unobserved.discard(name)
-        energy, kept = (
-            torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-            for x in (gradient, projected)
-        )
-        self._captured[name] = torch.stack([kept / copies, energy])
-
-    def metrics(self) -> dict[str, float]:
-        """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
-        with draws; how many draws failed in this process, once one has.
-
-        Where draws come more often than every ten steps, not all are measured.
-        """
-        result = {}
-        if self._overlaps:
-            result["subspace/overlap"] = float(torch.stack(list(self._overlaps.values())).mean())
-        if self._captured:
-            sums = torch.stack(list(self._captured.values()))
-            if self.mesh is not None:
-                dist.all_reduce(sums)
-            kept, energy = sums.unbind(1)
-            result["subspace/captured_energy"] = float(torch.where(energy > 0, kept / energy, 1.0).mean())
-        if self._refresh_step:
-            seconds = self._refresh_seconds
-            for start, end in self._events:
-                end.synchronize()
-                seconds += start.elapsed_time(end) / 1000
-            result["subspace/refresh_seconds"] = seconds
-        if self.skipped:
-            result["subspace/skipped_draws"] = self.skipped
-        return result
-
-    def _skip(self, name: str, step: int, what: str) -> None:
-        self.skipped += 1
-        if self.skipped == 1:
-            stays = "nothing is projected yet" if name in self.waiting else "its old basis stays"
-            warnings.warn(
-                f"step {step}: the gradient of {name} {what}; {stays}"
-                " (said once, counted in subspace/skipped_draws)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def _start_timer(self, step: int, device: torch.device) -> None:
-        if step != self._refresh_step:
-            self._refresh_step, self._refresh_seconds = step, 0.0
-            self._events.clear()
-        if device.type == "cuda":
-            start = torch.cuda.Event(enable_timing=True)
-            start.record()
-            self._events.append((start, torch.cuda.Event(enable_timing=True)))
-        else:
-            self._started = time.perf_counter()
-
-    def _stop_timer(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            self._events[-1][1].record()
-        else:
-            self._refresh_seconds += time.perf_counter() - self._started

@@ -29,8 +29,12 @@ class RefreshSchedule:
         index, since = self._latest(position, step - self.restart + 1)
         return before + 1 + index, since
 
+    def offset(self, position: int) -> int:
+        """Steps by which the draws of matrix ``position`` come after 1 + jT."""
+        return position * self.gap // self.num_matrices if self.staggered else 0
+
     def _latest(self, position: int, step: int) -> tuple[int, int]:
-        offset = position * self.gap // self.num_matrices if self.staggered else 0
+        offset = self.offset(position)
         since = step - 1 - offset
         if since < 0:
             return 0, step - 1
