@@ -5,7 +5,7 @@ process group of the wanted size that sends nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,8 +20,8 @@ from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
 from rsotrain.distributed import World, build_mesh
-from rsotrain.memory.measure import saved_activation_bytes
-from rsotrain.memory.planning import Phase, planned_device, watching
+from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
+from rsotrain.memory.planning import Phase, Watcher, planned_device, watching
 from rsotrain.memory.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.trainer import Trainer, model_without_memory
 
@@ -40,6 +40,10 @@ class _Answers(TorchDispatchMode):
                 raise
             dtype = args[0].dtype
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+
+
+class _PassesDone(Exception):  # noqa: N818 (it is no error)
+    """Ends a step before the optimizer's part."""
 
 
 class _Tokenizer:
@@ -148,7 +152,7 @@ class FakeRun:
         with self._fake, _Answers():
             self.trainer = Trainer(config, data, world, model)
         self.saved_activations_bytes = 0
-        self.saved_tensors: list[torch.Tensor] = []
+        self.gradients_bytes: list[int] = []  # of each part of the optimizer
 
     def use_micro_batch(self, size: int) -> None:
         """From now on micro-batches have ``size`` sequences."""
@@ -156,6 +160,13 @@ class FakeRun:
 
     def step(self, number: int) -> MemoryTracker:
         """Train step ``number`` (1-based), in which the same bases are drawn as in a run; what it took."""
+        return self._step(number, whole=True)
+
+    def passes(self, number: int) -> MemoryTracker:
+        """Of the same step its forward and backward passes only."""
+        return self._step(number, whole=False)
+
+    def _step(self, number: int, *, whole: bool) -> MemoryTracker:
         trainer = self.trainer
         tracker = MemoryTracker(CUDA_BLOCK_BYTES if self.kind == "cuda" else 1)
         with self._fake, _Answers():
@@ -164,34 +175,37 @@ class FakeRun:
                 for part in trainer.optimizer.parts:
                     part.resume(number - 1)
             trainer.saved_activations_bytes = 0  # measured here
-            with tracker, watching(self._watcher(tracker)):
+            with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
                 states = (s for part in trainer.optimizer.parts for s in part.state.values())
                 tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)
                 trainer.train_step()
+            trainer.optimizer.zero_grad()
         return tracker
 
-    def _watcher(self, tracker: MemoryTracker) -> Any:
+    def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
         optimizer, model = self.trainer.optimizer, self.trainer.model
-        first = [True]
 
         def keep(tensor: torch.Tensor) -> None:
             tracker.mark([tensor], Kind.activations)
 
         @contextmanager
         def watch(name: Phase) -> Iterator[None]:
+            if name is Phase.optimizer_step and not whole:
+                raise _PassesDone
             with tracker.phase(name):
                 if name is Phase.forward:
                     with saved_activation_bytes(model, keep) as saved:
                         yield
-                    if first:
-                        self.saved_activations_bytes = saved.total
-                        first.clear()
+                    self.saved_activations_bytes = saved.total
                     return
                 yield
                 if name is Phase.backward:
                     tracker.mark((holder.grad for holder in optimizer.gradient_holders()), Kind.gradients)
                 elif name is Phase.optimizer_step:  # those that the optimizer has reduced itself
                     tracker.mark(optimizer.gradients(), Kind.gradients)
+                    self.gradients_bytes = [
+                        tensors_bytes(part.gradients().values()) for part in optimizer.parts
+                    ]
 
         return watch

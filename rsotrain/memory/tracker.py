@@ -58,14 +58,14 @@ class Peak:
 class MemoryTracker(TorchDispatchMode):
     """Follows storages while it is entered. ``granularity``: each counts as a multiple of so many bytes.
 
-    ``traffic``: bytes that this rank has put into collectives, by kind of collective. Enter it after (inside)
-    a FakeTensorMode.
+    ``traffic``: bytes that this rank has put into collectives, by kind of collective, from the beginning of
+    each forward pass to that of the next. Enter it after (inside) a FakeTensorMode.
     """
 
     def __init__(self, granularity: int = 1) -> None:
         super().__init__()
         self.granularity = granularity
-        self.traffic: Counter[str] = Counter()
+        self.traffic: list[Counter[str]] = []
         self._events: list[_Event] = []
         self._live: dict[int, _Storage] = {}  # by address
         self._phases: list[Phase] = []
@@ -132,9 +132,10 @@ class MemoryTracker(TorchDispatchMode):
         name = func._schema.name.removeprefix("c10d::").strip("_").replace("_base", "")
         # inputs come second where there are outputs of their own
         given = args[1] if name in ("allgather", "reduce_scatter", "gather", "scatter") else args[0]
-        self.traffic[name] += sum(
-            t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, Tensor)
-        )
+        if self.traffic:
+            self.traffic[-1][name] += sum(
+                t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, Tensor)
+            )
         for leaf in tree_leaves(args):
             if isinstance(leaf, Tensor) and name in ("allgather", "reduce_scatter"):
                 found = self._found(leaf.untyped_storage())
@@ -158,6 +159,8 @@ class MemoryTracker(TorchDispatchMode):
     def phase(self, name: Phase) -> Iterator[None]:
         """What happens inside belongs to ``name``; phases may nest."""
         self._phases.append(name)
+        if name is Phase.forward:
+            self.traffic.append(Counter())
         self._events.append(("phase", None, name))
         try:
             yield
