@@ -278,7 +278,7 @@ def print_closing_table(
     summary: Mapping[str, object], files: Mapping[str, Path | str], log_path: Path | None = None
 ) -> None:
     """Print the result of a run (names as in ``summary.json``; absent ones are left out) and its files."""
-    table = _table("Result")
+    table = titled_table("Result")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -289,18 +289,18 @@ def print_closing_table(
     table.add_section()
     for label, place in files.items():
         table.add_row(label, _short(place))
-    _print_table(table, log_path)
+    print_table(table, log_path)
 
 
 def print_result_table(result: Mapping[str, object]) -> None:
     """Print names and values as they are, figures with four decimals."""
-    table = _table("Result")
+    table = titled_table("Result")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in result.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    _print_table(table, None)
+    print_table(table, None)
 
 
 class ParameterRow(Protocol):
@@ -322,7 +322,7 @@ class ParameterRow(Protocol):
 
 def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = None) -> None:
     """Print which group every parameter belongs to, and what it costs, with the totals below."""
-    table = _table("Parameters")
+    table = titled_table("Parameters")
     table.add_column("group", style="bold", overflow="fold")
     for name in ("parameters", "tensors", "learning rate", "rank", "state"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -344,17 +344,19 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
         "",
         format_bytes(sum(row.state_bytes for row in rows)),
     )
-    _print_table(table, log_path)
+    print_table(table, log_path)
 
 
-def _table(title: str) -> "Table":
+def titled_table(title: str) -> "Table":
+    """An empty table in the style of all tables on the screen."""
     from rich.box import ROUNDED
     from rich.table import Table
 
     return Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
 
 
-def _print_table(table: "Table", log_path: Path | None) -> None:
+def print_table(table: "Table", log_path: Path | None = None) -> None:
+    """On the screen, and at the end of ``log_path``."""
     from rich.console import Console
 
     console = Console()

@@ -40,6 +40,10 @@ def run_mode(config: Config) -> dict[str, Any]:
     match config.mode:
         case Mode.train:
             return train(config)
+        case Mode.plan:
+            from rsotrain.memory.mode import plan_mode  # fake tensors take a second to import
+
+            return plan_mode(config)
         case Mode.evaluate:
             return modes.evaluate_mode(config, cache_dir(config))
         case Mode.generate:

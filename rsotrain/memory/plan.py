@@ -130,9 +130,7 @@ def _merged(of_steps: dict[int, dict[Phase, Peak]]) -> dict[Phase, Peak]:
 _PASSES = (Phase.forward, Phase.backward)
 
 
-def _peak_of(
-    run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int
-) -> Callable[[int], int]:
+def _peak_of(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int) -> Callable[[int], int]:
     """The run's peak by micro-batch, of which only forward and backward passes depend on it."""
 
     def of_passes(peaks: dict[Phase, Peak]) -> int:
@@ -158,9 +156,7 @@ def _traffic(
 
     def of_step(step: int) -> dict[str, int]:
         first, last = trackers[step].traffic[0], trackers[step].traffic[-1]
-        return {
-            kind: last[kind] + (number - 1) * first[kind] for kind in sorted(first.keys() | last.keys())
-        }
+        return {kind: last[kind] + (number - 1) * first[kind] for kind in sorted(first.keys() | last.keys())}
 
     draws = [step for step in of_steps if Phase.refresh in of_steps[step]]
     quiet = [step for step in of_steps if step not in draws]
