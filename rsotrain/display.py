@@ -97,6 +97,13 @@ TRAIN_FIELDS: list[tuple[str, str, Format, int]] = [
     ("throughput/tokens_per_second", "", _tokens_per_second, 11),
     ("memory/peak_bytes", "", format_bytes, 8),
 ]
+MEMORY_FIELDS: list[tuple[str, str, Format, int]] = [
+    ("memory/parameters_bytes", "memory: weights", format_bytes, 0),
+    ("memory/gradients_bytes", "gradients", format_bytes, 0),
+    ("memory/optimizer_state_bytes", "state", format_bytes, 0),
+    ("memory/saved_activations_bytes", "activations", format_bytes, 0),
+    ("memory/peak_bytes", "peak", format_bytes, 0),
+]
 VALIDATION_FIELDS: list[tuple[str, str, Format, int]] = [
     ("val/loss", "val loss", _fixed(4), 7),
     ("val/perplexity", "perplexity", _fixed(2), 8),
@@ -149,7 +156,9 @@ class Display:
             self._live.console.show_cursor(True)  # so that a killed run leaves the terminal as it was
         width = len(str(self._total_steps))
         prefix = f"step {step:>{width}}/{self._total_steps}"
-        if train := _cells(record, TRAIN_FIELDS):
+        if "train/loss" not in record and (memory := _cells(record, MEMORY_FIELDS)):
+            self._put("  ".join([prefix, *memory]))
+        elif train := _cells(record, TRAIN_FIELDS):
             left = f"{self._time_left():>6} left"
             self._put("  ".join([prefix, *train, left]), screen=self._live is None)
         if validation := _cells(record, VALIDATION_FIELDS):
@@ -267,7 +276,10 @@ SUMMARY_ROWS: list[tuple[str, str, Format]] = [
     ("throughput/tokens_per_second", "tokens per second", format_count),
     ("throughput/step_seconds", "time of a step", format_seconds),
     ("memory/peak_bytes", "peak memory", format_bytes),
+    ("memory/parameters_bytes", "weights", format_bytes),
+    ("memory/gradients_bytes", "gradients", format_bytes),
     ("memory/optimizer_state_bytes", "optimizer state", format_bytes),
+    ("memory/saved_activations_bytes", "saved activations", format_bytes),
     ("step", "steps", lambda value: f"{value:,}"),
     ("tokens", "tokens", format_count),
     ("time", "wall time", format_seconds),

@@ -20,6 +20,17 @@ def tensors_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in (local(t) for t in tensors if t is not None))
 
 
+def memory_metrics(parts: dict[str, int], peak_bytes: int, device_kind: str) -> dict[str, float]:
+    """``parts`` and the peak as ``memory/…``; on a GPU also what of the peak is neither of these parts.
+
+    A CPU's peak is the whole process's, Python and libraries in it, so there is nothing to subtract from.
+    """
+    metrics: dict[str, float] = {**parts, "memory/peak_bytes": peak_bytes}
+    if device_kind == "cuda":
+        metrics["memory/gathered_and_temporaries_bytes"] = max(0, peak_bytes - sum(parts.values()))
+    return metrics
+
+
 @contextmanager
 def saved_activation_bytes(
     model: nn.Module, note: Callable[[torch.Tensor], None] = lambda _: None

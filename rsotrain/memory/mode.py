@@ -13,7 +13,7 @@ PLAN = "plan.json"
 
 
 def plan_mode(config: Config) -> dict[str, Any]:
-    """Plan, print and write; returns what ``plan.json`` holds. Raises UserError where it cannot be written."""
+    """Plan, print, write; what ``plan.json`` holds. Raises UserError where that cannot be written."""
     plan = make_plan(config)
     print_plan(plan)
     folder = run_folder_path(config)
