@@ -15,7 +15,8 @@ _TOTAL_GIB = {
 # The CUDA context takes about half of it; the rest is for cuBLAS' workspaces and fragmentation.
 RESERVED_BYTES = GIB
 # Planning takes time in proportion to the chunks of the loss; beyond, peaks go on in a straight line.
-_MAX_TOKENS = 65536
+_MAX_TOKENS = 16384
+_ENDLESS = 2**40
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ def fits(peak_of: Callable[[int], int], seq_len: int, micro_batch: int) -> list[
     """For each GPU; ``peak_of``: bytes at a micro-batch of so many sequences, costly.
 
     A peak is the largest of sums that are each a constant and a multiple of the micro-batch: convex in it.
-    So the chord between two planned sizes lies above the truth, and what it says fits does. Three or four
-    sizes are planned: one sequence, the run's own, the largest that the largest GPU should hold, and where
-    that is more than 65536 tokens so many and half of them, in whose line the peaks go on.
+    So the chord between two planned sizes lies above the truth, and what it says fits does. Planned are one
+    sequence, the run's own size, what the largest and the smallest GPU should hold, and where the former is
+    more than 16384 tokens so many and half of them, in whose line the peaks go on.
     """
     sizes = {1, micro_batch} if micro_batch > 1 else {1, 2}
     curve = _Peaks({size: peak_of(size) for size in sizes})
     limit = max(2, _MAX_TOKENS // seq_len)
     largest = curve.largest(max(gpu.usable for gpu in GPUS))
     for size in (limit // 2, limit) if largest > limit else (largest,):
-        if size > 1:
-            curve.add(size, peak_of(size))
+        curve.add(size, peak_of)
+    curve.add(min(limit, next((n for gpu in GPUS if (n := curve.largest(gpu.usable))), 1)), peak_of)
     return [
         Fit(
             gpu.size,
@@ -74,8 +75,9 @@ class _Peaks:
     def __init__(self, points: dict[int, int]) -> None:
         self.points = points
 
-    def add(self, size: int, peak: int) -> None:
-        self.points[size] = peak
+    def add(self, size: int, peak_of: Callable[[int], int]) -> None:
+        if size > 0 and size not in self.points:
+            self.points[size] = peak_of(size)
 
     def at(self, size: int) -> float:
         sizes = sorted(self.points)
@@ -89,10 +91,8 @@ class _Peaks:
         low, high = 0, 1
         if self.at(1) > usable:
             return 0
-        while self.at(high) <= usable:
+        while self.at(high) <= usable and high < _ENDLESS:  # flat where the optimizer's step is the peak
             low, high = high, 2 * high
-            if high > 2**40:
-                raise AssertionError("the peak does not grow with the micro-batch")
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.at(middle) <= usable else (low, middle)

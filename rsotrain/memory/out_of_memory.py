@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,8 +43,16 @@ def explaining_out_of_memory(config: c.Config, world: World) -> Iterator[None]:
         parallelism = replace(config.parallelism, world_size=world.size)
         device = c.Device.cuda if world.device.type == "cuda" else c.Device.cpu
         planned = replace(config, parallelism=parallelism, device=device)
-        first = str(error).split("\n")[0].split(". ")[0]
-        raise TrainingError(f"out of memory ({first}); {_advice_of_process(planned)}") from error
+        raise TrainingError(f"out of memory{_wanted(error)}; {_advice_of_process(planned)}") from error
+
+
+def _wanted(error: BaseException) -> str:
+    """What could not be had, where the error says so: ``2.00 GiB`` of a GPU's, bytes of a CPU's."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    size = format_bytes(int(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f" (no room for another {size})"
 
 
 def _advice_of_process(config: c.Config) -> str:
