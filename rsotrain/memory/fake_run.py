@@ -173,7 +173,7 @@ class FakeRun:
             trainer.step = trainer.optimizer.steps_done = number - 1
             if number > 1:
                 for part in trainer.optimizer.parts:
-                    part.resume(number - 1)
+                    part.resume()
             trainer.saved_activations_bytes = 0  # measured here
             with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)

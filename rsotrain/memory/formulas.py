@@ -15,6 +15,7 @@ from rsotrain.distributed import shards_of
 from rsotrain.sharding import preferred_dim
 from rsotrain.subspace.projection import resolve_rank
 
+_SEED = 8  # bytes of a regenerated basis' seed, int64
 _COUNT = 4  # bytes of a step count or a norm: one float32 a matrix
 
 
@@ -138,6 +139,8 @@ class _Formula:
             rank = resolve_rank(optimizer.rank, max(min(w.shape) for w in members), name)
             if optimizer.projection is c.BasisStorage.stored:
                 total += self._bases(members[0].shape[1], rank)
+            else:
+                total += _SEED
             for weight in members:
                 rows = -(-weight.shape[0] // self.pieces)
                 total += moments * self.moment * rows * rank + _COUNT
