@@ -15,7 +15,8 @@ _TOTAL_GIB = {
 # The CUDA context takes about half of it; the rest is for cuBLAS' workspaces and fragmentation.
 RESERVED_BYTES = GIB
 # Planning takes time in proportion to the chunks of the loss; beyond, peaks go on in a straight line.
-_MAX_TOKENS = 16384
+_MAX_TOKENS = 32768
+_MIN_LIMIT = 32  # sequences that are always planned if they may fit
 _ENDLESS = 2**40
 
 
@@ -42,17 +43,19 @@ class Fit:
     micro_batch: int
 
 
-def fits(peak_of: Callable[[int], int], seq_len: int, micro_batch: int) -> list[Fit]:
-    """For each GPU; ``peak_of``: bytes at a micro-batch of so many sequences, costly.
+def fits(peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: int) -> list[Fit]:
+    """For each GPU; ``peak_of``: of forward and backward pass at a micro-batch of so many sequences, costly.
+
+    ``fixed``: the peak of what does not depend on it, the optimizer's step.
 
     A peak is the largest of sums that are each a constant and a multiple of the micro-batch: convex in it.
     So the chord between two planned sizes lies above the truth, and what it says fits does. Planned are one
     sequence, the run's own size, what the largest and the smallest GPU should hold, and where the former is
-    more than 16384 tokens so many and half of them, in whose line the peaks go on.
+    more than 32768 tokens (and 32 sequences) so many and half of them, in whose line the peaks go on.
     """
     sizes = {1, micro_batch} if micro_batch > 1 else {1, 2}
-    curve = _Peaks({size: peak_of(size) for size in sizes})
-    limit = max(2, _MAX_TOKENS // seq_len)
+    curve = _Peaks({size: peak_of(size) for size in sizes}, fixed)
+    limit = max(_MIN_LIMIT, _MAX_TOKENS // seq_len)
     largest = curve.largest(max(gpu.usable for gpu in GPUS))
     for size in (limit // 2, limit) if largest > limit else (largest,):
         curve.add(size, peak_of)
@@ -62,7 +65,7 @@ def fits(peak_of: Callable[[int], int], seq_len: int, micro_batch: int) -> list[
             gpu.size,
             gpu.examples,
             gpu.usable,
-            curve.at(micro_batch) <= gpu.usable,
+            max(fixed, curve.at(micro_batch)) <= gpu.usable,
             curve.largest(gpu.usable),
         )
         for gpu in GPUS
@@ -72,8 +75,8 @@ def fits(peak_of: Callable[[int], int], seq_len: int, micro_batch: int) -> list[
 class _Peaks:
     """Peaks at some sizes of the micro-batch, with straight lines between and after them."""
 
-    def __init__(self, points: dict[int, int]) -> None:
-        self.points = points
+    def __init__(self, points: dict[int, int], fixed: int) -> None:
+        self.points, self.fixed = points, fixed
 
     def add(self, size: int, peak_of: Callable[[int], int]) -> None:
         if size > 0 and size not in self.points:
@@ -89,9 +92,9 @@ class _Peaks:
     def largest(self, usable: int) -> int:
         """Sequences that fit, 0 if none do."""
         low, high = 0, 1
-        if self.at(1) > usable:
+        if max(self.fixed, self.at(1)) > usable:
             return 0
-        while self.at(high) <= usable and high < _ENDLESS:  # flat where the optimizer's step is the peak
+        while self.at(high) <= usable and high < _ENDLESS:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2

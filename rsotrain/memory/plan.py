@@ -97,7 +97,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
             traffic=_traffic(config, micro, trackers, of_steps),
-            gpus=fits(_peak_of(run, of_steps, micro), config.seq_len, micro) if gpus else [],
+            gpus=fits(*_peak_of(run, of_steps, micro), config.seq_len, micro) if gpus else [],
         )
 
 
@@ -130,22 +130,24 @@ def _merged(of_steps: dict[int, dict[Phase, Peak]]) -> dict[Phase, Peak]:
 _PASSES = (Phase.forward, Phase.backward)
 
 
-def _peak_of(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int) -> Callable[[int], int]:
-    """The run's peak by micro-batch, of which only forward and backward passes depend on it."""
+def _peak_of(
+    run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int
+) -> tuple[Callable[[int], int], int]:
+    """The peak of forward and backward passes by micro-batch, and that of all else."""
 
     def of_passes(peaks: dict[Phase, Peak]) -> int:
         return max(peaks[phase].total for phase in _PASSES)
 
     worst = max(of_steps, key=lambda number: of_passes(of_steps[number]))
-    fixed = max(p.total for peaks in of_steps.values() for phase, p in peaks.items() if phase not in _PASSES)
 
     def peak_of(micro_batch: int) -> int:
         if micro_batch == planned:
-            return max(fixed, of_passes(of_steps[worst]))
+            return of_passes(of_steps[worst])
         run.use_micro_batch(micro_batch)
-        return max(fixed, of_passes(run.passes(worst).peaks()))
+        return of_passes(run.passes(worst).peaks())
 
-    return peak_of
+    others = [p.total for peaks in of_steps.values() for phase, p in peaks.items() if phase not in _PASSES]
+    return peak_of, max(others)
 
 
 def _traffic(

@@ -20,7 +20,7 @@ from rsotrain.models.build import count_parameters  # noqa: E402
 
 README = ROOT / "README.md"
 VOCAB_SIZE = 32000
-MODELS = ("60m", "350m", "1b", "7b")
+MODELS = ("60m", "7b")
 OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
 
@@ -51,7 +51,7 @@ def memory_table() -> list[str]:
 
 # --- the largest model -----------------------------------------------------------------------------
 
-LARGEST_OPTIMIZERS = ("adam", "muon", "sn", "galore", "sn_sm", "apollo_mini", "rso")
+LARGEST_OPTIMIZERS = ("adam", "rso", "apollo_mini", "galore")
 
 
 @dataclass(frozen=True)
