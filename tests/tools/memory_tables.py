@@ -95,14 +95,20 @@ def largest_table() -> list[str]:
 TABLES = {"memory": memory_table, "largest": largest_table}
 
 
+def _span(readme: str, name: str) -> tuple[int, int]:
+    start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+    return readme.index(start) + len(start), readme.index(end)
+
+
 def table_in(readme: str, name: str) -> list[str]:
     """The lines between the marks of a table."""
-    start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
-    return readme[readme.index(start) + len(start) : readme.index(end)].strip().splitlines()
+    start, end = _span(readme, name)
+    return readme[start:end].strip().splitlines()
 
 
 def replaced(readme: str, name: str, lines: list[str]) -> str:
-    return readme.replace("\n".join(table_in(readme, name)), "\n".join(lines))
+    start, end = _span(readme, name)
+    return readme[:start] + "\n".join(lines) + "\n" + readme[end:]
 
 
 if __name__ == "__main__":
