@@ -51,7 +51,7 @@ def memory_table() -> list[str]:
 
 # --- the largest model -----------------------------------------------------------------------------
 
-LARGEST_OPTIMIZERS = ("adam", "rso", "apollo_mini", "galore")
+LARGEST_OPTIMIZERS = ("adam", "rso", "sn_sm", "apollo_mini", "galore")
 
 
 @dataclass(frozen=True)
