@@ -23,9 +23,14 @@ def build_tokenizer(
     config: TokenizerConfig, train: Corpus, cache_dir: Path, notify: Notify, *, streaming: bool
 ) -> Tokenizer:
     """Raises UserError for a file that is missing or no tokenizer, and for a hub that cannot be reached."""
+    if isinstance(config, TrainedTokenizerConfig):
+        return _trained(config, train, cache_dir, notify, streaming)
+    return read_tokenizer(config)
+
+
+def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """One that is not trained here; raises as ``build_tokenizer``."""
     match config:
-        case TrainedTokenizerConfig():
-            return _trained(config, train, cache_dir, notify, streaming)
         case SentencePieceTokenizerConfig():
             return _read(Path(config.path).expanduser(), "tokenizer.path")
         case HuggingFaceTokenizerConfig():
