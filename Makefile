@@ -1,10 +1,10 @@
-# make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. All install
-# into .venv on first use.
+# make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. make benchmark:
+# the README's table, an hour on an idle machine. All install into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-slurm lint clean
+.PHONY: train test test-all test-slurm benchmark lint clean
 
 train: $(VENV)/.train
 	$(BIN)/rsotrain
@@ -19,6 +19,9 @@ test-all: lint
 test-slurm: $(VENV)/.test
 	bash tests/tools/slurm_lab.sh install
 	RSOTRAIN_SLURM_LAB=1 $(BIN)/python -m pytest $(PYTEST) tests/test_slurm_cluster.py
+
+benchmark: $(VENV)/.test
+	$(BIN)/python tests/benchmark/table.py --run --write
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

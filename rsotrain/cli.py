@@ -116,7 +116,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it, possibly in a process of submitit's.
 
     A mistake or a failed training prints its sentence. Returns the exit status and, of a training, the
-    run's folder, or the plan: what the process that started a multirun needs to know of its members.
+    run's folder, or the plan or the benchmark: what the process that started a multirun needs to know of its
+    members.
     """
     global _status
     outcome: dict[str, Any] = {"status": 0}
@@ -135,6 +136,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             result = run_mode(config)
         if config.mode is Mode.plan:
             outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}
+        if config.mode is Mode.benchmark:
+            outcome["benchmark"] = result
     except StoppedEarly:  # has said so; the other runs of a multirun go on
         outcome["status"] = INTERRUPTED_STATUS
     except Interrupted as end:
@@ -173,6 +176,11 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
     """The closing table of a multirun: its members side by side, those that have metrics."""
     if os.environ.get("RANK", "0") != "0":
         return
+    benchmarks = [outcome["benchmark"] for outcome in outcomes if "benchmark" in outcome]
+    if len(benchmarks) > 1:
+        from rsotrain.benchmark.tables import print_benchmarks
+
+        print_benchmarks(benchmarks)
     from rsotrain.report.cli import print_comparison
     from rsotrain.report.comparison import compare
     from rsotrain.report.runs import has_metrics, read_run

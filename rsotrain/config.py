@@ -10,6 +10,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from rsotrain.config_data import (  # noqa: F401
+    BenchmarkConfig,
     C4DataConfig,
     DataConfig,
     EmbeddedDataConfig,
@@ -66,11 +67,13 @@ from rsotrain.config_methods import (  # noqa: F401 (one module names the whole 
 
 
 class Mode(Enum):
-    """plan: the memory of the training run, without running it. evaluate, generate and export act on
-    ``checkpoint.path``: its model and tokenizer, not those of the command line."""
+    """plan: the memory of the training run, without running it. benchmark: the configured training step, on
+    random tokens. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not those
+    of the command line."""
 
     train = "train"
     plan = "plan"
+    benchmark = "benchmark"
     evaluate = "evaluate"
     generate = "generate"
     export = "export"
@@ -284,6 +287,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.

@@ -208,3 +208,13 @@ class EvaluationConfig:
     tasks_path: str | None = None
     num_fewshot: int | None = None
     task_limit: int | None = None
+
+
+@dataclass
+class BenchmarkConfig:
+    """``steps`` are timed after ``warmup_steps``. ``profile``: write a trace of ``profile_steps`` more."""
+
+    warmup_steps: int = 3
+    steps: int = 10
+    profile: bool = False
+    profile_steps: int = 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rsotrain import modes
+from rsotrain.benchmark.mode import benchmark_mode
 from rsotrain.checkpoint import list_checkpoints
 from rsotrain.config import Config, Mode, SubspaceConfig
 from rsotrain.data.build import build_data
@@ -46,6 +47,8 @@ def run_mode(config: Config) -> dict[str, Any]:
             from rsotrain.memory.mode import plan_mode  # fake tensors take a second to import
 
             return plan_mode(config)
+        case Mode.benchmark:
+            return benchmark_mode(config)
         case Mode.evaluate:
             return modes.evaluate_mode(config, cache_dir(config))
         case Mode.generate:

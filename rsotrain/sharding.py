@@ -177,7 +177,7 @@ def reduce_rows(
     received = send[0]
     if pieces > 1:
         received = torch.empty_like(send[0])
-        dist.reduce_scatter_tensor(received, send.flatten(), group=mesh.get_group("shard"))
+        dist.reduce_scatter_single(received, send.flatten(), group=mesh.get_group("shard"))
     if mesh.ndim > 1:
         dist.all_reduce(received, group=mesh.get_group("replicate"))
     result = {}

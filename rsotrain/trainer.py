@@ -1,7 +1,7 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,10 +23,13 @@ from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
 from rsotrain.memory.planning import Phase, phase
 from rsotrain.models.build import build_model, materialize, model_vocab_size
+from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.llama import Llama
 from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.build import build_optimizer
 from rsotrain.sharding import Shard, local, shard_model, shard_of
+
+NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 class NonFiniteError(TrainingError):
@@ -87,6 +90,12 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
     )
 
 
+def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
+    wide = gradient.dtype.itemsize >= torch.float32.itemsize
+    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
+
+
 def share_of_batch(batch_size: int, world: World) -> range:
     """The places of a batch that are this rank's."""
     own = batch_size // world.size
@@ -129,8 +138,7 @@ class Trainer:
             place=self._place,
         )
         if config.compile:
-            for block in self.model.model.layers:
-                block.compile()
+            compile_blocks(self.model)
         self.order = data.train.order(config.seed)
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
@@ -160,13 +168,15 @@ class Trainer:
     def _batch_size_of_rank(self) -> int:
         return self.config.batch_size // self.world.size
 
-    def _micro_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the step's batch: which sequences that has does not depend on the ranks."""
+    def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
         share = share_of_batch(self.config.batch_size, self.world)
         indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
-        for start in range(0, len(share), size):
-            yield self.data.train.batch(indices[start : start + size])
+        batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
+        if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
+            return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+        return batches
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
@@ -175,7 +185,7 @@ class Trainer:
         so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
         update, and what the ranks answer is summed. Raises NonFiniteError before the update.
         """
-        batches = list(self._micro_batches())
+        batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
@@ -183,7 +193,7 @@ class Trainer:
             if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
             with phase(Phase.forward):
-                loss = self._forward(inputs, targets) / tokens
+                loss = self.forward(inputs, targets) / tokens
             with phase(Phase.backward):
                 loss.backward()
                 total += loss.detach()
@@ -206,7 +216,8 @@ class Trainer:
         self.tokens += tokens
         return StepResult(loss_value, norm_value, tokens, tuple(answers))
 
-    def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of one micro-batch of the step, on the device."""
         reached = reached_positions(targets)
         if reached is not None:
             reached = reached.to(self.device, non_blocking=True)
@@ -226,16 +237,19 @@ class Trainer:
         The norm is fp32, and that before they are scaled down.
         """
         gradients = self.optimizer.gradients()
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        pieces = gradients
+        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
+            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.world.size == 1:
-            result = torch.stack([loss, norm, *(loss.new_tensor(s) for s in signals())])
+            result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
         else:
             mesh = self.world.mesh
             assert mesh is not None
             replicas = self.world.size // mesh["shard"].size()  # each piece is on so many ranks
             own = torch.stack([loss.double(), norm.double().square() / replicas])
-            result = torch.cat([own, own.new_tensor(signals())])
+            result = torch.cat([own, *(own.new_full((1,), s) for s in signals())])
             dist.all_reduce(result)
             result[1].sqrt_()
             norm = result[1].to(norm.dtype)

@@ -170,7 +170,7 @@ def validate_modes(config: Config) -> None:
         "checkpoint.load=weights is for training; the other modes take nothing else",
     )
     require(
-        config.mode is Mode.train or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        config.mode in (Mode.train, Mode.benchmark) or int(os.environ.get("WORLD_SIZE", "1")) == 1,
         f"mode={config.mode.name} is for one process; start one",
     )
     require(
@@ -180,6 +180,15 @@ def validate_modes(config: Config) -> None:
     require(
         config.mode is Mode.export or (config.export.path is None and config.export.dtype is None),
         "export.path and export.dtype are for mode=export",
+    )
+    positive(config.benchmark, "benchmark.", "warmup_steps", "steps", "profile_steps")
+    require(
+        config.mode is Mode.benchmark or not config.benchmark.profile,
+        "benchmark.profile=true is for mode=benchmark",
+    )
+    require(
+        config.mode is not Mode.benchmark or config.checkpoint.path is None,
+        "mode=benchmark times a fresh model, so checkpoint.path would do nothing; leave it out",
     )
     if config.model.init_from is not None:
         folder = Path(config.model.init_from).expanduser()

@@ -190,7 +190,7 @@ def test_a_refresh_leaves_the_function_as_it_is() -> None:
         original(*arguments)  # type: ignore[arg-type]
         seen.append(model(batch(0)).detach())
 
-    original, rso._refresh = rso._refresh, refresh  # type: ignore[method-assign]
+    original, rso.refresh = rso.refresh, refresh  # type: ignore[method-assign]
     before = copy.deepcopy([site.basis for site in rso.sites])
     train(model, optimizer, range(GAP - 1, GAP))
     assert len(seen) == 2  # all sites are refreshed together

@@ -266,7 +266,7 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     ("sampler", "own", "compilation"),
     [
         ("haar", {}, {}),
-        # drawing and gathering are left to eager code
+        # drawing is left to eager code
         ("haar", {"projection": c.BasisStorage.regenerated}, {"backend": "aot_eager"}),
         # transported, since singular vectors may come with another sign
         ("svd", {"on_refresh": c.OnRefresh.transport}, {"backend": "aot_eager"}),

@@ -59,7 +59,7 @@ def test_padding_plays_no_part_in_the_bases(tiny: list[str], cache_dir: Path) ->
         inputs, targets = trained.data.train.batch(np.arange(4))
         padded = targets.flip(1).ne(IGNORE_INDEX).cumsum(1).flip(1) == 0
         assert 0 < padded.sum() < padded.numel()
-        trained._forward(inputs.where(~padded, padding), targets)
+        trained.forward(inputs.where(~padded, padding), targets)
         part = trained.optimizer.parts[0]
         assert isinstance(part, RSO)
         found.append([site.take_gram() for site in part.sites])
@@ -235,9 +235,9 @@ def test_batches_are_a_function_of_seed_and_step_alone(tiny: list[str], cache_di
     split = trainer([*tiny, "micro_batch_size=2"], cache_dir)
     for step in (0, 5, 3):
         one.step = other.step = split.step = step
-        ((inputs, _),) = one._micro_batches()
-        assert torch.equal(torch.cat([i for i, _ in split._micro_batches()]), inputs)
-        assert not torch.equal(next(other._micro_batches())[0], inputs)
+        ((inputs, _),) = one.micro_batches()
+        assert torch.equal(torch.cat([i for i, _ in split.micro_batches()]), inputs)
+        assert not torch.equal(other.micro_batches()[0][0], inputs)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "galore"])

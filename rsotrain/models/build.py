@@ -73,11 +73,22 @@ def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:
 
 def materialize(model: Llama, device: torch.device, seed: int) -> None:
     """Give a model on the meta device, sharded or not, memory on ``device`` and its initial weights."""
-    model.to_empty(device=device)
+    if any(shard_of(parameter).mesh is not None for parameter in model.parameters()):
+        model.to_empty(device=device)
+    else:
+        _allocate(model, device)
     model.tie_weights()
     initialize(model, seed)
     if model.config.init_from is not None:
         load_weights(model, read_huggingface(Path(model.config.init_from).expanduser()))
+
+
+def _allocate(model: Llama, device: torch.device) -> None:
+    """``model.to_empty`` for whole parameters, which would import sympy: half a second and 30 MiB."""
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            new = torch.empty(old.shape, dtype=old.dtype, device=device)
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
 @torch.no_grad()

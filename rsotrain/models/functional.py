@@ -109,6 +109,8 @@ def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
     x: (..., in); weights: (out_i, in). Returns (..., out_i) each, in x's dtype.
     """
+    if not torch.is_grad_enabled():  # torch.compile miscounts the arguments of a variadic forward then
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
     return _SharedInputLinear.apply(x, *weights)
 
 

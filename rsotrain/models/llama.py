@@ -158,7 +158,9 @@ class LlamaModel(nn.Module):
         self.separator_id = separator_id
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        # the constructor would draw weights, which on the meta device imports torch's compiler: two seconds
+        empty = torch.empty(vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(
             Block(config, activation_checkpointing) for _ in range(config.num_hidden_layers)
         )

@@ -57,7 +57,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-@torch.compiler.disable
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -69,7 +69,8 @@ class Site:
 
     ``name``: of the site's first projected weight. ``layers``: by the names of their weights. ``basis``:
     P (in × r) in the compute dtype, or None where ``regenerate`` draws it anew for each use. While
-    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least), of x at the
+    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least), which is
+    there before the first of them: compiled blocks can add to a tensor, but not make it. Of x at the
     positions that are ``reached``, a mask over all but its last dimension; None: all.
     """
 
@@ -84,21 +85,25 @@ class Site:
     gram: Tensor | None = None
 
     def current_basis(self) -> Tensor:
-        return self._regenerated() if self.basis is None else self.basis
-
-    @torch.compiler.disable
-    def _regenerated(self) -> Tensor:
+        if self.basis is not None:
+            return self.basis
         assert self.regenerate is not None, "the site has no basis yet"
         return self.regenerate()
 
-    @torch.compiler.disable
+    def start_observing(self, reached: Tensor | None) -> None:
+        assert self.basis is not None, "only random bases are regenerated, and they need no data"
+        if self.gram is None:
+            dtype = torch.promote_types(self.basis.dtype, torch.float32)
+            self.gram = self.basis.new_zeros(self.size, self.size, dtype=dtype)
+        self.observing, self.reached = True, reached
+
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """gram ← gram + XᵀX, its lower blocks only; x: (..., in)."""
-        inputs = x.reshape(-1, self.size) if self.reached is None else x[self.reached]
-        inputs = inputs.to(torch.promote_types(x.dtype, torch.float32))
-        if self.gram is None:
-            self.gram = inputs.new_zeros(self.size, self.size)
+        assert self.gram is not None
+        inputs = x.reshape(-1, self.size).to(self.gram.dtype)
+        if self.reached is not None:  # as zeros: what is picked by a mask has a shape that depends on data
+            inputs = inputs.masked_fill(~self.reached.reshape(-1, 1), 0.0)
         # A product in bf16 would round each entry to 8 bits. Of the symmetric product 5/8 is enough.
         width = -(-self.size // _GRAM_BLOCKS)
         for start in range(0, self.size, width):

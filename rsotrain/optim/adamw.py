@@ -53,7 +53,7 @@ class AdamW(Part):
         for name, parameter in self.parameters.items():
             kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
         for (dtype, device), names in kinds.items():
-            count = torch.tensor(float(step), device=device)
+            count = torch.full((), float(step), device=device)  # no copy that waits
             copies = dtype is not work_dtype(dtype) or self.keeper.dtype is torch.bfloat16
             limit = PIECE_ELEMENTS if copies else None
             pieces = [piece for name in names for piece in self._pieces(name, limit)]

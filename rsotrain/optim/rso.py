@@ -113,7 +113,8 @@ class RSO(Part):
 
     def _place_first_basis(self, site: Site) -> None:
         if not self.bases.stored:
-            site.regenerate = lambda: self.bases[site.name]
+            # compiled blocks leave drawing to eager code; to say so takes a second of imports
+            site.regenerate = torch.compiler.disable(lambda: self.bases[site.name])
             return
         site.basis = self.bases[site.name]
         if site.basis.is_meta:  # random numbers are drawn on the CPU: seconds for a large model
@@ -155,7 +156,7 @@ class RSO(Part):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
-                site.observing, site.reached = True, reached
+                site.start_observing(reached)
             yield
         finally:
             for site in due:
@@ -180,7 +181,7 @@ class RSO(Part):
                         self.state[name][_COEFFICIENTS].add_(descent, alpha=lr)
         due = {site: i for site in self.sites if (i := self._next_draw(site, step)) is not None}
         if due:
-            self._refresh(due, step, lr_factor)
+            self.refresh(due, step, lr_factor)
 
     def _descend(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Take dB into the moments; −N by name."""
@@ -217,7 +218,7 @@ class RSO(Part):
             return 0
         return schedule.draw_index(position, step + 1)
 
-    def _refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
+    def refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
         sources = {
             site.name: SumSource(site.take_gram, site.size, shared=self.bases.mesh is not None)
             for site in due

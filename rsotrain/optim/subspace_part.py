@@ -207,7 +207,7 @@ class SubspacePart(Part):
     def update(self, step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
         gradients = {m.name: self.gradient(m) for m in self.matrices}
-        self._refresh(gradients, step, lr_factor, after_update=False)
+        self.refresh(gradients, step, lr_factor, after_update=False)
         for bucket in self.buckets:
             projected = []
             for m in bucket:
@@ -217,7 +217,7 @@ class SubspacePart(Part):
                     self._observe(m, a, projected[-1])
             self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
         if self.subspace.sampler.lagged:
-            self._refresh(gradients, step, lr_factor, after_update=True)
+            self.refresh(gradients, step, lr_factor, after_update=True)
 
     def _project(self, matrix: Matrix, gradient: Tensor, basis: Tensor) -> Tensor:
         """R = A Q in float32 at least."""
@@ -233,7 +233,7 @@ class SubspacePart(Part):
         copies = matrix.shard.pieces if matrix.by_columns else 1
         self.bases.record.observe(matrix.name, gradient, projected, copies)
 
-    def _refresh(
+    def refresh(
         self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
     ) -> None:
         """Draw the bases that are due."""

@@ -1,7 +1,7 @@
-"""How fast text becomes tokens, in how much memory, and whether streaming keeps up with training.
+"""How fast text becomes tokens, in how much memory, and whether the data keeps up with training.
 
     python tests/benchmark/data_rate.py tokenise --megabytes 100    # into the cache, in a process of its own
-    python tests/benchmark/data_rate.py stream --model llama_9m     # loader's tokens/s beside the step's
+    python tests/benchmark/data_rate.py rate --model llama_9m       # batches beside training steps
 
 The text is the embedded corpus, over and over. Rates are by processor time as well as by the clock, since
 other work on the machine stretches the clock.
@@ -10,14 +10,24 @@ other work on the machine stretches the clock.
 import argparse
 import gzip
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench import (
+    ROOT,
+    Figure,
+    build_trainer,
+    calm,
+    configuration,
+    median_seconds,
+    report,
+    timed,
+    use_threads,
+)
+
 CORPUS = ROOT / "rsotrain" / "data" / "corpus"
 
 
@@ -64,64 +74,58 @@ print(f"{{rate:.0f}} MB, {{len(stream.ids):,}} tokens, threads {workers or "all"
             subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def stream(model: str, steps: int) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_trainer import compose
-
+def batches_per_second(config: Any, folder: Path) -> float:
+    """Of the step's batches, as the trainer asks for them; the first one, which may wait, left out."""
     from rsotrain.data.build import build_data
-    from rsotrain.trainer import Trainer
 
-    config = compose([f"model={model}", "data.streaming=true", "data.workers=1"])
+    data = build_data(
+        config.data, config.tokenizer, seq_len=config.seq_len, cache_dir=folder, notify=lambda _: None,
+        batch_size=config.batch_size, seed=0,
+    )  # fmt: skip
+    order = data.train.order(0)
+    data.train.batch(order.indices(0, config.batch_size))
+    laps = []
+    for first in range(1, 401, 100):
+        lap = timed(lambda f=first: [fetch(data, order, s, config.batch_size) for s in range(f, f + 100)])
+        laps.append(lap)
+    data.train.close()
+    return 100 / median_seconds(calm(laps, 2))
+
+
+def fetch(data: Any, order: Any, step: int, batch_size: int) -> None:
+    data.train.batch(order.indices(step, batch_size))
+
+
+def rate(model: str, steps: int, threads: int) -> None:
+    """Batches beside training steps, cached and streamed by one process."""
+    use_threads(threads)
+    figures = []
     with tempfile.TemporaryDirectory() as folder:
-
-        def build() -> object:
-            return build_data(
-                config.data, config.tokenizer, seq_len=config.seq_len, cache_dir=Path(folder),
-                notify=lambda _: None, batch_size=config.batch_size, seed=0,
-            )  # fmt: skip
-
-        data = build()
-        order, tokens = data.train.order(0), config.batch_size * config.seq_len
-        data.train.batch(order.indices(0, config.batch_size))
-        start = time.perf_counter()
-        for step in range(1, 400):
-            data.train.batch(order.indices(step, config.batch_size))
-        loader = 399 * tokens / (time.perf_counter() - start)
-        data.train.close()
-        trainer = Trainer(config, build())
+        trainer = build_trainer(f"model={model}", "optimizer=adam", "model.vocab_size=4096")
         trainer.train_step()
-        waiting = 0.0
-        batches = trainer._micro_batches
-
-        def timed() -> object:
-            nonlocal waiting
-            begin = time.perf_counter()
-            result = list(batches())
-            waiting += time.perf_counter() - begin
-            return iter(result)
-
-        trainer._micro_batches = timed  # type: ignore[method-assign]
-        start = time.perf_counter()
-        for _ in range(steps):
-            trainer.train_step()
-        seconds = time.perf_counter() - start
-        print(
-            f"{model}, {os.cpu_count()} cores: one loader process {loader:,.0f} tokens/s, training"
-            f" {steps * tokens / seconds:,.0f} tokens/s, {100 * waiting / seconds:.2f} % of it waiting"
-        )
-        trainer.data.train.close()
+        step = median_seconds(calm([timed(trainer.train_step) for _ in range(steps)], steps // 2))
+        for name, options in (
+            ("cached", []),
+            ("streamed by one process", ["data.streaming=true", "data.workers=1"]),
+        ):
+            per_second = batches_per_second(configuration(*options), Path(folder))
+            tokens = per_second * 8 * 256
+            detail = f"{tokens:,.0f} tokens/s beside {8 * 256 / step:,.0f}"
+            figures.append(Figure(f"data, {name}, of training", per_second * step, 20.0, detail=detail))
+    report("data_rate", f"{model}, 8 x 256 tokens, embedded corpus, {threads} threads", figures)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("tokenise", "stream"))
+    parser.add_argument("what", choices=("tokenise", "rate"))
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--model", default="llama_9m")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.what == "tokenise":
         tokenise(arguments.megabytes)
     else:
-        stream(arguments.model, arguments.steps)
+        rate(arguments.model, arguments.steps, arguments.threads)

@@ -7,15 +7,12 @@ Alternating rounds, medians, float32 weights and gradients. ``galore`` projects 
 """
 
 import argparse
-import importlib
-import importlib.util
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 
 import torch
+from bench import galore_torch_module
 from torch import nn
 
 from rsotrain import config as c
@@ -79,14 +76,7 @@ def parameters(name: str, dtype: torch.dtype) -> dict[str, nn.Parameter]:
 
 def galore_torch_step(named: dict[str, nn.Parameter]) -> Callable[[], object]:
     """One step of galore_torch.GaLoreAdamW; random bases instead of its first, slow SVDs."""
-    spec = importlib.util.find_spec("galore_torch")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("the comparison needs galore-torch: pip install galore-torch")
-    package = types.ModuleType("galore_torch")  # without its __init__, which wants bitsandbytes
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules["galore_torch"] = package
-    module = importlib.import_module("galore_torch.adamw")
-    projector = importlib.import_module("galore_torch.galore_projector")
+    module, projector = galore_torch_module("adamw"), galore_torch_module("galore_projector")
 
     def random_basis(self: object, weights: torch.Tensor, rank: int, type: str) -> torch.Tensor:
         basis = torch.linalg.qr(torch.randn(min(weights.shape), rank))[0]

@@ -65,7 +65,7 @@ def refresh_seconds(config: Config, world: World) -> tuple[float, float]:
         for step in (1, 2):
             world.sum([0.0])
             start, own = time.perf_counter(), time.process_time()
-            part._refresh(gradients, step, 1.0, after_update=False)
+            part.refresh(gradients, step, 1.0, after_update=False)
             world.sum([0.0])
             seconds.append((time.perf_counter() - start, time.process_time() - own))
     return seconds[-1]

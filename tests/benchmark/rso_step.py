@@ -13,20 +13,13 @@ import dataclasses
 import os
 import statistics
 import time
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from throughput_vs_huggingface import MAX_DISTURBANCE, other_processes_seconds
+from bench import MAX_DISTURBANCE, MIB, configuration, other_processes_seconds, use_threads
 
-from rsotrain.allocator import keep_freed_memory
-from rsotrain.cli import conf_dir, register_schemas, to_config
+from rsotrain.benchmark.synthetic import random_data
 from rsotrain.config import Config
-from rsotrain.data.build import Data
-from rsotrain.data.sequences import PackedSequences
-from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
 from rsotrain.models.subspace_linear import SubspaceLinear
 from rsotrain.trainer import Trainer
@@ -39,7 +32,6 @@ VARIANTS = {
     "rso, hidden/4, gathering": ["optimizer=rso", "optimizer.rank=0.25", "sampler=svd", REST],
 }
 GALORE = {"galore, hidden/4": ["optimizer=galore", "sampler=haar", "optimizer.rank=0.25", REST]}
-MIB = 2**20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,20 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Config:
+def configured(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     shared = [
         f"model={arguments.model}", f"precision={arguments.precision}", f"seq_len={arguments.seq_len}",
-        f"batch_size={arguments.batch_size}", f"model.vocab_size={arguments.vocab_size}", "logger=jsonl",
+        f"batch_size={arguments.batch_size}", f"model.vocab_size={arguments.vocab_size}",
     ]  # fmt: skip
-    return to_config(compose("config", [*shared, *overrides]))
-
-
-def synthetic_data(arguments: argparse.Namespace) -> Data:
-    count = 64 * arguments.batch_size * arguments.seq_len + 1
-    ids = np.random.default_rng(0).integers(arguments.vocab_size, size=count, dtype=np.uint32)
-    sequences = PackedSequences(ids, arguments.seq_len, num_bytes=count, vocab_size=arguments.vocab_size)
-    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=arguments.vocab_size))
-    return Data(tokenizer, sequences, sequences, fingerprint="")
+    return configuration(*shared, *overrides)
 
 
 def timed_step(trainer: Trainer, gathering: bool, max_disturbance: float) -> tuple[float, float, bool]:
@@ -124,15 +108,12 @@ def block_gradient_bytes(trainer: Trainer) -> int:
 
 def main() -> None:
     arguments = parse_arguments()
-    keep_freed_memory()
-    torch.set_num_threads(arguments.threads)
-    register_schemas()
-    data = synthetic_data(arguments)
+    use_threads(arguments.threads)
     variants = VARIANTS | (GALORE if arguments.galore else {})
     if arguments.no_gathering:
         variants = {name: value for name, value in variants.items() if "gathering" not in name}
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        configs = {name: configuration(arguments, overrides) for name, overrides in variants.items()}
+    configs = {name: configured(arguments, overrides) for name, overrides in variants.items()}
+    data = random_data(configs["adam"])
     trainers = {name: Trainer(config, data) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     draws: dict[str, list[float]] = {name: [] for name in trainers}

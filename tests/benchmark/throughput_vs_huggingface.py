@@ -1,183 +1,190 @@
-"""Training throughput beside plain Hugging Face LlamaForCausalLM + torch.optim.AdamW, on CPU.
+"""Training throughput and memory beside the stack that GaLore's and its successors' scripts are, on CPU.
 
-Both loops run in processes of their own, in turn, for several rounds; the table gives medians.
+    python tests/benchmark/throughput_vs_huggingface.py                       # all of the bars
+    python tests/benchmark/throughput_vs_huggingface.py --variants huggingface:adamw,rsotrain:adam
 
-    python tests/benchmark/throughput_vs_huggingface.py --precision bf16 --model llama_60m
-
-``--variants`` chooses among huggingface, rsotrain, and either with the allocator settings that the
-rsotrain command starts with (``…+allocator``) or torch's huge pages (``…+thp``), or both.
-
-On a shared machine other programs disturb the clock. Steps during which they used more than 3 % of the
-processor are not counted, and a process goes on until it has enough others (at most four times as many).
+That stack is transformers.LlamaForCausalLM with torch.optim.AdamW (huggingface:adamw) or galore_torch's
+GaLoreAdamW (huggingface:galore), called as their training loop does: attention mask, labels, backward, step,
+zero_grad. rsotrain:<optimizer> is the whole Trainer.train_step, as the command runs it. Each loop runs in a
+process of its own, in turn, for several rounds; refreshes are amortised over --gap steps: what the first
+step's SVDs, or the draw of all bases, take more than another step, is divided by it. For huggingface:galore
+that is measured in the first round; in the others its bases are random. Peak memory is the process's.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-MODEL_FOLDER = ROOT / "conf" / "model"
-LOOPS = ("huggingface", "rsotrain")
-WARM_UP_STEPS = 6  # the heap still grows during the first
-MAX_DISTURBANCE = 0.03  # others' processor seconds per second and core
+from bench import MIB, ROOT, Figure, build_trainer, calm, configuration, galore_torch_module, report, timed
+
+WARM_UP_STEPS = 4  # the heap still grows during the first
+VARIANTS = "huggingface:adamw,rsotrain:adam,huggingface:galore,rsotrain:galore,rsotrain:rso"
+# (ours, theirs, least ratio of tokens/s)
+BARS = {
+    "rsotrain:adam": ("huggingface:adamw", 1.3),
+    "rsotrain:galore": ("huggingface:galore", 1.5),
+    "rsotrain:rso": ("huggingface:galore", 1.7),
+}
+MEMORY_BAR = 0.6
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="llama_60m", choices=sorted(p.stem for p in MODEL_FOLDER.glob("*.yaml"))
-    )
-    parser.add_argument("--optimizer", default="adam", help="rsotrain's; Hugging Face's loop has AdamW")
+    parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "bf16_mixed", "fp32"])
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--activation-checkpointing", default="none", choices=["none", "mlp", "block"])
+    parser.add_argument("--rank", type=float, default=0.25, help="of the hidden size")
+    parser.add_argument("--gap", type=int, default=200, help="update_proj_gap")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each process")
-    parser.add_argument(
-        "--variants", default="huggingface,rsotrain+allocator", help="the first is the reference"
-    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
+    parser.add_argument("--variants", default=VARIANTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    for variant in arguments.variants.split(","):
-        loop, *settings = variant.split("+")
-        if loop not in LOOPS or not set(settings) <= {"allocator", "thp"}:
-            parser.error(f"unknown variant {variant!r}")
-    return arguments
+    parser.add_argument("--random-bases", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
-def model_config(arguments: argparse.Namespace) -> Any:
-    from omegaconf import OmegaConf
+def overrides(arguments: argparse.Namespace, optimizer: str) -> list[str]:
+    low_rank = [f"optimizer.rank={arguments.rank}", f"optimizer.update_proj_gap={arguments.gap}"]
+    return [
+        f"model={arguments.model}", f"optimizer={optimizer}", f"precision={arguments.precision}",
+        f"seq_len={arguments.seq_len}", f"batch_size={arguments.batch_size}",
+        f"model.vocab_size={arguments.vocab_size}",
+        *(low_rank if optimizer not in ("adam", "muon", "sn") else []),
+    ]  # fmt: skip
 
-    from rsotrain.config import ModelConfig
 
-    file = OmegaConf.load(MODEL_FOLDER / f"{arguments.model}.yaml")
-    del file["defaults"]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), file))
+class HuggingFaceLoop:
+    """The loop of GaLore's torchrun_main.py, or of a model card, around LlamaForCausalLM."""
 
+    def __init__(self, arguments: argparse.Namespace, optimizer: str) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-def huggingface_step(arguments: argparse.Namespace, tokens: Any) -> Callable[[], float]:
-    """The loop of a model card: loss = model(labels=…), backward, AdamW with its defaults."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+        config = configuration(*overrides(arguments, "adam"))
+        fields = dataclasses.asdict(config.model) | {"use_cache": False}
+        fields["num_key_value_heads"] = config.model.kv_heads
+        self.model = LlamaForCausalLM(LlamaConfig(**fields))
+        self.mixed = arguments.precision == "bf16_mixed"
+        if arguments.precision == "bf16":
+            self.model.to(torch.bfloat16)
+        self.tokens = torch.randint(arguments.vocab_size, (arguments.batch_size, arguments.seq_len))
+        self.low_rank = optimizer == "galore"
+        if optimizer == "adamw":
+            self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        else:
+            self.optimizer = self._galore(arguments)
 
-    fields = dataclasses.asdict(model_config(arguments)) | {
-        "vocab_size": arguments.vocab_size,
-        "use_cache": False,
-    }
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    if arguments.precision == "bf16":
-        model.to(torch.bfloat16)
-    if arguments.activation_checkpointing == "block":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    def _galore(self, arguments: argparse.Namespace) -> Any:
+        if arguments.random_bases:
+            galore_torch_module("galore_projector").GaLoreProjector.get_orthogonal_matrix = random_basis
+        blocks = [p for n, p in self.model.named_parameters() if ("attn" in n or "mlp" in n) and p.ndim == 2]
+        claimed = {id(p) for p in blocks}
+        low_rank = {
+            "params": blocks, "rank": int(arguments.rank * min(blocks[0].shape)),
+            "update_proj_gap": arguments.gap, "scale": 0.25, "proj_type": "std",
+        }  # fmt: skip
+        rest = {"params": [p for p in self.model.parameters() if id(p) not in claimed]}
+        kind = galore_torch_module("adamw").AdamW  # what the package exports as GaLoreAdamW
+        return kind([rest, low_rank], lr=1e-3, weight_decay=0.0, no_deprecation_warning=True)
 
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16_mixed"):
-            loss = model(input_ids=tokens, labels=tokens).loss
+    def step(self) -> float:
+        import torch
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+            batch = {"input_ids": self.tokens, "attention_mask": torch.ones_like(self.tokens)}
+            loss = self.model(**batch, labels=self.tokens.clone()).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item()
 
-    return step
+    def refresh_seconds(self, first: float, ordinary: float) -> float:
+        """The SVDs of the first step, and the page faults of its states."""
+        return max(0.0, first - ordinary) if self.low_rank else 0.0
 
 
-def rsotrain_step(arguments: argparse.Namespace, tokens: Any) -> Callable[[], float]:
-    """The Trainer's own step, as the command runs it: gradient norm, finite check, schedule and all."""
-    from types import SimpleNamespace
+def random_basis(self: object, weights: Any, rank: int, type: str) -> Any:
+    """In the place of an SVD."""
+    import torch
 
-    import numpy as np
-    from hydra import compose, initialize_config_dir
+    basis = torch.linalg.qr(torch.randn(min(weights.shape), rank))[0].to(weights.dtype)
+    return basis.T.contiguous() if type == "right" else basis
 
-    from rsotrain.cli import conf_dir, register_schemas, to_config
-    from rsotrain.data.build import Data
-    from rsotrain.data.sequences import PackedSequences
-    from rsotrain.trainer import Trainer
 
-    register_schemas()
-    overrides = [
-        f"model={arguments.model}", f"optimizer={arguments.optimizer}", f"precision={arguments.precision}",
-        f"seq_len={arguments.seq_len}", f"batch_size={arguments.batch_size}", "steps=10000",
-        f"activation_checkpointing={arguments.activation_checkpointing}",
-    ]  # fmt: skip
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        config = to_config(compose("config", overrides))
-    stream = np.append(tokens.numpy().ravel(), 0).astype(np.uint16)
-    sequences = PackedSequences(
-        stream, arguments.seq_len, num_bytes=len(stream), vocab_size=arguments.vocab_size
-    )
-    tokenizer: Any = SimpleNamespace(vocab_size=arguments.vocab_size)
-    trainer = Trainer(config, Data(tokenizer, sequences, sequences, fingerprint=""))
-    return lambda: trainer.train_step().loss
+class OurLoop:
+    """The Trainer's own step: gradient norm, finite check, schedule and all."""
+
+    def __init__(self, arguments: argparse.Namespace, optimizer: str) -> None:
+        self.trainer = build_trainer(*overrides(arguments, optimizer))
+
+    def step(self) -> float:
+        return self.trainer.train_step().loss
+
+    def refresh_seconds(self, first: float, ordinary: float) -> float:
+        from rsotrain.benchmark import REFRESH
+        from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, parts_with_bases
+
+        if not parts_with_bases(self.trainer):
+            return 0.0
+        clock = PhaseClock(self.trainer.device)
+        attach(clock, self.trainer)
+        with all_bases_due(self.trainer):
+            return clock.step(self.trainer.train_step)[REFRESH]
+
+
+LOOPS: dict[str, Callable[[argparse.Namespace, str], HuggingFaceLoop | OurLoop]] = {
+    "huggingface": HuggingFaceLoop,
+    "rsotrain": OurLoop,
+}
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Run one loop and print its step times and peak resident memory as JSON."""
-    loop, *settings = arguments.worker.split("+")
-    if "thp" in settings:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at its first allocation
-    if "allocator" in settings:
+    """Run one loop and print its step times, refresh time and peak resident memory as JSON."""
+    kind, optimizer = arguments.worker.split(":")
+    if kind == "rsotrain":  # as the command begins
         from rsotrain.allocator import keep_freed_memory
 
-        if not keep_freed_memory():
-            raise SystemExit("The allocator settings need Linux with glibc; leave out +allocator.")
+        keep_freed_memory()
     import torch
+
+    from rsotrain.metrics import peak_resident_bytes
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    tokens = torch.randint(arguments.vocab_size, (arguments.batch_size, arguments.seq_len))
-    step = {"huggingface": huggingface_step, "rsotrain": rsotrain_step}[loop](arguments, tokens)
-    losses = [step() for _ in range(WARM_UP_STEPS)]
-    seconds, disturbed = [], []
-    while len(seconds) < arguments.steps and len(losses) < WARM_UP_STEPS + 4 * arguments.steps:
-        start, others_before = time.perf_counter(), other_processes_seconds()
-        losses.append(step())
-        elapsed, others = time.perf_counter() - start, other_processes_seconds() - others_before
-        calm = others <= MAX_DISTURBANCE * elapsed * (os.cpu_count() or 1)
-        (seconds if calm else disturbed).append(elapsed)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    loss = losses[WARM_UP_STEPS]  # after as many updates in every process
-    print(json.dumps({"seconds": seconds, "disturbed": disturbed, "peak_bytes": peak_bytes, "loss": loss}))
+    loop = LOOPS[kind](arguments, optimizer)
+    first = timed(loop.step)
+    losses = [first.value] + [loop.step() for _ in range(WARM_UP_STEPS - 1)]
+    laps = [timed(loop.step)]
+    while len(laps) < 3 * arguments.steps and len(calm(laps, 0)) < arguments.steps:
+        laps.append(timed(loop.step))
+    seconds = [lap.seconds for lap in calm(laps, arguments.steps)]
+    refresh = loop.refresh_seconds(first.seconds, statistics.median(seconds))
+    peak_bytes = peak_resident_bytes()
+    print(json.dumps({"seconds": seconds, "refresh": refresh, "peak_bytes": peak_bytes, "loss": losses[-1]}))
 
 
-def other_processes_seconds() -> float:
-    """Processor seconds that the machine spent on anything but this process, since it started."""
-    user, nice, system, _, _, irq, softirq, steal, *_ = (
-        Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-    )
-    busy = sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return busy - own.user - own.system
-
-
-def measurements(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def measurements(arguments: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
     for round_index in range(arguments.rounds):
         for variant in arguments.variants.split(","):
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
-            output = subprocess.run(
-                command, env=environment, check=True, capture_output=True, text=True
-            ).stdout
-            result = json.loads(output.splitlines()[-1])
+            command += ["--random-bases"] if round_index else []
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            result = json.loads(output.stdout.splitlines()[-1])
             text = ", ".join(f"{value:.3f}" for value in result["seconds"])
-            line = f"round {round_index + 1} {variant}: {text} s; {len(result['disturbed'])} steps disturbed"
-            print(line, file=sys.stderr, flush=True)
-            yield variant, result
+            print(f"round {round_index + 1} {variant}: {text} s", file=sys.stderr, flush=True)
+            yield round_index, variant, result
 
 
 def main() -> None:
@@ -186,28 +193,33 @@ def main() -> None:
         worker(arguments)
         return
     seconds: dict[str, list[float]] = {}
-    peak_bytes: dict[str, int] = {}
-    losses: dict[str, float] = {}
-    for variant, result in measurements(arguments):
+    refresh: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    for round_index, variant, result in measurements(arguments):
         seconds.setdefault(variant, []).extend(result["seconds"])
-        peak_bytes[variant] = max(peak_bytes.get(variant, 0), result["peak_bytes"])
-        losses[variant] = result["loss"]
-    if not all(seconds.values()):
-        raise SystemExit("Other programs disturbed every step of a variant; try again on a quieter machine.")
+        peaks[variant] = max(peaks.get(variant, 0), result["peak_bytes"])
+        if round_index == 0:
+            refresh[variant] = result["refresh"]
+    step = {v: statistics.median(values) + refresh[v] / arguments.gap for v, values in seconds.items()}
     tokens = arguments.batch_size * arguments.seq_len
-    reference = statistics.median(next(iter(seconds.values())))
-    print(
-        f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
-        f" vocabulary {arguments.vocab_size}, checkpointing {arguments.activation_checkpointing},"
-        f" {arguments.threads} threads, {arguments.rounds} rounds of {arguments.steps} steps"
-    )
-    print(f"{'':32}{'s/step':>9}{'fastest':>9}{'tokens/s':>10}{'speed':>8}{'peak MiB':>10}{'loss':>9}")
+    figures = []
     for variant, values in seconds.items():
-        median = statistics.median(values)
-        print(
-            f"{variant:32}{median:9.3f}{min(values):9.3f}{tokens / median:10.0f}{reference / median:7.2f}x"
-            f"{peak_bytes[variant] / 2**20:10.0f}{losses[variant]:9.3f}"
+        detail = (
+            f"{tokens / step[variant]:.0f} tokens/s; fastest {min(values):.3f} s,"
+            f" refresh {refresh[variant]:.1f} s, peak {peaks[variant] / MIB:.0f} MiB"
         )
+        figures.append(Figure(f"{variant}, step", step[variant], unit=" s", detail=detail))
+    for ours, (theirs, least) in BARS.items():
+        if ours in step and theirs in step:
+            ratio, share = step[theirs] / step[ours], peaks[ours] / peaks[theirs]
+            figures.append(Figure(f"tokens/s of {ours}, of {theirs}", ratio, least))
+            figures.append(Figure(f"peak memory of {ours}, of {theirs}", share, MEMORY_BAR, at_least=False))
+    conditions = (
+        f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
+        f" vocabulary {arguments.vocab_size}, rank {arguments.rank:g} of the hidden size, refresh every"
+        f" {arguments.gap} steps, {arguments.threads} threads"
+    )
+    report(f"throughput_{arguments.precision}", conditions, figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""``mode=benchmark``: the configured training step on random tokens, timed by phase."""
+
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsotrain.benchmark import PHASES, REFRESH
+from rsotrain.benchmark.phases import (
+    PhaseClock,
+    all_bases_due,
+    attach,
+    communication_seconds,
+    update_gap,
+)
+from rsotrain.benchmark.synthetic import random_data
+from rsotrain.benchmark.tables import print_benchmark
+from rsotrain.config import Config
+from rsotrain.distributed import World, start
+from rsotrain.errors import UserError
+from rsotrain.flops import matmul_flops_per_second
+from rsotrain.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
+from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.overrides import flatten
+from rsotrain.run_folder import plain, run_folder_path
+from rsotrain.trainer import Trainer, check_composition
+
+RESULT = "benchmark.json"
+MIN_REFRESHES = 2
+
+
+def benchmark_mode(config: Config) -> dict[str, Any]:
+    """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
+
+    Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
+    time that drawing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
+    for what cannot be composed and for a folder that cannot be written.
+    """
+    world = start(config.parallelism, config.device)
+    with world.reporting_losses():
+        world.together(lambda: check_composition(config))
+        data = world.in_turn(lambda: random_data(config))
+        folder = Path(world.from_main(lambda: str(_make_folder(config))))
+        forget_peak_memory(world.device)
+        result = _measure(Trainer(config, data, world), folder)
+    result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
+    if world.is_main:
+        print_benchmark(result)
+        write_json_atomic(folder / RESULT, result)
+        print(f"{folder / RESULT}")
+    return result
+
+
+def _make_folder(config: Config) -> Path:
+    folder = run_folder_path(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _measure(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    config, world, gap = trainer.config, trainer.world, update_gap(trainer)
+    settings = config.benchmark
+    clock = PhaseClock(trainer.device)
+    attach(clock, trainer)
+    for _ in range(settings.warmup_steps):
+        trainer.train_step()
+    rates = [matmul_flops_per_second(trainer.device, COMPUTE_DTYPE[config.precision])]
+    steps = [clock.step(trainer.train_step) for _ in range(settings.steps)]
+    refreshes = []
+    for _ in range(max(MIN_REFRESHES, settings.steps // gap) if gap is not None else 0):
+        with all_bases_due(trainer):
+            refreshes.append(clock.step(trainer.train_step)[REFRESH])
+    peak_bytes = peak_memory_bytes(trainer.device)
+    rates.append(matmul_flops_per_second(trainer.device, COMPUTE_DTYPE[config.precision]))
+    samples = {phase: [step[phase] for step in steps] for phase in PHASES}
+    phases = {phase: statistics.median(values) for phase, values in samples.items()}
+    refresh = statistics.median(refreshes) if refreshes else 0.0
+    phases[REFRESH] = refresh / gap if gap is not None else 0.0
+    communication = _profile(trainer, folder)
+    own = {**phases, "refresh of all": refresh, "communication": communication, "rate": max(rates)}
+    every = world.gathered((own, peak_bytes))
+    mean = {key: statistics.fmean(values[key] for values, _ in every) for key in own}
+    seconds = sum(mean[phase] for phase in PHASES)
+    tokens = config.batch_size * config.seq_len
+    rate = mean["rate"] * world.size
+    return {
+        "tokens_per_step": tokens,
+        "throughput/step_seconds": seconds,
+        "throughput/tokens_per_second": tokens / seconds,
+        "throughput/mfu": tokens / seconds * trainer.flops_per_token / rate,
+        **{f"phase/{phase}_seconds": mean[phase] for phase in PHASES},
+        "phase/communication_seconds": mean["communication"],
+        "refresh/seconds": mean["refresh of all"],
+        "refresh/update_proj_gap": gap,
+        "matmul_flops_per_second": rate,
+        "flops_per_token": trainer.flops_per_token,
+        **trainer.memory(),
+        "memory/peak_bytes": max(peak for _, peak in every),
+        "samples": samples | {REFRESH: refreshes},
+    }
+
+
+def _profile(trainer: Trainer, folder: Path) -> float:
+    """Seconds of communication in a step; write the trace if it is wanted."""
+    settings, world = trainer.config.benchmark, trainer.world
+    if world.size == 1 and not settings.profile:
+        return 0.0
+    with torch.profiler.profile() as profile:
+        for _ in range(settings.profile_steps):
+            trainer.train_step()
+    if settings.profile:
+        rank = f"_rank{world.rank}" if world.size > 1 else ""
+        profile.export_chrome_trace(str(folder / f"trace{rank}.json"))
+        if world.is_main:
+            print(f"{folder / f'trace{rank}.json'}: open it in chrome://tracing or https://ui.perfetto.dev")
+    return communication_seconds(profile, settings.profile_steps)
+
+
+def _machine(world: World) -> dict[str, Any]:
+    cuda = world.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,140 @@
+"""A training step in phases: which part of the Trainer's own code is running, and for how long.
+
+The ordinary step knows nothing of this: methods of one Trainer are wrapped, and stay so.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
+from rsotrain.optim.rso import RSO
+from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.subspace.schedule import RefreshSchedule
+from rsotrain.trainer import Trainer
+
+
+class PhaseClock:
+    """Seconds of each phase of a step.
+
+    On CUDA the marks between phases are events in the stream: the host neither waits nor is waited for
+    within a step, and a phase in which the device waits for the host counts that, too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._phase = OTHER
+        self._marks: list[tuple[str, Any]] = []  # a phase, and when it began
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def timed(self, function: Callable, inside: str, after: str | None = None) -> Callable:
+        """``function`` in the phase ``inside``; then comes ``after``, or the phase that there was before."""
+
+        def wrapped(*args: Any, **keywords: Any) -> Any:
+            before = self._phase
+            self.enter(inside)
+            with torch.profiler.record_function(f"phase:{inside}"):
+                result = function(*args, **keywords)
+            self.enter(after or before)
+            return result
+
+        return wrapped
+
+    def step(self, function: Callable[[], object]) -> dict[str, float]:
+        """Seconds of each phase of one call of ``function``, waiting for the device at its end."""
+        self._marks.clear()
+        self.enter(OTHER)
+        function()
+        self.enter(OTHER)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (phase, begun), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
+            seconds[phase] += (
+                begun.elapsed_time(ended) / 1000 if self._device.type == "cuda" else ended - begun
+            )
+        return seconds
+
+
+def parts_with_bases(trainer: Trainer) -> list[SubspacePart | RSO]:
+    return [part for part in trainer.optimizer.parts if isinstance(part, SubspacePart | RSO)]
+
+
+def attach(clock: PhaseClock, trainer: Trainer) -> None:
+    """Have ``clock`` follow the steps of ``trainer``.
+
+    ``forward`` has the gradients of the head in it, which are computed with the loss. ``optimizer`` is the
+    update with the sum over ranks of what backward leaves to it; ``refresh`` all that a step does more
+    because bases change; ``other`` the gradient norm, clipping, the finite check and the schedule.
+    """
+    wraps: list[tuple[Any, str, str, str | None]] = [
+        (trainer, "micro_batches", DATA, None),
+        (trainer, "forward", FORWARD, BACKWARD),
+        (trainer.optimizer, "reduce_gradients", OPTIMIZER, OTHER),
+        (trainer.optimizer, "step", OPTIMIZER, OTHER),
+    ]
+    for part in parts_with_bases(trainer):
+        wraps.append((part, "refresh", REFRESH, None))
+        if isinstance(part, RSO):  # XᵀX, gathered in the forward passes of a step that ends with draws
+            wraps += [(site, "observe", REFRESH, None) for site in part.sites]
+    for owner, name, inside, after in wraps:
+        wrapped = clock.timed(getattr(owner, name), inside, after)
+        setattr(owner, name, torch.compiler.disable(wrapped) if name == "observe" else wrapped)
+
+
+def update_gap(trainer: Trainer) -> int | None:
+    """Steps between refreshes; None for a method without bases."""
+    parts = parts_with_bases(trainer)
+    return parts[0].subspace.gap if parts else None
+
+
+@contextmanager
+def all_bases_due(trainer: Trainer) -> Iterator[None]:
+    """The next step draws all bases, and none for the first time, whatever the schedule."""
+    optimizer, parts = trainer.optimizer, parts_with_bases(trainer)
+    schedules, steps_done = [part.bases.schedule for part in parts], optimizer.steps_done
+    for part in parts:
+        gap = part.subspace.gap
+        part.bases.schedule = RefreshSchedule(gap, len(part.bases.sizes), staggered=False)
+        # RSO draws at the end of a step, for the next one
+        optimizer.steps_done = 2 * gap - isinstance(part, RSO)
+    try:
+        yield
+    finally:
+        optimizer.steps_done = steps_done
+        for part, schedule in zip(parts, schedules, strict=True):
+            part.bases.schedule = schedule
+
+
+def communication_seconds(profile: torch.profiler.profile, num_steps: int) -> float:
+    """Seconds of a step in which collectives were under way, from a profile of ``num_steps`` steps.
+
+    With gloo from their start to their end, so that waiting for other ranks counts; with NCCL its kernels'.
+    """
+    intervals: dict[bool, list[tuple[float, float]]] = defaultdict(list)
+    for event in profile.events() or ():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if ("nccl" in event.name and on_device) or event.name.startswith("gloo:"):
+            intervals[on_device].append((event.time_range.start, event.time_range.end))
+    return covered(intervals[True] + intervals[False]) / 1e6 / num_steps
+
+
+def covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of ``intervals``."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
