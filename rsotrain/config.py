@@ -68,8 +68,8 @@ from rsotrain.config_methods import (  # noqa: F401 (one module names the whole 
 
 class Mode(Enum):
     """plan: the memory of the training run, without running it. benchmark: the configured training step, on
-    random tokens. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not those
-    of the command line."""
+    random tokens. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not
+    those of the command line."""
 
     train = "train"
     plan = "plan"
