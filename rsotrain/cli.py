@@ -116,7 +116,7 @@ def run(composed: DictConfig) -> dict[str, Any]:
     """One run, as Hydra calls it, possibly in a process of submitit's.
 
     A mistake or a failed training prints its sentence. Returns the exit status and, of a training, the
-    run's folder, of a benchmark its result: what the process that started a multirun needs to know of its
+    run's folder, or the plan or the benchmark: what the process that started a multirun needs to know of its
     members.
     """
     global _status
@@ -134,6 +134,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             from rsotrain.run import run_mode  # torch is imported from here on
 
             result = run_mode(config)
+        if config.mode is Mode.plan:
+            outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}
         if config.mode is Mode.benchmark:
             outcome["benchmark"] = result
     except StoppedEarly:  # has said so; the other runs of a multirun go on
@@ -191,6 +193,11 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
         return
     if len(runs) > 1:
         print_comparison(compare(runs, mixed=True))
+    planned = [outcome for outcome in outcomes if "plan" in outcome]
+    if len(planned) > 1:
+        from rsotrain.memory.show import print_plans
+
+        print_plans([outcome["plan"] for outcome in planned], planned[0]["output_dir"])
 
 
 def say(error: Exception) -> None:
@@ -239,7 +246,8 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
-    sys.argv[1:] = normalise(sys.argv[1:])
+    # argparse wants what begins with a dash in front: mode=plan -m optimizer=adam,rso should do, too
+    sys.argv[1:] = sorted(normalise(sys.argv[1:]), key=lambda given: given not in ("-m", "--multirun"))
     if not {"--help", "-h"}.isdisjoint(sys.argv):
         skip_hydras_list_of_groups()
     if not _wants_traceback:

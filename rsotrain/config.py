@@ -67,10 +67,12 @@ from rsotrain.config_methods import (  # noqa: F401 (one module names the whole 
 
 
 class Mode(Enum):
-    """benchmark: the configured training step, on random tokens. evaluate, generate and export act on
-    ``checkpoint.path``: its model and tokenizer, not those of the command line."""
+    """plan: the memory of the training run, without running it. benchmark: the configured training step, on
+    random tokens. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not
+    those of the command line."""
 
     train = "train"
+    plan = "plan"
     benchmark = "benchmark"
     evaluate = "evaluate"
     generate = "generate"
@@ -186,7 +188,8 @@ class Strategy(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """``world_size``: processes the run must have; null: as many as were started. ``shard_size``: hsdp's
+    """``world_size``: processes the run must have; null: as many as were started; of mode=plan, how many to
+    plan for; null: one. ``shard_size``: hsdp's
     ranks that share one copy; null: those of one node. ``timeout_seconds``: how long a rank waits for the
     others in one collective before it gives them up."""
 

@@ -97,6 +97,13 @@ TRAIN_FIELDS: list[tuple[str, str, Format, int]] = [
     ("throughput/tokens_per_second", "", _tokens_per_second, 11),
     ("memory/peak_bytes", "", format_bytes, 8),
 ]
+MEMORY_FIELDS: list[tuple[str, str, Format, int]] = [
+    ("memory/parameters_bytes", "memory: weights", format_bytes, 0),
+    ("memory/gradients_bytes", "gradients", format_bytes, 0),
+    ("memory/optimizer_state_bytes", "state", format_bytes, 0),
+    ("memory/saved_activations_bytes", "activations", format_bytes, 0),
+    ("memory/peak_bytes", "peak", format_bytes, 0),
+]
 VALIDATION_FIELDS: list[tuple[str, str, Format, int]] = [
     ("val/loss", "val loss", _fixed(4), 7),
     ("val/perplexity", "perplexity", _fixed(2), 8),
@@ -149,7 +156,9 @@ class Display:
             self._live.console.show_cursor(True)  # so that a killed run leaves the terminal as it was
         width = len(str(self._total_steps))
         prefix = f"step {step:>{width}}/{self._total_steps}"
-        if train := _cells(record, TRAIN_FIELDS):
+        if "train/loss" not in record and (memory := _cells(record, MEMORY_FIELDS)):
+            self._put("  ".join([prefix, *memory]))
+        elif train := _cells(record, TRAIN_FIELDS):
             left = f"{self._time_left():>6} left"
             self._put("  ".join([prefix, *train, left]), screen=self._live is None)
         if validation := _cells(record, VALIDATION_FIELDS):
@@ -267,7 +276,10 @@ SUMMARY_ROWS: list[tuple[str, str, Format]] = [
     ("throughput/tokens_per_second", "tokens per second", format_count),
     ("throughput/step_seconds", "time of a step", format_seconds),
     ("memory/peak_bytes", "peak memory", format_bytes),
+    ("memory/parameters_bytes", "weights", format_bytes),
+    ("memory/gradients_bytes", "gradients", format_bytes),
     ("memory/optimizer_state_bytes", "optimizer state", format_bytes),
+    ("memory/saved_activations_bytes", "saved activations", format_bytes),
     ("step", "steps", lambda value: f"{value:,}"),
     ("tokens", "tokens", format_count),
     ("time", "wall time", format_seconds),
@@ -278,7 +290,7 @@ def print_closing_table(
     summary: Mapping[str, object], files: Mapping[str, Path | str], log_path: Path | None = None
 ) -> None:
     """Print the result of a run (names as in ``summary.json``; absent ones are left out) and its files."""
-    table = _table("Result")
+    table = titled_table("Result")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -289,18 +301,18 @@ def print_closing_table(
     table.add_section()
     for label, place in files.items():
         table.add_row(label, _short(place))
-    _print_table(table, log_path)
+    print_table(table, log_path)
 
 
 def print_result_table(result: Mapping[str, object]) -> None:
     """Print names and values as they are, figures with four decimals."""
-    table = _table("Result")
+    table = titled_table("Result")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in result.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    _print_table(table, None)
+    print_table(table, None)
 
 
 class ParameterRow(Protocol):
@@ -322,7 +334,7 @@ class ParameterRow(Protocol):
 
 def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = None) -> None:
     """Print which group every parameter belongs to, and what it costs, with the totals below."""
-    table = _table("Parameters")
+    table = titled_table("Parameters")
     table.add_column("group", style="bold", overflow="fold")
     for name in ("parameters", "tensors", "learning rate", "rank", "state"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -344,17 +356,19 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
         "",
         format_bytes(sum(row.state_bytes for row in rows)),
     )
-    _print_table(table, log_path)
+    print_table(table, log_path)
 
 
-def _table(title: str) -> "Table":
+def titled_table(title: str) -> "Table":
+    """An empty table in the style of all tables on the screen."""
     from rich.box import ROUNDED
     from rich.table import Table
 
     return Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
 
 
-def _print_table(table: "Table", log_path: Path | None) -> None:
+def print_table(table: "Table", log_path: Path | None = None) -> None:
+    """On the screen, and at the end of ``log_path``."""
     from rich.console import Console
 
     console = Console()

@@ -183,12 +183,20 @@ def build_mesh(parallelism: ParallelismConfig, device_type: str) -> "DeviceMesh"
     size = dist.get_world_size()
     if parallelism.strategy is Strategy.fsdp:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
-    shards = 1
-    if parallelism.strategy is Strategy.hsdp:
-        shards = parallelism.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    shards = shards_of(parallelism, size)
     if size % shards:
         raise UserError(
             f"parallelism=hsdp: groups of {shards} do not divide the {size} processes;"
             " give parallelism.shard_size a divisor"
         )
     return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shards_of(parallelism: ParallelismConfig, size: int) -> int:
+    """Ranks, of ``size``, that share one copy of the model."""
+    match parallelism.strategy:
+        case Strategy.fsdp:
+            return size
+        case Strategy.hsdp:
+            return parallelism.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return 1

@@ -10,7 +10,7 @@ from typing import Any
 from rsotrain import modes
 from rsotrain.benchmark.mode import benchmark_mode
 from rsotrain.checkpoint import list_checkpoints
-from rsotrain.config import Config, Mode
+from rsotrain.config import Config, Mode, SubspaceConfig
 from rsotrain.data.build import build_data
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.display import Display, build_display, print_closing_table, print_parameter_table
@@ -25,6 +25,8 @@ from rsotrain.evaluation import perplexity
 from rsotrain.flops import matmul_flops_per_second
 from rsotrain.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.loggers import Loggers, build_loggers
+from rsotrain.memory.measure import memory_metrics
+from rsotrain.memory.out_of_memory import explaining_out_of_memory
 from rsotrain.metrics import StepTimer, finite, forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
@@ -41,6 +43,10 @@ def run_mode(config: Config) -> dict[str, Any]:
     match config.mode:
         case Mode.train:
             return train(config)
+        case Mode.plan:
+            from rsotrain.memory.mode import plan_mode  # fake tensors take a second to import
+
+            return plan_mode(config)
         case Mode.benchmark:
             return benchmark_mode(config)
         case Mode.evaluate:
@@ -87,8 +93,9 @@ def train(config: Config) -> dict[str, Any]:
             config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
         )
         try:
-            run = TrainingRun(config, folder, display, world)
-            summary = run.run()
+            with explaining_out_of_memory(config, world):
+                run = TrainingRun(config, folder, display, world)
+                summary = run.run()
         finally:
             display.close()
         if world.is_main:
@@ -213,6 +220,8 @@ class TrainingRun:
             step, last = trainer.step, trainer.step == config.steps
             if step == 1 or step % config.log_every == 0 or last:
                 self._log_step(result, lr)
+            elif self._memory_is_due(step):
+                self._log(self._memory())
             with self.timer.pause():
                 if config.eval_every is not None and step % config.eval_every == 0 and not last:
                     self._evaluate()
@@ -236,11 +245,20 @@ class TrainingRun:
                 "train/grad_norm": result.grad_norm,
                 **lap.metrics(),
                 "throughput/mfu": self._mfu(lap.tokens_per_second),
-                **self.trainer.memory(),
-                "memory/peak_bytes": peak_memory_bytes(self.trainer.device),
+                **self._memory(),
                 **self.trainer.optimizer.metrics(),
             }
         )
+
+    def _memory_is_due(self, step: int) -> bool:
+        """At the first step after a refresh, unless refreshes come as often as lines of the log."""
+        optimizer = self.config.optimizer
+        gap = optimizer.update_proj_gap if isinstance(optimizer, SubspaceConfig) else 0
+        return gap > self.config.log_every and self.trainer.optimizer.begins_round(step)
+
+    def _memory(self) -> dict[str, float]:
+        device = self.trainer.device
+        return memory_metrics(self.trainer.memory(), peak_memory_bytes(device), device.type)
 
     def _mfu(self, tokens_per_second: float) -> float:
         """Model FLOPs utilisation: share of the matrix-multiply rate measured at the start."""

@@ -13,6 +13,7 @@ from torch import nn
 from rsotrain.config import Config
 from rsotrain.data.build import Data
 from rsotrain.data.sequences import merged_states
+from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.distributed import World, resolve_device
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.evaluation import evaluate
@@ -20,6 +21,7 @@ from rsotrain.flops import training_flops_per_token
 from rsotrain.generation import generate_texts
 from rsotrain.lr_scheduler import lr_factor
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
+from rsotrain.memory.planning import Phase, phase
 from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.llama import Llama
@@ -75,6 +77,19 @@ def check_composition(config: Config) -> None:
     )
 
 
+def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
+    """The model of a run on the meta device."""
+    return build_model(
+        config.model,
+        vocab_size=model_vocab_size(config.model, tokenizer.vocab_size),
+        precision=config.precision,
+        device=torch.device("meta"),
+        seed=config.seed,
+        activation_checkpointing=config.activation_checkpointing,
+        separator_id=tokenizer.eos_id if config.data.document_mask else None,
+    )
+
+
 def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
     """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
     wide = gradient.dtype.itemsize >= torch.float32.itemsize
@@ -101,23 +116,18 @@ class Trainer:
 
     ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs. With
     several ranks each has a Trainer; all call its methods together, and each batch is divided among them.
+    ``model``: that of ``model_without_memory``, where it is there already.
     """
 
-    def __init__(self, config: Config, data: Data, world: World | None = None) -> None:
+    def __init__(
+        self, config: Config, data: Data, world: World | None = None, model: Llama | None = None
+    ) -> None:
         self.config = config
         self.data = data
         self.world = world or World(resolve_device(config.device))
         self.device = self.world.device
-        self.vocab_size = model_vocab_size(config.model, data.tokenizer.vocab_size)
-        self.model = build_model(
-            config.model,
-            vocab_size=self.vocab_size,
-            precision=config.precision,
-            device=self.device if self.world.mesh is None else torch.device("meta"),
-            seed=config.seed,
-            activation_checkpointing=config.activation_checkpointing,
-            separator_id=data.tokenizer.eos_id if config.data.document_mask else None,
-        )
+        self.model = model or model_without_memory(config, data.tokenizer)
+        self.vocab_size = self.model.lm_head.weight.shape[0]
         self.optimizer = build_optimizer(
             self.model,
             config.optimizer,
@@ -125,7 +135,7 @@ class Trainer:
             precision=config.precision,
             seed=config.seed,
             total_steps=config.steps,
-            place=None if self.world.mesh is None else self._place,
+            place=self._place,
         )
         if config.compile:
             compile_blocks(self.model)
@@ -138,8 +148,8 @@ class Trainer:
     def _place(self, model: nn.Module) -> None:
         """Shard a model that has no memory yet, then give it memory and weights."""
         assert isinstance(model, Llama)
-        assert self.world.mesh is not None
-        shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
+        if self.world.mesh is not None:
+            shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
         materialize(model, self.device, self.config.seed)
 
     @property
@@ -182,18 +192,23 @@ class Trainer:
         for i, (inputs, targets) in enumerate(batches):
             if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
-            loss = self.forward(inputs, targets) / tokens
-            loss.backward()
-            total += loss.detach()
-        self.optimizer.reduce_gradients()
-        loss_value, norm_value, *answers = self._finish_gradients(total, signals).tolist()  # one host sync
+            with phase(Phase.forward):
+                loss = self.forward(inputs, targets) / tokens
+            with phase(Phase.backward):
+                loss.backward()
+                total += loss.detach()
+        with phase(Phase.optimizer_step):
+            self.optimizer.reduce_gradients()
+            finished = self._finish_gradients(total, signals)
+        loss_value, norm_value, *answers = finished.tolist()  # one host sync
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad()
             raise NonFiniteError(
                 f"step {self.step + 1}: the loss is {loss_value} and the gradient norm {norm_value}"
             )
         self.optimizer.set_lr_factor(self._lr_factor())
-        self.optimizer.step()
+        with phase(Phase.optimizer_step):
+            self.optimizer.step()
         if self.gradients_bytes == 0:
             self.gradients_bytes = tensors_bytes(self.optimizer.gradients())
         self.optimizer.zero_grad()

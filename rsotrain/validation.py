@@ -55,10 +55,17 @@ def validate(config: Config) -> None:
 
 
 def _validate_parallelism(config: Config, started: int) -> None:
-    """``started``: processes that torchrun says there are."""
+    """``started``: processes that torchrun says there are; a plan is for as many as it is asked for."""
     parallelism = config.parallelism
     positive(parallelism, "parallelism.", "world_size", "shard_size", "timeout_seconds")
     wanted, shards = parallelism.world_size, parallelism.shard_size
+    if config.mode is Mode.plan:
+        started = wanted or 1
+        require(
+            wanted is not None or parallelism.strategy is Strategy.single,
+            f"parallelism={parallelism.strategy.name} divides a run among processes;"
+            " say how many to plan for with parallelism.world_size=…",
+        )
     require(
         wanted in (None, started),
         f"parallelism.world_size={wanted}, but {started} processes were started;"
@@ -66,8 +73,9 @@ def _validate_parallelism(config: Config, started: int) -> None:
     )
     require(
         started == 1 or parallelism.strategy is not Strategy.single,
-        f"parallelism=single is for one process, but {started} were started;"
-        " start one, or choose parallelism=fsdp, ddp or hsdp",
+        f"parallelism=single is for one process, but {started} were "
+        + ("asked for" if config.mode is Mode.plan else "started")
+        + "; take one, or choose parallelism=fsdp, ddp or hsdp",
     )
     require(
         shards is None or parallelism.strategy is Strategy.hsdp,

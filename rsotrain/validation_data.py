@@ -166,8 +166,8 @@ def validate_modes(config: Config) -> None:
         "evaluation.tasks is for mode=evaluate; give the run there with checkpoint.path=…",
     )
     require(
-        config.checkpoint.load is LoadWhat.all or config.mode is Mode.train,
-        "checkpoint.load=weights is for mode=train; the other modes take nothing else",
+        config.checkpoint.load is LoadWhat.all or config.mode in (Mode.train, Mode.plan),
+        "checkpoint.load=weights is for training; the other modes take nothing else",
     )
     require(
         config.mode in (Mode.train, Mode.benchmark) or int(os.environ.get("WORLD_SIZE", "1")) == 1,

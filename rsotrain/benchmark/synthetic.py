@@ -7,7 +7,7 @@ import numpy as np
 
 from rsotrain.config import Config, TrainedTokenizerConfig
 from rsotrain.data.build import Data
-from rsotrain.data.build_tokenizer import open_tokenizer
+from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.sequences import PackedSequences
 from rsotrain.data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def vocabulary_size(config: Config) -> int:
         return config.model.vocab_size
     if isinstance(config.tokenizer, TrainedTokenizerConfig):
         return config.tokenizer.vocab_size
-    return open_tokenizer(config.tokenizer).vocab_size
+    return read_tokenizer(config.tokenizer).vocab_size
 
 
 def random_data(config: Config) -> Data:

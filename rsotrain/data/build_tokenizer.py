@@ -25,11 +25,11 @@ def build_tokenizer(
     """Raises UserError for a file that is missing or no tokenizer, and for a hub that cannot be reached."""
     if isinstance(config, TrainedTokenizerConfig):
         return _trained(config, train, cache_dir, notify, streaming)
-    return open_tokenizer(config)
+    return read_tokenizer(config)
 
 
-def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """A tokenizer that exists; raises as ``build_tokenizer``."""
+def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """One that is not trained here; raises as ``build_tokenizer``."""
     match config:
         case SentencePieceTokenizerConfig():
             return _read(Path(config.path).expanduser(), "tokenizer.path")

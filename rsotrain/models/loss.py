@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rsotrain.memory.planning import device_kind
+
 IGNORE_INDEX = -100  # of a target that does not count; the default of torch's cross-entropy
 
 # Tokens whose logits exist at a time. On two CPU cores (vocabulary 32000, width 512, bf16) the GEMMs
@@ -85,7 +87,9 @@ def _loss_and_gradients(
 
 def _block_rows(num_rows: int, row_elements: int, device: torch.device) -> int:
     """How many rows of an fp32 working buffer to work on at a time."""
-    return num_rows if device.type != "cpu" else max(1, min(num_rows, _CPU_BLOCK_BYTES // (4 * row_elements)))
+    if device_kind(device) != "cpu":
+        return num_rows
+    return max(1, min(num_rows, _CPU_BLOCK_BYTES // (4 * row_elements)))
 
 
 class _Softmax:

@@ -162,6 +162,10 @@ class Part(ABC):
         """
         return nullcontext()
 
+    def begins_round(self, step: int) -> bool:
+        """Is ``step`` the first that uses new bases? Of staggered ones: the first of them all."""
+        return False
+
     def resume(self) -> None:  # noqa: B027, most parts have nothing to do
         """Called when the state has been loaded."""
 

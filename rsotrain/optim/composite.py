@@ -68,6 +68,10 @@ class CompositeOptimizer:
                 stack.enter_context(part.observing(self.steps_done + 1, reached))
             yield
 
+    def begins_round(self, step: int) -> bool:
+        """Is ``step`` the first that uses new bases?"""
+        return any(part.begins_round(step) for part in self.parts)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The live tensors, not copies; only ``step`` is made anew. Of sharded state this rank's pieces."""
         result = {_STEP: torch.tensor(self.steps_done)}

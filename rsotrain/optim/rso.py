@@ -251,6 +251,9 @@ class RSO(Part):
 
     # --- books ---------------------------------------------------------------------------------
 
+    def begins_round(self, step: int) -> bool:
+        return self.bases.schedule.draw_index(0, step) is not None
+
     def resume(self) -> None:
         self.bases.resume()
 

@@ -247,6 +247,9 @@ class SubspacePart(Part):
         for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
             self.basis_changed(self.by_name[name], change, step)
 
+    def begins_round(self, step: int) -> bool:
+        return self.bases.schedule.draw_index(0, step) is not None
+
     def resume(self) -> None:
         self.bases.resume()
 

@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,41 +214,60 @@ def _top(lines: Sequence[Sequence[float]]) -> float | None:
     return upper + margin if values[-1] > upper + 2 * margin else None
 
 
-def _bars(groups: Sequence[Group]) -> tuple["Figure", "Axes", list[int]]:
-    """An empty picture of horizontal bars, the first group on top."""
-    figure = _figure(0.36 * len(groups) + 1.25)
+def _bars(names: Sequence[str]) -> tuple["Figure", "Axes", list[int]]:
+    """An empty picture of horizontal bars, the first name on top."""
+    figure = _figure(0.36 * len(names) + 1.25)
     panel = figure.subplots()
-    places = list(range(len(groups)))
-    panel.set_yticks(places, [name_of(group) for group in groups], color=INK)
+    places = list(range(len(names)))
+    panel.set_yticks(places, names, color=INK)
     panel.invert_yaxis()
     panel.grid(visible=False, axis="y")
     return figure, panel, places
 
 
 def _memory(groups: Sequence[Group]) -> "Figure":
+    parts = {
+        part.replace("_", " "): [_mean(group, f"memory/{part}_bytes") or 0.0 for group in groups]
+        for part in MEMORY_PARTS
+    }
+    return stacked_bytes([name_of(group) for group in groups], parts)
+
+
+def stacked_bytes(names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> "Figure":
+    """A horizontal bar of bytes for each name, the first on top, made of ``parts``; at least one byte."""
+    import_matplotlib()
+    import matplotlib
     from matplotlib.ticker import MultipleLocator
 
-    figure, panel, places = _bars(groups)
-    left = [0.0] * len(groups)
-    for part, color in zip(MEMORY_PARTS, PARTS, strict=True):
-        widths = [_mean(group, f"memory/{part}_bytes") or 0.0 for group in groups]
-        panel.barh(
-            places, widths, left=left, height=0.62, color=color, edgecolor=SURFACE, linewidth=1.2,
-            label=part.replace("_", " "),
-        )  # fmt: skip
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for place, total in zip(places, left, strict=True):
-        panel.annotate(format_bytes(total), (total, place), (5, 0), textcoords="offset points", va="center")
-    panel.set_xlim(right=1.12 * max(left))
-    unit = 1024 ** min(4, int(math.log(max(left), 1024)))
-    panel.xaxis.set_major_locator(MultipleLocator(unit * 10 ** math.floor(math.log10(max(left) / unit))))
-    panel.xaxis.set_major_formatter(_bytes)
-    figure.legend(loc="outside upper left", ncols=len(MEMORY_PARTS), handlelength=1.0, handleheight=1.0)
+    with matplotlib.rc_context(_STYLE):
+        figure, panel, places = _bars(names)
+        left = [0.0] * len(names)
+        for (part, widths), color in zip(parts.items(), PARTS, strict=False):
+            panel.barh(
+                places, widths, left=left, height=0.62, color=color, edgecolor=SURFACE, linewidth=1.2,
+                label=part,
+            )  # fmt: skip
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for place, total in zip(places, left, strict=True):
+            panel.annotate(
+                format_bytes(total), (total, place), (5, 0), textcoords="offset points", va="center"
+            )
+        panel.set_xlim(right=1.12 * max(left))
+        unit = 1024 ** min(4, int(math.log(max(left), 1024)))
+        panel.xaxis.set_major_locator(MultipleLocator(_round_step(max(left) / unit) * unit))
+        panel.xaxis.set_major_formatter(_bytes)
+        figure.legend(loc="outside upper left", ncols=len(parts), handlelength=1.0, handleheight=1.0)
     return figure
 
 
+def _round_step(length: float) -> float:
+    """1, 2 or 5 times a power of ten, so that at most ten steps fill ``length``."""
+    power = 10.0 ** math.floor(math.log10(length / 10))
+    return next(factor * power for factor in (1, 2, 5, 10) if 10 * factor * power >= length)
+
+
 def _throughput(groups: Sequence[Group]) -> "Figure":
-    figure, panel, places = _bars(groups)
+    figure, panel, places = _bars([name_of(group) for group in groups])
     statistics_of = [group.statistic(THROUGHPUT.metric) for group in groups]
     for index, statistic in enumerate(statistics_of):
         if statistic is None:

@@ -18,6 +18,8 @@ COLORS = {
     "part-2": ("#3a87e4", "#6aa6ef"),
     "part-3": ("#86b6ef", "#a9cbf6"),
     "part-4": ("#c3daf7", "#dbe9fc"),
+    "part-5": ("#f2b866", "#c98f3d"),
+    "part-6": ("#d3d8de", "#59626c"),
 }
 SURFACE, INK, MUTED, GRID = (COLORS[name][0] for name in ("surface", "ink", "muted", "grid"))
 SERIES = [light for name, (light, _) in COLORS.items() if name.startswith("series")]

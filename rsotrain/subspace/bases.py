@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rsotrain.memory.planning import Phase, phase
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
@@ -178,6 +179,18 @@ class Bases:
 
         ``index``: number of each draw; None: of that which is due at ``step``.
         """
+        if not sources:
+            return {}
+        with phase(Phase.refresh):
+            return self._refresh_all(sources, step, lr_factor, index)
+
+    def _refresh_all(
+        self,
+        sources: Mapping[str, Source],
+        step: int,
+        lr_factor: float,
+        index: Callable[[str], int] | None,
+    ) -> dict[str, BasisChange]:
         changes: dict[str, BasisChange | None] = {}
         alone: list[str] = []
         number = index or (lambda name: self.schedule.latest(self.positions[name], step)[0])

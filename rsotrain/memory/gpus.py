@@ -1,0 +1,102 @@
+"""Which common GPUs hold a run, and with how many sequences at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+GIB = 2**30
+# What torch reports as the total memory of such a GPU, in GiB.
+_TOTAL_GIB = {
+    "24 GB": ("RTX 3090, 4090", 23.6),
+    "40 GB": ("A100", 39.4),
+    "48 GB": ("L40S, A6000", 44.4),
+    "80 GB": ("A100, H100", 79.1),
+    "141 GB": ("H200", 139.8),
+}
+# The CUDA context takes about half of it; the rest is for cuBLAS' workspaces and fragmentation.
+RESERVED_BYTES = GIB
+# Planning takes time in proportion to the chunks of the loss; beyond, peaks go on in a straight line.
+_MAX_TOKENS = 32768
+_MIN_LIMIT = 32  # sequences that are always planned if they may fit
+_ENDLESS = 2**40
+
+
+@dataclass(frozen=True)
+class Gpu:
+    size: str
+    examples: str
+    usable: int  # bytes
+
+
+GPUS = tuple(
+    Gpu(size, examples, int(total * GIB) - RESERVED_BYTES) for size, (examples, total) in _TOTAL_GIB.items()
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``fits``: with the run's own micro-batch. ``micro_batch``: the largest that fits, 0 if none does."""
+
+    gpu: str
+    examples: str
+    usable: int
+    fits: bool
+    micro_batch: int
+
+
+def fits(peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: int) -> list[Fit]:
+    """For each GPU; ``peak_of``: of forward and backward pass at a micro-batch of so many sequences, costly.
+
+    ``fixed``: the peak of what does not depend on it, the optimizer's step.
+
+    A peak is the largest of sums that are each a constant and a multiple of the micro-batch: convex in it.
+    So the chord between two planned sizes lies above the truth, and what it says fits does. Planned are one
+    sequence, the run's own size, what the largest and the smallest GPU should hold, and where the former is
+    more than 32768 tokens (and 32 sequences) so many and half of them, in whose line the peaks go on.
+    """
+    sizes = {1, micro_batch} if micro_batch > 1 else {1, 2}
+    curve = _Peaks({size: peak_of(size) for size in sizes}, fixed)
+    limit = max(_MIN_LIMIT, _MAX_TOKENS // seq_len)
+    largest = curve.largest(max(gpu.usable for gpu in GPUS))
+    for size in (limit // 2, limit) if largest > limit else (largest,):
+        curve.add(size, peak_of)
+    curve.add(min(limit, next((n for gpu in GPUS if (n := curve.largest(gpu.usable))), 1)), peak_of)
+    return [
+        Fit(
+            gpu.size,
+            gpu.examples,
+            gpu.usable,
+            max(fixed, curve.at(micro_batch)) <= gpu.usable,
+            curve.largest(gpu.usable),
+        )
+        for gpu in GPUS
+    ]
+
+
+class _Peaks:
+    """Peaks at some sizes of the micro-batch, with straight lines between and after them."""
+
+    def __init__(self, points: dict[int, int], fixed: int) -> None:
+        self.points, self.fixed = points, fixed
+
+    def add(self, size: int, peak_of: Callable[[int], int]) -> None:
+        if size > 0 and size not in self.points:
+            self.points[size] = peak_of(size)
+
+    def at(self, size: int) -> float:
+        sizes = sorted(self.points)
+        before = max((s for s in sizes[:-1] if s <= size), default=sizes[0])
+        after = min(s for s in sizes if s > before)
+        slope = (self.points[after] - self.points[before]) / (after - before)
+        return self.points[before] + slope * (size - before)
+
+    def largest(self, usable: int) -> int:
+        """Sequences that fit, 0 if none do."""
+        low, high = 0, 1
+        if max(self.fixed, self.at(1)) > usable:
+            return 0
+        while self.at(high) <= usable and high < _ENDLESS:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(middle) <= usable else (low, middle)
+        return low

@@ -1,0 +1,146 @@
+"""Plans as tables on the screen and as pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsotrain.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.errors import UserError
+from rsotrain.memory.gpus import GIB
+from rsotrain.memory.plan import Plan
+from rsotrain.memory.tracker import Kind
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADINGS = {
+    Kind.parameters: "weights",
+    Kind.gradients: "grads",
+    Kind.optimizer_state: "state",
+    Kind.activations: "activ.",
+    Kind.gathered: "gather",
+    Kind.temporaries: "temp.",
+}
+_MIB = 2**20
+
+
+def print_plan(plan: Plan) -> None:
+    """All that a plan says, in tables of 80 columns."""
+    print_table(_phases(plan))
+    print_table(_parts(plan))
+    print_table(_gpus(plan))
+    for line in figures(plan):
+        print(line)
+
+
+def _phases(plan: Plan) -> "Table":
+    size, unit = (GIB, "GiB") if plan.peak >= GIB else (_MIB, "MiB")
+    settings = plan.settings
+    ranks = "" if settings["world_size"] == 1 else f", rank 0 of {settings['world_size']}"
+    table = titled_table(
+        f"Memory by phase, {unit}: micro-batches of {settings['micro_batch_size']} × {settings['seq_len']}"
+        f" tokens{ranks}"
+    )
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in (*_HEADINGS.values(), "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for phase, kinds in plan.phases.items():
+        cells = [f"{kinds[kind.value] / size:.2f}" for kind in _HEADINGS]
+        peak = f"{kinds['peak'] / size:.2f}"
+        table.add_row(phase, *cells, f"[bold]{peak}[/bold]" if kinds["peak"] == plan.peak else peak)
+    return table
+
+
+def _parts(plan: Plan) -> "Table":
+    table = titled_table("Exact bytes of the parts")
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in ("GiB", "GB", "blocks, GiB", "blocks, GB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, share in (
+        ("weights", plan.parameters),
+        ("gradients", plan.gradients),
+        ("optimizer state", plan.optimizer_state),
+        ("  by its formula", plan.formula_state),
+    ):
+        cells = (share.total / GIB, share.total / 1e9, share.blocks / GIB, share.blocks / 1e9)
+        table.add_row(name, *(f"{cell:.4f}" for cell in cells))
+    saved = plan.saved_activations
+    table.add_row("saved activations", f"{saved / GIB:.4f}", f"{saved / 1e9:.4f}", "", "")
+    return table
+
+
+def _gpus(plan: Plan) -> "Table":
+    table = titled_table("Which GPUs hold it")
+    table.add_column("GPU", style="bold", no_wrap=True)
+    table.add_column("such as", no_wrap=True)
+    table.add_column("usable", justify="right", no_wrap=True)
+    table.add_column(f"micro-batch {plan.settings['micro_batch_size']}", no_wrap=True)
+    table.add_column("largest micro-batch", justify="right", no_wrap=True)
+    for fit in plan.gpus:
+        table.add_row(
+            fit.gpu,
+            fit.examples,
+            format_bytes(fit.usable),
+            "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]",
+            f"{fit.micro_batch:,}" if fit.micro_batch else "none",
+        )
+    return table
+
+
+def figures(plan: Plan) -> list[str]:
+    """FLOPs and traffic, a line each."""
+    lines = [f"FLOPs per token: {format_count(plan.flops_per_token)}"]
+    for name, what in (("step", "bytes sent in a step"), ("refresh", "in one that draws new bases")):
+        kinds = plan.traffic.get(name, {})
+        if kinds:
+            parts = ", ".join(f"{kind} {format_bytes(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
+            lines.append(f"{what}: {format_bytes(sum(kinds.values()))} ({parts})")
+    return lines
+
+
+def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
+    """Draw bytes by kind, a bar for each name; what to tell the user of it."""
+    from rsotrain.report.plots import stacked_bytes, write_png
+
+    parts = {
+        kind.value: [float(kinds[kind.value]) for kinds in bars.values()]
+        for kind in Kind
+        if any(kinds[kind.value] for kinds in bars.values())
+    }
+    try:
+        write_png(stacked_bytes(list(bars), parts), path)
+    except UserError as error:  # without matplotlib a plan is no less true
+        return f"no picture: {error}"
+    return f"picture: {path}"
+
+
+def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each plan from the others."""
+    varying = [key for key in settings[0] if any(s[key] != settings[0][key] for s in settings)]
+    if "optimizer" in varying:  # it brings its own
+        varying = [key for key in varying if key not in ("sampler", "rank")] or varying
+    named = [" ".join(str(s[key]) for key in varying) for s in settings]
+    return named if len(set(named)) == len(named) else [f"{n}: {name}" for n, name in enumerate(named, 1)]
+
+
+def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Several plans, as ``plan.json`` holds them, side by side; the picture goes to ``folder``."""
+    names = labels([plan["settings"] for plan in plans])
+    table = titled_table("Memory of one rank, GiB")
+    table.add_column("", style="bold", overflow="fold")
+    for heading in ("weights", "grads", "state", "activ.", "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fits on", no_wrap=True)
+    for name, plan in zip(names, plans, strict=True):
+        nbytes = [plan[part]["total"] for part in ("parameters", "gradients", "optimizer_state")]
+        nbytes += [plan["saved_activations"], plan["peak"]]
+        smallest = next((fit["gpu"] for fit in plan["gpus"] if fit["fits"]), "none")
+        table.add_row(name, *(f"{n / GIB:.2f}" for n in nbytes), smallest)
+    print_table(table)
+    bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
+    print(write_picture(bars, folder / "plans.png"))
+
+
+def peak_of(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """Bytes by kind in the phase with the highest peak."""
+    return max(phases.values(), key=lambda kinds: kinds["peak"])

@@ -1,0 +1,120 @@
+"""Write README's tables of memory: python tests/tools/memory_tables.py (ten minutes on one core).
+
+All are what mode=plan says, for a GPU, precision=bf16, vocabulary 32000, rank hidden/4.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from test_trainer import compose  # noqa: E402
+
+from rsotrain.config import Config  # noqa: E402
+from rsotrain.memory.gpus import GIB, GPUS  # noqa: E402
+from rsotrain.memory.plan import Plan, make_plan  # noqa: E402
+from rsotrain.models.build import count_parameters  # noqa: E402
+
+README = ROOT / "README.md"
+VOCAB_SIZE = 32000
+MODELS = ("60m", "7b")
+OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
+BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
+
+
+def run_of(model: str, optimizer: str, ranks: int) -> Config:
+    """One sequence of 1024 tokens at a time on each rank."""
+    parallelism = [] if ranks == 1 else ["parallelism=fsdp", f"parallelism.world_size={ranks}"]
+    sizes = ["seq_len=1024", "micro_batch_size=1", f"batch_size={ranks}", "steps=10000"]
+    rank = ["optimizer.rank=0.25"] if optimizer in ("galore", "sn_sm", "rso") else []
+    return compose([f"model=llama_{model}", f"optimizer={optimizer}", *BF16, *sizes, *rank, *parallelism])
+
+
+def cell(plan: Plan) -> str:
+    """State and peak, GiB."""
+    return f"{plan.optimizer_state.total / GIB:.2f} / {plan.peak / GIB:.2f}"
+
+
+def memory_row(model: str, ranks: int) -> str:
+    cells = [cell(make_plan(run_of(model, optimizer, ranks), gpus=False)) for optimizer in OPTIMIZERS]
+    return f"| {model}, {'one GPU' if ranks == 1 else f'{ranks} GPUs'} | " + " | ".join(cells) + " |"
+
+
+def memory_table() -> list[str]:
+    head = "| state / peak, GiB | " + " | ".join(f"`{o}`" for o in OPTIMIZERS) + " |"
+    rows = [memory_row(model, ranks) for model in MODELS for ranks in (1, 8)]
+    return [head, "|---" * (len(OPTIMIZERS) + 1) + "|", *rows]
+
+
+# --- the largest model -----------------------------------------------------------------------------
+
+LARGEST_OPTIMIZERS = ("adam", "rso", "sn_sm", "apollo_mini", "galore")
+
+
+@dataclass(frozen=True)
+class Largest:
+    optimizer: str
+    layers: int
+    parameters: int
+    peak: int
+
+
+def with_layers(config: Config, layers: int) -> Config:
+    return replace(config, model=replace(config.model, num_hidden_layers=layers))
+
+
+def largest(optimizer: str, usable: int) -> Largest:
+    """As many layers of llama_7b's width as fit: the peak is a straight line in them, and then planned."""
+    config = run_of("7b", optimizer, 1)
+
+    def peak(layers: int) -> int:
+        return make_plan(with_layers(config, layers), gpus=False).peak
+
+    low, high = 8, 12
+    at = {low: peak(low), high: peak(high)}
+    slope = (at[high] - at[low]) / (high - low)
+    layers = int(low + (usable - at[low]) / slope)
+    while (found := peak(layers)) > usable:
+        layers -= 1
+    return Largest(optimizer, layers, count_parameters(with_layers(config, layers).model, VOCAB_SIZE), found)
+
+
+def largest_row(found: Largest) -> str:
+    parameters = f"{found.parameters / 1e9:.2f} B"
+    return f"| `{found.optimizer}` | {found.layers} | {parameters} | {found.peak / GIB:.2f} GiB |"
+
+
+def largest_table() -> list[str]:
+    rows = sorted((largest(o, GPUS[0].usable) for o in LARGEST_OPTIMIZERS), key=lambda row: -row.parameters)
+    return ["| | layers | parameters | peak |", "|---|---|---|---|", *map(largest_row, rows)]
+
+
+TABLES = {"memory": memory_table, "largest": largest_table}
+
+
+def _span(readme: str, name: str) -> tuple[int, int]:
+    start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+    return readme.index(start) + len(start), readme.index(end)
+
+
+def table_in(readme: str, name: str) -> list[str]:
+    """The lines between the marks of a table."""
+    start, end = _span(readme, name)
+    return readme[start:end].strip().splitlines()
+
+
+def replaced(readme: str, name: str, lines: list[str]) -> str:
+    start, end = _span(readme, name)
+    return readme[:start] + "\n".join(lines) + "\n" + readme[end:]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", default=list(TABLES), choices=list(TABLES))
+    for name in parser.parse_args().tables:
+        lines = TABLES[name]()
+        print("\n".join(lines), flush=True)
+        README.write_text(replaced(README.read_text(), name, lines))
