@@ -91,7 +91,9 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
             wraps += [(site, "observe", REFRESH, None) for site in part.sites]
     for owner, name, inside, after in wraps:
         wrapped = clock.timed(getattr(owner, name), inside, after)
-        setattr(owner, name, torch.compiler.disable(wrapped) if name == "observe" else wrapped)
+        if name == "observe" and trainer.config.compile:  # called from within compiled blocks
+            wrapped = torch.compiler.disable(wrapped)
+        setattr(owner, name, wrapped)
 
 
 def update_gap(trainer: Trainer) -> int | None:

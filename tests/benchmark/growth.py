@@ -73,6 +73,8 @@ def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
     from rsotrain.benchmark.synthetic import random_data
     from rsotrain.trainer import Trainer
 
+    if number == 1:
+        return measure("1 rank", steps, *overrides, "batch_size=2")
     config = configuration(*overrides, f"batch_size={2 * number}", "parallelism=fsdp")
     data = random_data(config)
 
@@ -81,7 +83,7 @@ def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
         trainer.train_step()
         trainer.train_step()
         laps = [timed(trainer.train_step) for _ in range(steps)]  # the other rank is no disturbance
-        return Point(f"{number}", median_seconds(laps), step_flops(trainer))
+        return Point(f"{number} ranks", median_seconds(laps), step_flops(trainer))
 
     with tempfile.TemporaryDirectory() as folder:
         outcomes = ranks.run(number, {"growth": check}, Path(folder))
@@ -93,8 +95,8 @@ def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
 def measured_series(names: list[str], optimizer: str, steps: int) -> Iterator[tuple[str, list[Point]]]:
     base = (f"optimizer={optimizer}", "model.vocab_size=32000", "optimizer.update_proj_gap=100000")
     small = (*base, "model=llama_20m")
-    if "ranks" in names:  # first: what it forks should be small
-        yield "ranks", [of_ranks(number, steps, (*small, "seq_len=256")) for number in (1, 2)]
+    if "ranks" in names:  # the first to run are the forked ones: a process that has computed cannot be forked
+        yield "ranks", [of_ranks(number, steps, (*small, "seq_len=256")) for number in (2, 1)][::-1]
     if "model" in names:
         sized = (*base, "batch_size=4", "seq_len=256")
         yield "model", [measure(m.removeprefix("llama_"), steps, f"model={m}", *sized) for m in MODELS]
