@@ -72,7 +72,7 @@ def main() -> None:
         f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
         f" vocabulary 32000, {arguments.threads} threads: optimizer step of forward + backward"
     )
-    report(f"optimizer_share_{arguments.optimizers[0]}", conditions, figures)
+    report("optimizer_share", conditions, figures)
 
 
 if __name__ == "__main__":
