@@ -4,6 +4,7 @@ FSDP2 shards each weight in one dimension. The optimizer works on local pieces, 
 ``Shard`` which piece of the whole a rank has; a weight that is not sharded is its own only piece.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ class Shard:
     def _padded(self, piece: Tensor) -> Tensor:
         assert self.dim is not None
         rows = piece.movedim(self.dim, 0)
+        if rows.shape[0] == self.chunk:
+            return rows.contiguous()
         padded = rows.new_zeros(self.chunk, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         return padded
@@ -94,16 +97,25 @@ class Shard:
         assert self.dim is not None
         return torch.cat(pieces)[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
 
-    def gather(self, piece: Tensor, owner: int) -> Tensor | None:
-        """The whole, on the rank ``owner`` of the group; None on the others."""
+    def gather(self, piece: Tensor, owner: int) -> Callable[[], Tensor | None]:
+        """Begin to send ``piece``, which must not change before the returned function is called.
+
+        That waits, and returns the whole on the rank ``owner`` of the group, None on the others.
+        """
         if self.dim is None:
-            return piece
+            return lambda: piece
         padded = self._padded(piece)
         pieces = None
         if dist.get_rank(self.group) == owner:
             pieces = [torch.empty_like(padded) for _ in range(self.pieces)]
-        dist.gather(padded, pieces, group=self.group, group_dst=owner)
-        return None if pieces is None else self._whole(pieces)
+        work = dist.gather(padded, pieces, group=self.group, async_op=True, group_dst=owner)
+        assert work is not None
+
+        def whole() -> Tensor | None:
+            work.wait()
+            return None if pieces is None else self._whole(pieces)
+
+        return whole
 
     def all_gather(self, piece: Tensor) -> Tensor:
         """The whole, on every rank."""

@@ -82,7 +82,7 @@ def test_a_run_is_evaluated_exported_and_continued(
     [
         (["mode=evaluate"], "is neither a run with a checkpoint"),
         (["mode=evaluate", "checkpoint.path=nowhere"], "checkpoint.path=nowhere is not a folder"),
-        (["mode=export", "checkpoint.path=.", "checkpoint.load=weights"], "is for mode=train"),
+        (["mode=export", "checkpoint.path=.", "checkpoint.load=weights"], "is for training"),
         (["evaluation.tasks=[x]"], "evaluation.tasks is for mode=evaluate"),
         (["export.path=x"], "are for mode=export"),
         (["model=pretrained"], "model.init_from has no value"),

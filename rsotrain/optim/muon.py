@@ -62,7 +62,7 @@ class Muon(Part):
         buffers[0].lerp_(gradient, 1 - self.momentum)
         update = gradient.lerp(buffers[0], self.momentum) if self.nesterov else buffers[0].clone()
         self.keeper.write(state, buffers, [f"{name}{shard.label}.momentum_buffer"], step)
-        return shard.gather(update, owner)
+        return shard.gather(update, owner)()
 
     def _orthogonalised(self, update: Tensor) -> Tensor:
         return _zeropower_via_newtonschulz(update, NS_COEFFICIENTS, self.ns_steps, NS_EPS)

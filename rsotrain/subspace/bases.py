@@ -232,17 +232,19 @@ class Bases:
         owners = dict(zip(names, spread([s.cost for s in sources.values()], size), strict=True))
         device = self.devices[names[0]]
         with self.record.timing(step, device):
-            seen = {name: sources[name].at(owners[name]) for name in names}
+            arriving = {name: sources[name].at(owners[name]) for name in names}
             drawn: dict[str, Tensor] = {}
             outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
             for i, name in enumerate(names):
                 if owners[name] == rank:
                     outcome, new = self._try_draw(
-                        name, self[name], seen.pop(name), step, lr_factor, number(name)
+                        name, self[name], arriving.pop(name)(), step, lr_factor, number(name)
                     )
                     outcomes[i] = outcome
                     if new is not None:
                         drawn[name] = new
+            for leaving in arriving.values():
+                leaving()
             dist.all_reduce(outcomes)
             found = dict(zip(names, outcomes.tolist(), strict=True))
             for owner in range(size):

@@ -17,7 +17,7 @@ from rsotrain.subspace.projection import Side, oriented
 
 
 class Source(Protocol):
-    """Both return None where the gradient (or the sum) is not finite. All ranks call them together."""
+    """A Gram is None where the gradient (or the sum) is not finite. All ranks call these together."""
 
     @property
     def cost(self) -> float:
@@ -33,8 +33,8 @@ class Source(Protocol):
         """For drawing on every rank."""
         ...
 
-    def at(self, owner: int) -> Gram | None:
-        """For drawing on the rank ``owner`` alone; None elsewhere."""
+    def at(self, owner: int) -> Callable[[], Gram | None]:
+        """For drawing on the rank ``owner`` alone; None elsewhere. Begins to send; what it returns waits."""
         ...
 
 
@@ -66,15 +66,20 @@ class GradientSource:
             )
         return SummedGram.of_finite(piece, self.shard)
 
-    def at(self, owner: int) -> Gram | None:
+    def at(self, owner: int) -> Callable[[], Gram | None]:
         rank, pieces = dist.get_rank(), self.shard.pieces
         if rank // pieces != owner // pieces:  # another replica's
-            return None
-        whole = self.shard.gather(oriented(self.gradient(), self.side), owner % pieces)
-        if rank != owner:
-            return None
-        assert whole is not None
-        return GradientGram.of_finite(oriented(whole, self.side))
+            return lambda: None
+        gathered = self.shard.gather(oriented(self.gradient(), self.side), owner % pieces)
+
+        def gram() -> Gram | None:
+            whole = gathered()
+            if rank != owner:
+                return None
+            assert whole is not None
+            return GradientGram.of_finite(oriented(whole, self.side))
+
+        return gram
 
 
 class SumSource:
@@ -91,10 +96,16 @@ class SumSource:
             dist.all_reduce(matrix)
         return _dense(matrix)
 
-    def at(self, owner: int) -> Gram | None:
+    def at(self, owner: int) -> Callable[[], Gram | None]:
         matrix = self.summand()
-        dist.reduce(matrix, dst=owner)
-        return _dense(matrix) if dist.get_rank() == owner else None
+        work = dist.reduce(matrix, dst=owner, async_op=True)
+        assert work is not None
+
+        def gram() -> Gram | None:
+            work.wait()
+            return _dense(matrix) if dist.get_rank() == owner else None
+
+        return gram
 
 
 def _dense(matrix: Tensor) -> DenseGram | None:
