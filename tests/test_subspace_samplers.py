@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.subspace import samplers
-from rsotrain.subspace.gram import DenseGram, GradientGram
+from rsotrain.subspace.gram import DenseGram, GradientGram, add_gram_, mirrored_
 from rsotrain.subspace.online_pca import online_pca, pca_gradient
 from rsotrain.subspace.samplers import Draw, eigenbasis
 from rsotrain.subspace.seeding import generator
@@ -295,3 +295,22 @@ def test_draws_depend_on_seed_name_and_index_only() -> None:
         torch.randn(8, generator=generator(1, "basis", "a", 0)),
     ):
         assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("size", [5, 128, 300, 1100])
+def test_the_gram_matrix_made_of_its_lower_blocks_is_the_whole_one(size: int) -> None:
+    rows = torch.randn(7, size, dtype=torch.float64)
+    total = torch.full((size, size), torch.nan, dtype=torch.float64)
+    total.tril_().nan_to_num_(0.0)  # the blocks on the diagonal reach above it
+    for half in rows.split(4):
+        add_gram_(total, half)
+    # sums of 7 products each; nothing of what lay above the blocks may be left
+    torch.testing.assert_close(mirrored_(total), rows.T @ rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_energy_is_that_of_a_sum_in_float64(transposed: bool) -> None:
+    a = torch.randn(3000, 500) if not transposed else torch.randn(500, 3000).T
+    gram = GradientGram(a)
+    exact = gram.normalised.double().square().sum()
+    torch.testing.assert_close(gram.energy(), exact, rtol=1e-5, atol=0.0)  # columns' sums are float32

@@ -19,9 +19,8 @@ from rsotrain.errors import UserError
 from rsotrain.models.functional import Context, shared_input_linear
 from rsotrain.models.llama import Linear
 from rsotrain.sharding import local
+from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
-
-_GRAM_BLOCKS = 4
 
 
 class _SubspaceLinear(torch.autograd.Function):
@@ -104,18 +103,14 @@ class Site:
         inputs = x.reshape(-1, self.size).to(self.gram.dtype)
         if self.reached is not None:  # as zeros: what is picked by a mask has a shape that depends on data
             inputs = inputs.masked_fill(~self.reached.reshape(-1, 1), 0.0)
-        # A product in bf16 would round each entry to 8 bits. Of the symmetric product 5/8 is enough.
-        width = -(-self.size // _GRAM_BLOCKS)
-        for start in range(0, self.size, width):
-            columns = inputs[:, start : start + width]
-            self.gram[start:, start : start + width].addmm_(inputs[:, start:].t(), columns)
+        add_gram_(self.gram, inputs)  # in float32: a product in bf16 would round each entry to 8 bits
 
     def take_gram(self) -> Tensor:
         """The whole symmetric Σ XᵀX, which is then forgotten. Raises RuntimeError if none was gathered."""
         if self.gram is None:
             raise RuntimeError(f"{self.name}: no input was observed; run forward passes inside observing()")
         gram, self.gram = self.gram, None
-        return gram.tril_().add_(gram.tril(-1).t())
+        return mirrored_(gram)
 
 
 class SubspaceLinear(Linear):

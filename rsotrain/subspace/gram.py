@@ -11,6 +11,29 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 23  # bounds the float64 temporaries of blockwise sums
+# A symmetric product is made of its lower blocks: of n in a row, (n + 1)/2n of the operations of the whole.
+_SYMMETRIC_BLOCKS = 8
+_LEAST_WIDTH = 128  # of a block: narrower products run below the device's rate
+
+
+def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of each column of blocks, from the diagonal down."""
+    width = max(_LEAST_WIDTH, -(-size // _SYMMETRIC_BLOCKS))
+    for start in range(0, size, width):
+        yield slice(start, size), slice(start, min(start + width, size))
+
+
+def add_gram_(total: Tensor, rows: Tensor) -> None:
+    """total ← total + AᵀA in its lower blocks; what is above them is left. total: k×k, rows: A, M×k."""
+    for below, columns in _lower_blocks(total.shape[0]):
+        total[below, columns].addmm_(rows[:, below].T, rows[:, columns])
+
+
+def mirrored_(total: Tensor) -> Tensor:
+    """``total``, what is above its lower blocks overwritten by the transpose of what is below them."""
+    for _, columns in _lower_blocks(total.shape[0]):
+        total[columns, columns.stop :] = total[columns.stop :, columns].T
+    return total
 
 
 class Gram(Protocol):
@@ -72,20 +95,23 @@ class GradientGram:
             yield block.to(torch.float64)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        if dtype is torch.float32:
-            narrow = self.normalised.to(dtype)
-            return narrow.T @ narrow
         total = self.normalised.new_zeros((self.size, self.size), dtype=dtype)
-        for block in self._blocks():
-            total.addmm_(block.T, block)
-        return total
+        if dtype is torch.float32:
+            add_gram_(total, self.normalised.to(dtype))
+        else:
+            for block in self._blocks():
+                add_gram_(total, block)
+        return mirrored_(total)
 
     def matmul(self, block: Tensor) -> Tensor:
         return (self.normalised.T @ (self.normalised @ block.to(self.normalised.dtype))).to(block.dtype)
 
     def energy(self) -> Tensor:
         if self._energy is None:
-            self._energy = torch.linalg.vector_norm(self.normalised, dtype=torch.float64).square()
+            # float32 holds the sum of a column well enough, not that of all; a float64 copy takes long
+            along = 0 if self.normalised.stride(0) == 1 else 1
+            norms = torch.linalg.vector_norm(self.normalised, dim=along)
+            self._energy = norms.double().square_().sum()
         return self._energy
 
     def diagonal(self) -> Tensor:

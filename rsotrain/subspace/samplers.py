@@ -182,7 +182,7 @@ def randomized_svd(draw: Draw, rounds: int) -> Tensor:
     block = haar(draw) if draw.previous is None else draw.previous.float()
     rounds = rounds + 2 if draw.previous is None else rounds
     multiply: Callable[[Tensor], Tensor] = draw.gram.matmul
-    if 2 * rounds * draw.rank > draw.size:  # 4Mkr operations a round, where AᵀA once is 2Mk²
+    if 4 * rounds * draw.rank > 1.25 * draw.size:  # 4Mkr operations a round, where AᵀA once is 1.1Mk²
         multiply = draw.gram.matrix(torch.float32).matmul
     for i in range(rounds):
         product = multiply(block)
