@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsotrain.models.functional import rms_norm, rotary, rotary_tables, shared_input_linear, swiglu
+from rsotrain.models.functional import (
+    normed_linear,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    shared_input_linear,
+    swiglu,
+    swiglu_linear,
+)
 
 EPS = 1e-6
 Function = Callable[..., Tensor]
@@ -35,6 +43,10 @@ def shared_linears(x: Tensor, *weights: Tensor) -> Tensor:
     return torch.cat(shared_input_linear(x, *weights), dim=-1)
 
 
+def normed_linears(x: Tensor, norm_weight: Tensor, *weights: Tensor) -> Tensor:
+    return torch.cat(normed_linear(x, norm_weight, EPS, *weights), dim=-1)
+
+
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -51,6 +63,21 @@ CASES = {
         shared_linears,
         plain_linears,
         (normal(2, 6, 24, seed=0), normal(16, 24, seed=1), normal(8, 24, seed=2), normal(40, 24, seed=3)),
+    ),
+    "normed_linears": (
+        normed_linears,
+        lambda x, norm_weight, *weights: plain_linears(plain_rms_norm(x, norm_weight), *weights),
+        (
+            normal(2, 6, 24, seed=0, scale=3.0),
+            1 + normal(24, seed=1, scale=0.3),
+            normal(16, 24, seed=2),
+            normal(8, 24, seed=3),
+        ),
+    ),
+    "swiglu_linear": (
+        swiglu_linear,
+        lambda gate, up, weight: F.linear(plain_swiglu(gate, up), weight),
+        (normal(2, 6, 40, seed=0, scale=3.0), normal(2, 6, 40, seed=1), normal(24, 40, seed=2)),
     ),
     "rotary": (
         lambda x: rotary(x, *TABLES),
@@ -82,9 +109,10 @@ def test_equals_plain_in_fp32(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_plain_in_bf16(case: str, mixed: bool) -> None:
     """Each result is within three roundings (2⁻⁹ relative each) of the exact one on the rounded inputs."""
+    activations = 2 if case.startswith("swiglu") else 1
     ours, plain, inputs = CASES[case]
     rounded = tuple(tensor.bfloat16() for tensor in inputs)
-    given = tuple(w.float() if mixed and i > 0 and case != "swiglu" else w for i, w in enumerate(rounded))
+    given = tuple(w.float() if mixed and i >= activations else w for i, w in enumerate(rounded))
     exact = run(plain, tuple(tensor.double() for tensor in rounded))
     for mine, reference, source in zip(run(ours, given), exact, [rounded[0], *given], strict=True):
         assert mine.dtype == source.dtype
@@ -117,6 +145,39 @@ def test_linears_keep_their_input_once_and_no_cast_weight() -> None:
     weights = [normal(8, 16, seed=seed).requires_grad_() for seed in (1, 2, 3)]
     saved = saved_by(lambda: shared_input_linear(x, *weights))
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (x, *weights)]
+
+
+def test_linears_after_a_norm_or_swiglu_do_not_keep_what_these_give() -> None:
+    x, gate, up = (normal(5, 16, seed=seed).bfloat16().requires_grad_() for seed in (0, 1, 2))
+    norm_weight = torch.ones(16, requires_grad=True)
+    weights = [normal(8, 16, seed=seed).requires_grad_() for seed in (3, 4)]
+    saved = saved_by(lambda: normed_linear(x, norm_weight, EPS, *weights))
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (x, norm_weight, *weights)]
+    saved = saved_by(lambda: swiglu_linear(gate, up, weights[0]))
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (gate, up, weights[0])]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["bf16 weights", "fp32 weights"])
+def test_linears_after_a_norm_or_swiglu_give_the_bits_of_the_two_apart(mixed: bool) -> None:
+    _, _, inputs = CASES["normed_linears"]
+    x, *weights = (
+        w.bfloat16().to(torch.float32 if mixed and i else torch.bfloat16) for i, w in enumerate(inputs)
+    )
+    fused, apart = (
+        run(normed_linears, (x, *weights)),
+        run(
+            lambda x, norm_weight, *weights: shared_linears(rms_norm(x, norm_weight, EPS), *weights),
+            (x, *weights),
+        ),
+    )
+    assert all(map(torch.equal, fused, apart))
+    gate, up, weight = (w.bfloat16() for w in CASES["swiglu_linear"][2])
+    weight = weight.float() if mixed else weight
+    fused, apart = (
+        run(swiglu_linear, (gate, up, weight)),
+        run(lambda gate, up, weight: shared_linears(swiglu(gate, up), weight), (gate, up, weight)),
+    )
+    assert all(map(torch.equal, fused, apart))
 
 
 def test_linears_compute_only_the_gradients_that_are_wanted() -> None:

@@ -6,6 +6,7 @@ weight gradients of the norms are computed in fp32. Weights may have another dty
 their gradients arrive in their own dtype.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,27 +21,48 @@ Context = Any
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normalized = x.float()
-        rstd = _reciprocal_rms(normalized, eps)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (normalized * rstd).mul_(weight).to(x.dtype)
+        return _normed(x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        features = x.shape[-1]
-        x_float = x.reshape(-1, features).float()
-        rstd = _reciprocal_rms(x_float, ctx.eps)
-        normalized = x_float * rstd
-        grad = grad_output.reshape(-1, features).to(torch.float32, copy=True)
-        # With x̂ = x·rstd and g = grad·w: dw = Σ_tokens grad·x̂, dx = rstd·(g − x̂·mean(g·x̂)).
-        product = grad * normalized
-        grad_weight = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        mean = torch.mv(product, weight.float()).div_(features).unsqueeze(-1)
-        grad_x = grad.mul_(weight).sub_(normalized.mul_(mean)).mul_(rstd).to(x.dtype).view_as(x)
-        return grad_x, grad_weight, None
+        normalized, rstd = _normalized(x.reshape(-1, x.shape[-1]), ctx.eps)
+        grad_x, grad_weight = _norm_gradients(
+            normalized, rstd, weight, grad_output.reshape(-1, x.shape[-1]), ctx.needs_input_grad[1], x.dtype
+        )
+        return grad_x.view_as(x), grad_weight, None
+
+
+def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ = x · rstd in fp32, and rstd."""
+    x_float = x.float()
+    rstd = _reciprocal_rms(x_float, eps)
+    return x_float * rstd, rstd
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normalized, _ = _normalized(x, eps)
+    return normalized.mul_(weight).to(x.dtype)
+
+
+def _norm_gradients(
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    grad_output: Tensor,
+    need_weight: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Of x, in ``dtype``, and of the weight, all (tokens, features); overwrites ``normalized``."""
+    grad = grad_output.to(torch.float32, copy=True)
+    # With x̂ = x·rstd and g = grad·w: dw = Σ_tokens grad·x̂, dx = rstd·(g − x̂·mean(g·x̂)).
+    product = grad * normalized
+    grad_weight = product.sum(0).to(weight.dtype) if need_weight else None
+    mean = torch.mv(product, weight.float()).div_(normalized.shape[-1]).unsqueeze(-1)
+    return grad.mul_(weight).sub_(normalized.mul_(mean)).mul_(rstd).to(dtype), grad_weight
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -78,6 +100,34 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        grad_product = grad_output @ weight.to(gate.dtype)
+        activated = F.silu(gate)
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            product = (activated * up).flatten(0, -2)
+            grad_weight = (grad_output.flatten(0, -2).t() @ product).to(weight.dtype)
+        grad_up = activated.mul_(grad_product)
+        return torch.ops.aten.silu_backward(grad_product.mul_(up), gate), grad_up, grad_weight
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """``swiglu(gate, up)`` Wᵀ; keeps gate and up, and not their product, which is one pass to make again.
+
+    gate, up: (..., in); weight: (out, in), in any dtype. Returns (..., out) in gate's dtype.
+    """
+    return _SwiGLULinear.apply(gate, up, weight)
+
+
 class _SharedInputLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -88,20 +138,63 @@ class _SharedInputLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        inputs = x.reshape(-1, x.shape[-1])
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # addmm_ sums inside the GEMM: no buffer per weight, and one rounding less than adding them.
-            grad_x = grads[0] @ weights[0].to(x.dtype)
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_x.addmm_(grad, weight.to(x.dtype))
-            grad_x = grad_x.view_as(x)
-        grad_weights = [
-            (grad.t() @ inputs).to(weight.dtype) if needed else None
-            for grad, weight, needed in zip(grads, weights, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return grad_x, *grad_weights
+        grad_x = _input_gradient(grads, weights, x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
+        inputs = x.reshape(-1, x.shape[-1])
+        return grad_x, *_weight_gradients(grads, weights, inputs, ctx.needs_input_grad[1:])
+
+
+def _input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Σ dY W. addmm_ sums inside the GEMM: no buffer per weight, and one rounding less than adding them."""
+    grad_x = grads[0] @ weights[0].to(dtype)
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        grad_x.addmm_(grad, weight.to(dtype))
+    return grad_x
+
+
+def _weight_gradients(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], inputs: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    return [
+        (grad.t() @ inputs).to(weight.dtype) if needs else None
+        for grad, weight, needs in zip(grads, weights, needed, strict=True)
+    ]
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, norm_weight, *weights)
+        ctx.eps = eps
+        normed = _normed(x, norm_weight, eps)
+        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, *weights = ctx.saved_tensors
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        normalized, rstd = _normalized(x.reshape(-1, x.shape[-1]), ctx.eps)
+        normed = (normalized * norm_weight).to(x.dtype)
+        grad_weights = _weight_gradients(grads, weights, normed, ctx.needs_input_grad[3:])
+        del normed
+        grad_normed = _input_gradient(grads, weights, x.dtype)
+        grad_x, grad_norm = _norm_gradients(
+            normalized, rstd, norm_weight, grad_normed, ctx.needs_input_grad[1], x.dtype
+        )
+        return grad_x.view_as(x), grad_norm, None, *grad_weights
+
+
+def normed_linear(x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+    """``shared_input_linear`` of ``rms_norm(x)``; keeps x, and not the norm's output, made again from it.
+
+    x: (..., in); norm_weight: (in,); weights: (out_i, in). Returns (..., out_i) each, in x's dtype.
+    """
+    if not torch.is_grad_enabled():  # as in shared_input_linear
+        return shared_input_linear(rms_norm(x, norm_weight, eps), *weights)
+    return _NormedLinear.apply(x, norm_weight, eps, *weights)
 
 
 def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -140,9 +233,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1).float()
-    return (x.float() * cos).addcmul_(swapped, sin, value=direction).to(x.dtype)
+    # By halves, for the pass over a swapped copy that it saves.
+    wide = x.float()
+    half = x.shape[-1] // 2
+    rotated = wide * cos
+    rotated[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=direction)
+    rotated[..., half:].addcmul_(wide[..., :half], sin[..., half:], value=direction)
+    return rotated.to(x.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rsotrain.config import ActivationCheckpointing, ModelConfig
-from rsotrain.models.functional import rms_norm, rotary, rotary_tables, shared_input_linear, swiglu
+from rsotrain.models.functional import (
+    normed_linear,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    shared_input_linear,
+    swiglu_linear,
+)
 from rsotrain.models.loss import linear_cross_entropy
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -41,6 +48,23 @@ class Linear(nn.Module):
         """The outputs of several linears that read the same input, which is kept once."""
         return shared_input_linear(x, *(layer.weight for layer in layers))
 
+    @staticmethod
+    def apply_normed(layers: Sequence["Linear"], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        """``apply_shared`` of norm(x), whose output is not kept."""
+        return normed_linear(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+
+    def apply_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Of silu(gate) · up, which is not kept."""
+        return swiglu_linear(gate, up, self.weight)
+
+
+def apply_normed(x: Tensor, norm: RMSNorm, *layers: Linear) -> tuple[Tensor, ...]:
+    """``apply_shared(norm(x), …)``, through the class of the layers where they are of one."""
+    kind = type(layers[0])
+    if all(type(layer) is kind for layer in layers):
+        return kind.apply_normed(layers, x, norm)
+    return apply_shared(norm(x), *layers)
+
 
 def apply_shared(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """``layer(x)`` for each, through their class's way to share what they keep of x."""
@@ -55,7 +79,7 @@ def apply_shared(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 
 
 class SelfAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions, of ``norm(x)``."""
 
     shared_inputs = (("q_proj", "k_proj", "v_proj"), ("o_proj",))  # linears, by the input they read
 
@@ -68,10 +92,10 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, config.kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, tables: RotaryTables, mask: Tensor | None) -> Tensor:
         query, key, value = (
             out.unflatten(-1, (-1, self.head_dim))
-            for out in apply_shared(x, self.q_proj, self.k_proj, self.v_proj)
+            for out in apply_normed(x, norm, self.q_proj, self.k_proj, self.v_proj)
         )
         attended = F.scaled_dot_product_attention(
             rotary(query, *tables).transpose(1, 2),
@@ -85,7 +109,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(silu(gate(y)) · up(y)) of y = ``norm(x)``."""
 
     shared_inputs = (("gate_proj", "up_proj"), ("down_proj",))
 
@@ -95,9 +119,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_shared(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = apply_normed(x, norm, self.gate_proj, self.up_proj)
+        return self.down_proj.apply_swiglu(gate, up)
 
 
 class Block(nn.Module):
@@ -118,13 +142,13 @@ class Block(nn.Module):
         return self._layer(x, tables, mask)
 
     def _layer(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables, mask)
+        x = x + self.self_attn(x, self.input_layernorm, tables, mask)
         if self.activation_checkpointing is ActivationCheckpointing.mlp:
             return x + _recomputed(self._mlp, x)
         return x + self._mlp(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x))
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rsotrain.errors import UserError
-from rsotrain.models.functional import Context, shared_input_linear
-from rsotrain.models.llama import Linear
+from rsotrain.models.functional import Context, shared_input_linear, swiglu
+from rsotrain.models.llama import Linear, RMSNorm
 from rsotrain.sharding import local
 from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
@@ -146,6 +146,13 @@ class SubspaceLinear(Linear):
         if site.observing:
             site.observe(x)
         return subspace_linear(x, site.current_basis(), weights, [layer.coefficients for layer in projected])
+
+    @staticmethod
+    def apply_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        return SubspaceLinear.apply_shared(layers, norm(x))  # which keeps Z, not its input
+
+    def apply_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self(swiglu(gate, up))
 
 
 @dataclass(frozen=True)
