@@ -5,7 +5,8 @@
 
 That stack is transformers.LlamaForCausalLM with torch.optim.AdamW (huggingface:adamw) or galore_torch's
 GaLoreAdamW (huggingface:galore), called as their training loop does: attention mask, labels, backward, step,
-zero_grad. rsotrain:<optimizer> is the whole Trainer.train_step, as the command runs it. Each loop runs in a
+zero_grad. rsotrain:<optimizer> is the whole Trainer.train_step, as the command runs it, and
+rsotrain:<optimizer>:compile the same with compile=true. Each loop runs in a
 process of its own, in turn, for several rounds; refreshes are amortised over --gap steps: what the first
 step's SVDs, or the draw of all bases, take more than another step, is divided by it. For huggingface:galore
 that is measured in the first round; in the others its bases are random. Peak memory is the process's.
@@ -24,13 +25,17 @@ from typing import Any
 from bench import MIB, ROOT, Figure, build_trainer, calm, configuration, galore_torch_module, report, timed
 
 WARM_UP_STEPS = 4  # the heap still grows during the first
-VARIANTS = "huggingface:adamw,rsotrain:adam,huggingface:galore,rsotrain:galore,rsotrain:rso"
-# (ours, theirs, least ratio of tokens/s)
+VARIANTS = (
+    "huggingface:adamw,rsotrain:adam,rsotrain:adam:compile,"
+    "huggingface:galore,rsotrain:galore,rsotrain:galore:compile,rsotrain:rso,rsotrain:rso:compile"
+)
+# of ours, compiled or not: theirs, least ratio of tokens/s
 BARS = {
     "rsotrain:adam": ("huggingface:adamw", 1.3),
     "rsotrain:galore": ("huggingface:galore", 1.5),
     "rsotrain:rso": ("huggingface:galore", 1.7),
 }
+COMPILED = ":compile"
 MEMORY_BAR = 0.6
 
 
@@ -126,7 +131,9 @@ class OurLoop:
     """The Trainer's own step: gradient norm, finite check, schedule and all."""
 
     def __init__(self, arguments: argparse.Namespace, optimizer: str) -> None:
-        self.trainer = build_trainer(*overrides(arguments, optimizer))
+        name = optimizer.removesuffix(COMPILED)
+        compiled = ["compile=true"] if name != optimizer else []
+        self.trainer = build_trainer(*overrides(arguments, name), *compiled)
 
     def step(self) -> float:
         return self.trainer.train_step().loss
@@ -151,7 +158,7 @@ LOOPS: dict[str, Callable[[argparse.Namespace, str], HuggingFaceLoop | OurLoop]]
 
 def worker(arguments: argparse.Namespace) -> None:
     """Run one loop and print its step times, refresh time and peak resident memory as JSON."""
-    kind, optimizer = arguments.worker.split(":")
+    kind, _, optimizer = arguments.worker.partition(":")
     if kind == "rsotrain":  # as the command begins
         from rsotrain.allocator import keep_freed_memory
 
@@ -209,8 +216,9 @@ def main() -> None:
             f" refresh {refresh[variant]:.1f} s, peak {peaks[variant] / MIB:.0f} MiB"
         )
         figures.append(Figure(f"{variant}, step", step[variant], unit=" s", detail=detail))
-    for ours, (theirs, least) in BARS.items():
-        if ours in step and theirs in step:
+    for ours in step:
+        theirs, least = BARS.get(ours.removesuffix(COMPILED), ("", 0.0))
+        if theirs in step:
             ratio, share = step[theirs] / step[ours], peaks[ours] / peaks[theirs]
             figures.append(Figure(f"tokens/s of {ours}, of {theirs}", ratio, least))
             figures.append(Figure(f"peak memory of {ours}, of {theirs}", share, MEMORY_BAR, at_least=False))
