@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
 _PATIENCE_SECONDS = 5.0
+HELP_WIDTH = 100
 
 
 def conf_dir() -> Path:
@@ -87,7 +89,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def list_groups() -> str:
-    """The groups and their options, one group a line, for ``--help``."""
+    """The groups and their options for ``--help``: a group a paragraph, models and recipes by size."""
     folders = [conf_dir()]
     arguments = [part for a in sys.argv for part in (a.split("=", 1) if a.startswith("--") else [a])]
     for flag, value in itertools.pairwise(arguments):
@@ -97,7 +99,22 @@ def list_groups() -> str:
     for folder in folders:
         for file in folder.glob("*/*.yaml"):
             options.setdefault(file.parent.name, set()).add(file.stem)
-    return "\n".join(f"  {group}: {', '.join(sorted(names))}" for group, names in sorted(options.items()))
+    return "\n".join(
+        textwrap.fill(
+            f"{group}: {', '.join(sorted(names, key=_by_size))}",
+            width=HELP_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        for group, names in sorted(options.items())
+    )
+
+
+def _by_size(name: str) -> tuple[str, int]:
+    """A key that puts llama_60m before llama_130m, and that before llama_1b."""
+    sized = re.fullmatch(r"(.+_)(\d+)([mb])", name)
+    return (sized[1], int(sized[2]) * (1000 if sized[3] == "b" else 1)) if sized else (name, 0)
 
 
 def skip_hydras_list_of_groups() -> None:

@@ -196,14 +196,17 @@ class ExportConfig:
 class EvaluationConfig:
     """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation.
 
-    ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation. The rest is
-    for mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with ``num_fewshot``
+    ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation.
+    ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of the
+    published tables, which depends on ``micro_batch_size``; see ``rsotrain.evaluation``. The rest is for
+    mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with ``num_fewshot``
     examples, the first ``task_limit`` questions of each.
     """
 
     max_tokens: int | None = 10_000_000
     micro_batch_size: int | None = None  # null: the training micro-batch
     samples: bool = True
+    legacy_divisor: bool = False
     tasks: list[str] = field(default_factory=list)
     tasks_path: str | None = None
     num_fewshot: int | None = None

@@ -107,6 +107,7 @@ MEMORY_FIELDS: list[tuple[str, str, Format, int]] = [
 VALIDATION_FIELDS: list[tuple[str, str, Format, int]] = [
     ("val/loss", "val loss", _fixed(4), 7),
     ("val/perplexity", "perplexity", _fixed(2), 8),
+    ("val/legacy_perplexity", "legacy", _fixed(2), 8),
     ("val/bits_per_byte", "bits/byte", _fixed(4), 6),
 ]
 LIVE_FIELDS: list[tuple[str, str, Format, int]] = [
@@ -270,6 +271,7 @@ def build_display(
 SUMMARY_ROWS: list[tuple[str, str, Format]] = [
     ("val/loss", "validation loss", _fixed(4)),
     ("val/perplexity", "validation perplexity", _fixed(2)),
+    ("val/legacy_perplexity", "with the legacy divisor", _fixed(2)),
     ("val/bits_per_byte", "bits per byte", _fixed(4)),
     ("val/unigram_perplexity", "unigram perplexity", _fixed(2)),
     ("best/val/loss", "best validation loss", _fixed(4)),

@@ -36,26 +36,45 @@ def batches_of_rank(batches: Iterable[Batch], rank: int, size: int) -> Iterator[
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], world: World, *, bytes_per_token: float
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    *,
+    bytes_per_token: float,
+    legacy_divisor: bool = False,
 ) -> dict[str, float]:
     """``val/loss`` in nats per token, ``val/perplexity`` and ``val/bits_per_byte``; all ranks call it.
 
     ``batches``, the same on every rank, are (inputs, targets), int64 (b, s), where targets of
     ``IGNORE_INDEX`` do not count. The sum of the losses is divided by the number of targets once, at the
     end; averaging the averages of batches would weigh short batches too much.
+
+    ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, what the code
+    of GaLore (arXiv 2403.03507) and its successors reports. With n batches of mean loss l_i (nats per target
+    of that batch) it is Σ l_i / (n + 1): batches, not targets, weigh alike, and their count begins at 1. So it
+    reads low, by n/(n + 1) of the loss, and depends on the batch size. It is that of one process whatever the
+    number of ranks; W processes with b sequences each divide as one with batches of W·b does.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    tokens = 0
+    total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
+    tokens = num_batches = 0
     for inputs, targets in batches_of_rank(batches, world.rank, world.size):
-        tokens += int((targets != IGNORE_INDEX).sum())
-        total += model(inputs.to(world.device), targets.to(world.device)).double()
+        counted = int((targets != IGNORE_INDEX).sum())
+        loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
+        total += loss_sum
+        if counted > 0:  # none in what stands in for a missing batch
+            means += loss_sum / counted
+            num_batches += 1
+        tokens += counted
     model.train(was_training)
-    loss_sum, num_tokens = world.sum([total.item(), tokens])
-    loss = loss_sum / num_tokens
-    return {
+    sums = world.sum([total.item(), tokens, means.item(), num_batches])
+    loss, legacy_loss = sums[0] / sums[1], sums[2] / (sums[3] + 1)
+    metrics = {
         "val/loss": loss,
         "val/perplexity": perplexity(loss),
         "val/bits_per_byte": loss / math.log(2) / bytes_per_token,
     }
+    if legacy_divisor:
+        metrics |= {"val/legacy_loss": legacy_loss, "val/legacy_perplexity": perplexity(legacy_loss)}
+    return metrics

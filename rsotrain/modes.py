@@ -50,6 +50,7 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         ),
         World(device),
         bytes_per_token=validation.num_target_bytes(trained.tokenizer.decode, limit) / num_targets,
+        legacy_divisor=config.evaluation.legacy_divisor,
     )
     result["tokens"] = num_targets
     if config.evaluation.tasks:

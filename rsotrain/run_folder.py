@@ -31,6 +31,7 @@ OPERATIONAL_KEYS = (
     "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export", "benchmark",
     "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
     "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
+    "evaluation.legacy_divisor",
 )  # fmt: skip
 
 

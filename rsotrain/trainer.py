@@ -267,6 +267,7 @@ class Trainer:
             validation.evaluation_batches(size, config.evaluation.max_tokens),
             self.world,
             bytes_per_token=self._validation_bytes_per_token,
+            legacy_divisor=config.evaluation.legacy_divisor,
         )
         if self.world.mesh is not None:
             self.model.reshard()  # type: ignore[operator]

@@ -156,6 +156,11 @@ def validate_modes(config: Config) -> None:
         evaluation.num_fewshot is None or evaluation.num_fewshot >= 0,
         f"evaluation.num_fewshot={evaluation.num_fewshot} must not be negative",
     )
+    require(
+        not evaluation.legacy_divisor or evaluation.micro_batch_size is not None,
+        "evaluation.legacy_divisor=true averages averages of batches, so its number depends on their size;"
+        " give that with evaluation.micro_batch_size=…",
+    )
     for name in ("tasks_path", "num_fewshot", "task_limit"):
         require(
             getattr(evaluation, name) is None or bool(evaluation.tasks),
