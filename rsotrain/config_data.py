@@ -197,9 +197,9 @@ class EvaluationConfig:
     """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation.
 
     ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation.
-    ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of the
-    published tables, which depends on ``micro_batch_size``; see ``rsotrain.evaluation``. The rest is for
-    mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with ``num_fewshot``
+    ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of
+    the published tables, which depends on ``micro_batch_size``; ``rsotrain.evaluation`` says how. The rest
+    is for mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with ``num_fewshot``
     examples, the first ``task_limit`` questions of each.
     """
 

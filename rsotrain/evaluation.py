@@ -49,11 +49,12 @@ def evaluate(
     ``IGNORE_INDEX`` do not count. The sum of the losses is divided by the number of targets once, at the
     end; averaging the averages of batches would weigh short batches too much.
 
-    ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, what the code
-    of GaLore (arXiv 2403.03507) and its successors reports. With n batches of mean loss l_i (nats per target
-    of that batch) it is Σ l_i / (n + 1): batches, not targets, weigh alike, and their count begins at 1. So it
-    reads low, by n/(n + 1) of the loss, and depends on the batch size. It is that of one process whatever the
-    number of ranks; W processes with b sequences each divide as one with batches of W·b does.
+    ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the code
+    of GaLore (arXiv 2403.03507) and its successors reports them. With n batches, l_i the mean loss over
+    the targets of one, in nats, it is Σ l_i / (n + 1): the count of batches begins at 1, so it reads n / (n + 1) of
+    what it should, and a batch weighs the same whatever its number of targets. Both make it depend on the
+    batch size. Here it is that of one process, whatever the number of ranks; that code on W processes
+    divides as one process with batches W times as large.
     """
     was_training = model.training
     model.eval()
