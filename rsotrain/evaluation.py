@@ -51,10 +51,10 @@ def evaluate(
 
     ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the code
     of GaLore (arXiv 2403.03507) and its successors reports them. With n batches, l_i the mean loss over
-    the targets of one, in nats, it is Σ l_i / (n + 1): the count of batches begins at 1, so it reads n / (n + 1) of
-    what it should, and a batch weighs the same whatever its number of targets. Both make it depend on the
-    batch size. Here it is that of one process, whatever the number of ranks; that code on W processes
-    divides as one process with batches W times as large.
+    the targets of one, in nats, it is Σ l_i / (n + 1): the count of batches begins at 1, so it reads
+    n / (n + 1) of what it should, and a batch weighs the same whatever its number of targets. Both make it
+    depend on the batch size. Here it is that of one process, whatever the number of ranks; that code on W
+    processes divides as one process with batches W times as large.
     """
     was_training = model.training
     model.eval()
