@@ -1,4 +1,4 @@
-"""The number of the published tables, beside the right one: by hand, on any number of ranks, where it goes."""
+"""The number of the published tables beside the right one: by hand, on any number of ranks, where it goes."""
 
 import json
 import math
