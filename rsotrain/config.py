@@ -248,6 +248,18 @@ class LoggerConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What a multirun of trainings leaves beside its table on the screen, like ``rsotrain-report``.
+
+    ``path``: the folder for page, tables and pictures; null: none. ``claims``: hold the papers' claims
+    against the runs, too. A single run has nothing to compare, and writes none.
+    """
+
+    path: str | None = None
+    claims: bool = False
+
+
+@dataclass
 class Config:
     """One run. Sizes are in sequences, tokens, optimizer steps, seconds or bytes, as the names say.
 
@@ -288,6 +300,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.

@@ -32,7 +32,7 @@ def _field_types() -> dict[str, set[Any]]:
 
 def known_keys() -> list[str]:
     """Every key and group that a command line can set."""
-    return sorted(set(_field_types()) | set(SCHEMAS) | {"experiment"})
+    return sorted(set(_field_types()) | set(SCHEMAS) | {"experiment", "tuned"})
 
 
 def _takes_integers_only(key: str) -> bool:

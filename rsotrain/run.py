@@ -258,7 +258,8 @@ class TrainingRun:
 
     def _memory(self) -> dict[str, float]:
         device = self.trainer.device
-        return memory_metrics(self.trainer.memory(), peak_memory_bytes(device), device.type)
+        metrics = memory_metrics(self.trainer.memory(), peak_memory_bytes(device), device.type)
+        return metrics | {"memory/block_state_bytes": self.trainer.optimizer.block_state_bytes()}
 
     def _mfu(self, tokens_per_second: float) -> float:
         """Model FLOPs utilisation: share of the matrix-multiply rate measured at the start."""

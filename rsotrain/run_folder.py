@@ -29,7 +29,7 @@ RUN_RECORD = "run.json"
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
     "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export", "benchmark",
-    "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
+    "report", "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
     "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
     "evaluation.legacy_divisor",
 )  # fmt: skip

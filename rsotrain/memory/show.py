@@ -100,7 +100,8 @@ def figures(plan: Plan) -> list[str]:
 
 def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
     """Draw bytes by kind, a bar for each name; what to tell the user of it."""
-    from rsotrain.report.plots import stacked_bytes, write_png
+    from rsotrain.report.bars import stacked_bytes
+    from rsotrain.report.plots import write_png
 
     parts = {
         kind.value: [float(kinds[kind.value]) for kinds in bars.values()]

@@ -112,6 +112,13 @@ class CompositeOptimizer:
         """Of all state tensors but the shared ``step``."""
         return sum(part.state_bytes() for part in self.parts)
 
+    def block_state_bytes(self) -> int:
+        """Those of the matrices that the method updates; the rest's are the same for every method."""
+        return sum(part.state_bytes() for part in self.parts if self._is_of_blocks(part))
+
+    def _is_of_blocks(self, part: Part) -> bool:
+        return part.parameters.keys() <= self.claims.blocks.keys()
+
     def metrics(self) -> dict[str, float]:
         """Of the last refreshes; waits for the device."""
         result: dict[str, float] = {}
@@ -124,11 +131,10 @@ class CompositeOptimizer:
         patterns = " | ".join(self.claims.patterns)
         rows = []
         for part in self.parts:
-            is_block = part.parameters.keys() <= self.claims.blocks.keys()
             rows.append(
                 ClaimRow(
                     group=part.label,
-                    pattern=patterns if is_block else "all others",
+                    pattern=patterns if self._is_of_blocks(part) else "all others",
                     num_tensors=len(part.parameters),
                     num_elements=sum(p.numel() for p in part.parameters.values()),
                     lr=part.peak_lr,

@@ -7,7 +7,7 @@ from html import escape
 
 from rsotrain.display import format_count, format_seconds
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
-from rsotrain.report.plots import AXES
+from rsotrain.report.curves import AXES
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
 from rsotrain.report.theme import variables, with_variables

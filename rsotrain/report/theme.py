@@ -1,5 +1,7 @@
 """Colours of pictures and page. Pictures are drawn in the light ones; a page swaps in variables for both."""
 
+from typing import NamedTuple
+
 # name -> (light, dark). Hues of a series keep their order under the common colour deficiencies.
 COLORS = {
     "surface": ("#ffffff", "#17191c"),
@@ -21,9 +23,28 @@ COLORS = {
     "part-5": ("#f2b866", "#c98f3d"),
     "part-6": ("#d3d8de", "#59626c"),
 }
-SURFACE, INK, MUTED, GRID = (COLORS[name][0] for name in ("surface", "ink", "muted", "grid"))
-SERIES = [light for name, (light, _) in COLORS.items() if name.startswith("series")]
-PARTS = [light for name, (light, _) in COLORS.items() if name.startswith("part")]
+
+
+class Palette(NamedTuple):
+    """What matplotlib draws with. ``series``: of groups; ``parts``: of the pieces of a bar."""
+
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
+def _palette(dark: bool) -> Palette:
+    one = {name: pair[dark] for name, pair in COLORS.items()}
+    series, parts = (
+        tuple(color for name, color in one.items() if name.startswith(kind)) for kind in ("series", "part")
+    )
+    return Palette(one["surface"], one["ink"], one["muted"], one["grid"], series, parts)
+
+
+LIGHT, DARK = _palette(dark=False), _palette(dark=True)
 
 
 def variables(dark: bool) -> str:

@@ -132,24 +132,24 @@ def draw(series: dict[str, list[Point]]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    from rsotrain.report.theme import GRID, INK, MUTED, SERIES, SURFACE
+    from rsotrain.report.drawing import drawing_in
+    from rsotrain.report.theme import LIGHT
 
-    style = {"axes.edgecolor": GRID, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED}
-    style |= {"ytick.color": MUTED, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, len(series), figsize=(2.1 * len(series), 2.4), facecolor=SURFACE)
+    with drawing_in(LIGHT, **{"font.size": 9, "axes.spines.left": True}):
+        size = (2.1 * len(series), 2.4)
+        figure, axes = pyplot.subplots(1, len(series), figsize=size, facecolor=LIGHT.surface)
         for axis, (name, points) in zip(axes if len(series) > 1 else [axes], series.items(), strict=True):
             positions = range(len(points))
             flops = [p.flops / points[0].flops for p in points]
             seconds = [p.seconds / points[0].seconds for p in points]
-            axis.plot(positions, flops, color=MUTED, linestyle="--", label="FLOPs")
-            axis.plot(positions, seconds, color=SERIES[0], marker="o", markersize=4, label="time")
-            axis.set(title=name, yscale="log", xticks=positions, facecolor=SURFACE)
+            axis.plot(positions, flops, color=LIGHT.muted, linestyle="--", label="FLOPs")
+            axis.plot(positions, seconds, color=LIGHT.series[0], marker="o", markersize=4, label="time")
+            axis.set(title=name, yscale="log", xticks=positions)
             axis.set_xticklabels([p.label for p in points], rotation=45)
-            axis.grid(axis="y", color=GRID)
+            axis.grid(visible=False, axis="x")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
             axis.yaxis.set_minor_formatter(lambda *_: "")
-        figure.legend(*axis.get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
+        figure.legend(*axis.get_legend_handles_labels(), loc="upper right", ncols=2)
         figure.tight_layout(rect=(0, 0, 1, 0.93))
         figure.savefig(PICTURE, dpi=160)
 

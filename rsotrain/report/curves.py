@@ -1,0 +1,96 @@
+"""Lines over tokens, steps or time: one for each group, the mean of its runs."""
+
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rsotrain.report.comparison import Group
+from rsotrain.report.drawing import count_tick, look, new_figure, seconds_tick
+from rsotrain.report.tables import name_of
+from rsotrain.report.theme import Palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEGEND_WIDTH = 28  # characters
+
+
+class Axis(NamedTuple):
+    """``column``: in the points of ``Run.series``."""
+
+    name: str
+    label: str
+    column: int
+    form: Callable[[float], str]
+
+
+AXES = (
+    Axis("tokens", "tokens", 1, count_tick),
+    Axis("steps", "steps", 0, count_tick),
+    Axis("time", "wall time", 2, seconds_tick),
+)
+
+
+def curves(
+    groups: Sequence[Group],
+    panels: Sequence[tuple[str, str]],
+    axis: Axis,
+    palette: Palette,
+    *,
+    shown: Sequence[Group] | None = None,
+) -> "Figure":
+    """One line a group, the mean of its runs, over thin lines of these; a panel a metric."""
+    shown = groups if shown is None else shown
+    lines = sum(len(textwrap.wrap(name_of(group), LEGEND_WIDTH)) for group in shown)
+    figure = new_figure(max(3.9, 0.2 * lines + 0.9))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (metric, label) in zip(axes, panels, strict=True):
+        for index, group in enumerate(groups):
+            if group in shown:
+                _draw_group(panel, group, metric, axis, look(index, palette))
+        panel.set_ylabel(label)
+        panel.set_xlabel(axis.label)
+        panel.xaxis.set_major_formatter(axis.form)
+        panel.set_xlim(left=0)
+        panel.grid(visible=False, axis="x")
+        if (top := _top([line.get_ydata() for line in panel.get_lines()])) is not None:
+            panel.set_ylim(top=top)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", handlelength=2.2, labelspacing=0.45)
+    return figure
+
+
+def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dict[str, Any]) -> None:
+    series = [points for run in group.runs if (points := run.series(metric))]
+    if len(series) > 1:
+        for points in series:
+            panel.plot(*_xy(points, axis), linewidth=0.8, alpha=0.45, **style)
+    by_step = [{point[0]: point for point in points} for points in series]
+    shared = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    means = [
+        tuple(statistics.fmean(column) for column in zip(*(points[step] for points in by_step), strict=True))
+        for step in shared
+    ]
+    panel.plot(
+        *_xy(means, axis),
+        marker="o" if len(means) < 12 else None,
+        markersize=4.5,
+        label=textwrap.fill(name_of(group), LEGEND_WIDTH),
+        **style,
+    )
+
+
+def _xy(points: Sequence[tuple[float, ...]], axis: Axis) -> tuple[list[float], list[float]]:
+    return [point[axis.column] for point in points], [point[3] for point in points]
+
+
+def _top(lines: Sequence[Sequence[float]]) -> float | None:
+    """Where to cut the picture, so that first steps or a diverged run do not flatten the rest."""
+    values = sorted(value for line in lines for value in line)
+    if len(values) < 8:
+        return None
+    low, upper = values[0], values[int(0.9 * len(values))]
+    margin = 0.15 * (upper - low)
+    return upper + margin if values[-1] > upper + 2 * margin else None
