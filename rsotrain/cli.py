@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.allocator import keep_freed_memory
-from rsotrain.config import SCHEMAS, Config, Mode
+from rsotrain.config import SCHEMAS, Config, Mode, ReportConfig
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
@@ -145,7 +146,7 @@ def run(composed: DictConfig) -> dict[str, Any]:
         config = to_config(composed)
         validate(config)
         if config.mode is Mode.train:
-            outcome["folder"] = run_folder_path(config).resolve()
+            outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
         keep_freed_memory()
         with leaving_on_warning():
             from rsotrain.run import run_mode  # torch is imported from here on
@@ -174,14 +175,23 @@ def run(composed: DictConfig) -> dict[str, Any]:
 
 
 def keep_outcomes() -> list[dict[str, Any]]:
-    """A list that receives what ``run`` returns for each member of a multirun, wherever it ran."""
+    """A list that receives what ``run`` returns for each member of a multirun, wherever it ran.
+
+    A multirun that is to end in pictures is refused where these cannot be drawn.
+    """
     from hydra._internal.hydra import Hydra
+    from hydra.types import RunMode
 
     outcomes: list[dict[str, Any]] = []
     multirun = Hydra.multirun
 
-    def kept(self: Hydra, *args: Any, **kwargs: Any) -> Any:
-        returned = multirun(self, *args, **kwargs)
+    def kept(self: Hydra, **call: Any) -> Any:
+        shared = self.compose_config(call["config_name"], call["overrides"], RunMode.MULTIRUN)
+        if shared.mode is Mode.train and shared.report.path is not None:
+            from rsotrain.report.drawing import import_matplotlib
+
+            import_matplotlib()
+        returned = multirun(self, **call)
         outcomes.extend(job.return_value for batch in returned for job in batch)
         return returned
 
@@ -190,7 +200,7 @@ def keep_outcomes() -> list[dict[str, Any]]:
 
 
 def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
-    """The closing table of a multirun: its members side by side, those that have metrics."""
+    """The closing table of a multirun: its members side by side, those that have metrics; their report."""
     if os.environ.get("RANK", "0") != "0":
         return
     benchmarks = [outcome["benchmark"] for outcome in outcomes if "benchmark" in outcome]
@@ -198,23 +208,38 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
         from rsotrain.benchmark.tables import print_benchmarks
 
         print_benchmarks(benchmarks)
-    from rsotrain.report.cli import print_comparison
-    from rsotrain.report.comparison import compare
-    from rsotrain.report.runs import has_metrics, read_run
-
-    folders = dict.fromkeys(outcome["folder"] for outcome in outcomes if "folder" in outcome)
-    try:
-        runs = [read_run(folder) for folder in folders if has_metrics(folder)]
-    except UserError as error:  # somebody has touched a folder; the runs themselves have ended well
-        say(error)
-        return
-    if len(runs) > 1:
-        print_comparison(compare(runs, mixed=True))
+    trained = [outcome for outcome in outcomes if "folder" in outcome]
+    if len(trained) > 1:
+        try:
+            compare_members(list(dict.fromkeys(t["folder"] for t in trained)), trained[0]["report"])
+        except UserError as error:  # somebody has touched a folder; the runs themselves have ended well
+            say(error)
+            return
     planned = [outcome for outcome in outcomes if "plan" in outcome]
     if len(planned) > 1:
         from rsotrain.memory.show import print_plans
 
         print_plans([outcome["plan"] for outcome in planned], planned[0]["output_dir"])
+
+
+def compare_members(folders: Sequence[Path], wanted: ReportConfig) -> None:
+    """Table of the runs in ``folders``, and the report that is ``wanted``. Raises UserError."""
+    from rsotrain.report.claims import examine
+    from rsotrain.report.comparison import compare
+    from rsotrain.report.runs import has_metrics, read_run
+    from rsotrain.report.writing import print_comparison, write_report
+
+    runs = [read_run(folder) for folder in folders if has_metrics(folder)]
+    if len(runs) < 2:
+        return
+    groups = compare(runs, mixed=True)
+    findings = examine(groups) if wanted.claims else []
+    print_comparison(groups, findings)
+    if wanted.path is not None:
+        out, title = Path(wanted.path).expanduser(), f"Comparison: {runs[0].path.parent.name}"
+        command = shlex.join(["rsotrain", *sys.argv[1:]])
+        paths = write_report(groups, out, title, findings, command=command)
+        print(f"{paths[0]} and {len(paths) - 1} more files")
 
 
 def say(error: Exception) -> None:
@@ -275,7 +300,7 @@ def main() -> None:
         application()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError) as error:
         if _wants_traceback:
             raise
         say(error)

@@ -51,7 +51,13 @@ def validate(config: Config) -> None:
         name is None or (name not in ("", ".", "..") and Path(name).name == name),
         f"run_name={name} must be the name of one folder, without a slash",
     )
-    _validate_output(Path(config.output_dir).expanduser())
+    _validate_folder("output_dir", config.output_dir)
+    require(
+        config.report.path is not None or not config.report.claims,
+        "report.claims=true is a part of the report; give the folder for it with report.path=…",
+    )
+    if config.report.path is not None:
+        _validate_folder("report.path", config.report.path)
 
 
 def _validate_parallelism(config: Config, started: int) -> None:
@@ -187,9 +193,9 @@ def _validate_checkpoint(config: Config) -> None:
     require(Path(path).expanduser().is_dir(), f"checkpoint.path={path} is not a folder")
 
 
-def _validate_output(output_dir: Path) -> None:
-    existing = output_dir
+def _validate_folder(key: str, path: str) -> None:
+    existing = folder = Path(path).expanduser()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    require(existing.is_dir(), f"output_dir={output_dir}: {existing} is not a folder")
-    require(os.access(existing, os.W_OK | os.X_OK), f"output_dir={output_dir}: {existing} is not writable")
+    require(existing.is_dir(), f"{key}={folder}: {existing} is not a folder")
+    require(os.access(existing, os.W_OK | os.X_OK), f"{key}={folder}: {existing} is not writable")

@@ -1,20 +1,19 @@
 """``rsotrain-report``: what it reads, draws and writes."""
 
 import argparse
+import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
-from rsotrain.metrics import write_atomic
-from rsotrain.report.comparison import Group, compare
+from rsotrain.report.claims import METHODS, examine
+from rsotrain.report.comparison import compare
 from rsotrain.report.runs import looks, read_runs
-from rsotrain.report.tables import comma_separated, markdown, screen
+from rsotrain.report.writing import print_comparison, write_report
 
 USER_ERROR_STATUS = 2
 LONGEST_SECONDS = 86_400  # between two looks
-PAGE = "report.html"
 DESCRIPTION = """\
 Compare runs: a table on the screen, and in --out report.html (one page, readable offline), report.md,
 report.csv and each picture as PNG and SVG.
@@ -22,6 +21,7 @@ report.csv and each picture as PNG and SVG.
   rsotrain-report outputs                             all runs in a folder; seeds are averaged
   rsotrain-report outputs/a outputs/b --out compared
   rsotrain-report outputs --group-by optimizer        one line for each optimizer
+  rsotrain-report outputs/study --claims              do the runs carry what the papers claim?
   rsotrain-report outputs --watch                     draw again every 30 s while runs go on
   rsotrain-report outputs --live                      a table that follows the runs, in the terminal
 """
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--group-by", action="append", default=[], metavar="KEY", help=GROUP_HELP)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: report")
     parser.add_argument("--title", help="of the page")
+    parser.add_argument("--claims", action="store_true", help="hold the papers' claims against the runs")
     parser.add_argument("--mixed", action="store_true", help="compare, and mark, unlike validation data")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--watch", action="store_true", help="draw again while runs go on")
@@ -71,54 +72,31 @@ def report(arguments: argparse.Namespace) -> None:
         for option in ("out", "title"):
             if getattr(arguments, option) is not None:
                 raise UserError(f"--{option} has no effect with --live, which writes nothing; leave it out")
+        if arguments.claims:
+            raise UserError("--claims are for the end, and --live shows runs that go on; leave one out")
         from rsotrain.report.live import follow
 
         follow(arguments.runs, keys, mixed=arguments.mixed, every=every or 2.0)
         return
     names = ", ".join(path.resolve().name for path in arguments.runs[:3])
+    command = shlex.join(["rsotrain-report", *sys.argv[1:]])
     title = arguments.title or f"Comparison: {names}{', …' if len(arguments.runs) > 3 else ''}"
     out, every = arguments.out or Path("report"), every or 30.0
     for runs, again in (
         looks(arguments.runs, every) if arguments.watch else [(read_runs(arguments.runs), False)]
     ):
         groups = compare(runs, keys, mixed=arguments.mixed)
-        paths = write_report(groups, out, title, refresh_seconds=every if again else None)
+        findings = examine(groups) if arguments.claims else []
+        if arguments.claims and not findings:
+            raise UserError(
+                f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one;"
+                " leave it out"
+            )
+        refresh = every if again else None
+        paths = write_report(groups, out, title, findings, command=command, refresh_seconds=refresh)
         if again:
             finished = sum(run.finished for run in runs)
             time_of_day = time.strftime("%H:%M:%S")
             print(f"{time_of_day}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
-    print_comparison(groups)
+    print_comparison(groups, findings)
     print(f"{paths[0]} and {len(paths) - 1} more files")
-
-
-def print_comparison(groups: Sequence[Group]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(screen(groups, console.width), highlight=False)
-
-
-def write_report(
-    groups: Sequence[Group], out: Path, title: str, refresh_seconds: float | None = None
-) -> list[Path]:
-    """Page, tables and pictures in ``out``; the page first. Raises UserError where it cannot be written."""
-    from rsotrain.report.page import page
-    from rsotrain.report.plots import draw, svg_text, write_png
-
-    figures = draw(groups)
-    svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
-    texts = {
-        PAGE: page(groups, svgs, title, refresh_seconds),
-        "report.md": markdown(groups),
-        "report.csv": comma_separated(groups),
-        **{f"{name}.svg": svg for name, svg in svgs.items()},
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            write_atomic(out / name, text)
-        for name, figure in figures.items():
-            write_png(figure, out / f"{name}.png")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    return [out / name for name in [*texts, *(f"{name}.png" for name in figures)]]

@@ -6,8 +6,10 @@ from datetime import datetime
 from html import escape
 
 from rsotrain.display import format_count, format_seconds
+from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
+from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
 from rsotrain.report.theme import variables, with_variables
@@ -22,7 +24,11 @@ TITLES = {
 
 
 def page(
-    groups: Sequence[Group], pictures: Mapping[str, str], title: str, refresh_seconds: float | None = None
+    groups: Sequence[Group],
+    pictures: Mapping[str, str],
+    title: str,
+    findings: Sequence[Finding] = (),
+    refresh_seconds: float | None = None,
 ) -> str:
     """The page. ``pictures``: name -> SVG element; ``refresh_seconds``: a browser loads it again so often."""
     runs = [run for group in groups for run in group.runs]
@@ -31,6 +37,7 @@ def page(
         f"<header><h1>{escape(title)}</h1><p>{_subtitle(runs)}</p></header>",
         _tiles(groups),
         f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups)}</section>",
+        *_claims(findings),
         *_pictures(pictures),
         f"<section><h2>Runs</h2>{_runs(runs)}</section>",
         f"<footer>Written by rsotrain-report, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
@@ -95,6 +102,28 @@ def _table(groups: Sequence[Group]) -> str:
 def _notes(groups: Sequence[Group]) -> str:
     said = notes(groups)
     return f'<p class="notes">{escape(" ".join(said))}</p>' if said else ""
+
+
+def _claims(findings: Sequence[Finding]) -> list[str]:
+    if not findings:
+        return []
+    lines = []
+    for number, finding in enumerate(findings, start=1):
+        claim = f"{number}. {escape(finding.claim)} <span>({escape(finding.paper)})</span>"
+        lines.append(f'<tr class="claim"><th>{claim}</th>{_verdict(finding.verdict)}<td></td></tr>')
+        lines += [
+            f"<tr><th>{escape(part.statement)}</th>{_verdict(part.verdict)}<td>{escape(part.figures)}</td></tr>"
+            for part in finding.parts
+        ]
+    table = f'<table class="claims"><tbody>{"".join(lines)}</tbody></table>'
+    return [
+        "<section><h2>The papers' claims</h2>"
+        f'<div class="scroll">{table}</div><p class="notes">{escape(RULE)}</p></section>'
+    ]
+
+
+def _verdict(verdict: Verdict) -> str:
+    return f'<td class="verdict {verdict.name}">{verdict.value}</td>'
 
 
 def _pictures(pictures: Mapping[str, str]) -> list[str]:
@@ -188,6 +217,14 @@ i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:8px
 .runs td,.runs th{font-size:13px}
 .runs td.settings{text-align:left;white-space:normal;min-width:220px;overflow-wrap:anywhere}
 .runs thead th:last-child{text-align:left}
+.claims td,.claims th{white-space:normal;text-align:left;vertical-align:top}
+.claims th{padding-left:16px!important;min-width:240px}
+.claims .claim th{padding-left:0!important;font-weight:650}
+.claims .claim span{color:var(--muted);font-weight:400;white-space:nowrap}
+.claims .verdict{white-space:nowrap;color:var(--muted)}
+.claims .claim .verdict{font-weight:650}
+.claims .confirmed{color:var(--series-8)}
+.claims .refuted{color:var(--series-6)}
 .state::before{content:"";display:inline-block;width:7px;height:7px;border-radius:50%;margin-right:6px;
 background:var(--muted)}
 .finished::before{background:var(--series-3)}

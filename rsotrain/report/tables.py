@@ -5,7 +5,9 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import COLUMNS, LOSS, Column, Group, best_groups
+from rsotrain.report.evidence import Verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,11 +61,12 @@ def markdown(groups: Sequence[Group]) -> str:
     lines = ["| | " + " | ".join(c.label for c in columns) + " | runs |", "|---" * (len(columns) + 2) + "|"]
     for group, cells in rows(groups):
         texts = [f"**{text}**" if is_best else text for text, is_best in cells]
-        lines.append(f"| {_escaped(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
+        lines.append(f"| {escaped(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
     return "\n".join([*lines, "", *notes(groups)]).rstrip() + "\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """For a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
@@ -92,6 +95,7 @@ SCREEN = {
     "memory/peak_bytes": "memory",
     "time": "time",
 }
+VERDICT_STYLES = {Verdict.confirmed: "green", Verdict.refuted: "red", Verdict.undecided: "dim"}
 LABEL_WIDTH = 36  # columns that labels and states have at least before figures are left out
 
 
@@ -117,4 +121,20 @@ def screen(groups: Sequence[Group], width: int, title: str = "Comparison") -> "T
     for group, cells in lines:
         texts = [Text(cells[i][0], style="bold green" if cells[i][1] else "") for i in shown]
         table.add_row(Text(name_of(group)), *texts, group.status)
+    return table
+
+
+def claims_screen(findings: Sequence[Finding]) -> "Table":
+    """A rich table: each claim and its verdict; the figures are in the report."""
+    from rich.box import ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="The papers' claims", box=ROUNDED, title_justify="left", title_style="bold")
+    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.show_header = False
+    for number, finding in enumerate(findings, start=1):
+        style = VERDICT_STYLES[finding.verdict]
+        table.add_row(Text(f"{number}. {finding.claim}"), Text(finding.verdict.value, style=style))
     return table

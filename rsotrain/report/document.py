@@ -1,0 +1,54 @@
+"""The report as a Markdown page: table, claims and pictures, as a repository shows it."""
+
+from collections.abc import Collection, Sequence
+
+from rsotrain.report.claims import RULE, Finding
+from rsotrain.report.comparison import Group
+from rsotrain.report.tables import escaped, markdown
+
+# file name of a picture -> what it shows; the other pictures are on the HTML page
+PICTURES = {
+    "validation_loss_by_tokens": "Validation loss over tokens",
+    "validation_loss_by_time": "Validation loss over wall time",
+    "memory": "Memory by part",
+    "throughput": "Throughput",
+    "subspace": "Overlap of adjacent bases, and the share of the gradient's energy that they capture",
+}
+
+
+def document(
+    groups: Sequence[Group], findings: Sequence[Finding], pictures: Collection[str], title: str, command: str
+) -> str:
+    """The page. ``pictures``: names of PNG files beside it, each in a light and a dark one."""
+    parts = [f"# {title}", markdown(groups).rstrip()]
+    if findings:
+        parts += ["## The papers' claims", claims_table(findings), RULE]
+    for name, what in PICTURES.items():
+        if name in pictures:
+            parts += [f"## {what}", _picture(name, what)]
+    return "\n\n".join([*parts, f"Written by `{command}`."]) + "\n"
+
+
+def claims_table(findings: Sequence[Finding]) -> str:
+    """A Markdown table: each claim, and a line for each of its parts."""
+    lines = ["| claim | | figures |", "|---|---|---|"]
+    for number, finding in enumerate(findings, start=1):
+        claim = f"**{number}. {escaped(finding.claim)}** ({finding.paper})"
+        lines.append(f"| {claim} | **{finding.verdict.value}** | |")
+        lines += [
+            f"| {escaped(part.statement)} | {part.verdict.value} | {escaped(part.figures)} |"
+            for part in finding.parts
+        ]
+    return "\n".join(lines)
+
+
+def _picture(name: str, what: str) -> str:
+    return (
+        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{dark(name)}.png">\n'
+        f'  <img alt="{what}" src="{name}.png">\n</picture>'
+    )
+
+
+def dark(name: str) -> str:
+    """The file name of a picture's dark one."""
+    return f"{name}_dark"

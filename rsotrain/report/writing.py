@@ -1,0 +1,60 @@
+"""A report's files, and what of it is for the screen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsotrain.errors import UserError
+from rsotrain.metrics import write_atomic
+from rsotrain.report.claims import Finding
+from rsotrain.report.comparison import Group
+from rsotrain.report.document import dark, document
+from rsotrain.report.tables import claims_screen, comma_separated, screen
+from rsotrain.report.theme import DARK, LIGHT
+
+PAGE = "report.html"
+
+
+def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(screen(groups, console.width), highlight=False)
+    if findings:
+        console.print(claims_screen(findings), highlight=False)
+
+
+def write_report(
+    groups: Sequence[Group],
+    out: Path,
+    title: str,
+    findings: Sequence[Finding] = (),
+    *,
+    command: str,
+    refresh_seconds: float | None = None,
+) -> list[Path]:
+    """Pages, tables and pictures in ``out``; the HTML page first. ``command``: what wrote it, for the reader.
+
+    Raises UserError where it cannot be written, or matplotlib is missing.
+    """
+    from rsotrain.report.page import page
+    from rsotrain.report.plots import draw, svg_text, write_png
+
+    figures = draw(groups, LIGHT)
+    svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
+    texts = {
+        PAGE: page(groups, svgs, title, findings, refresh_seconds),
+        "report.md": document(groups, findings, figures, title, command),
+        "report.csv": comma_separated(groups),
+        **{f"{name}.svg": svg for name, svg in svgs.items()},
+    }
+    pictures = [(name, figure, LIGHT) for name, figure in figures.items()]
+    pictures += [(dark(name), figure, DARK) for name, figure in draw(groups, DARK).items()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(out / name, text)
+        for name, figure, palette in pictures:
+            write_png(figure, out / f"{name}.png", palette)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    return [out / name for name in [*texts, *(f"{name}.png" for name, _, _ in pictures)]]
