@@ -190,7 +190,10 @@ def keep_outcomes() -> list[dict[str, Any]]:
         if shared.mode is Mode.train and shared.report.path is not None:
             from rsotrain.report.drawing import import_matplotlib
 
-            import_matplotlib()
+            try:
+                import_matplotlib()
+            except UserError as error:  # now, not after the last run
+                raise UserError(f"{error}, or go without: report.path=null report.claims=false") from error
         returned = multirun(self, **call)
         outcomes.extend(job.return_value for batch in returned for job in batch)
         return returned

@@ -15,7 +15,10 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Write a run folder of four evaluated steps, whose validation loss ends at ``loss``."""
+    """Write a run folder of four evaluated steps, whose validation loss ends at ``loss``.
+
+    ``metrics``: more of them, or others, each a value or a function of the step.
+    """
 
     def write(
         name: str,
@@ -23,6 +26,7 @@ def make(tmp_path: Path) -> Make:
         *,
         finished: bool = True,
         record: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Path:
         folder = tmp_path / "outputs" / name
@@ -48,6 +52,8 @@ def make(tmp_path: Path) -> Make:
             }
             for step in steps
         ]  # fmt: skip
+        for line in lines:
+            line |= {k: v(line["step"]) if callable(v) else v for k, v in (metrics or {}).items()}
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "run.json").write_text(json.dumps(record or {"run_id": name}))
         if finished:

@@ -224,13 +224,14 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.
     assert "var(--series-2)" in pictures
     names = {
         "report.html", "report.md", "report.csv",
-        *(f"{metric}_loss_by_{axis}.{suffix}" for metric in ("validation", "training")
-          for axis in ("tokens", "steps", "time") for suffix in ("png", "svg")),
-        *(f"{name}.{suffix}" for name in ("memory", "throughput", "subspace") for suffix in ("png", "svg")),
+        *(f"{metric}_loss_by_{axis}{suffix}" for metric in ("validation", "training")
+          for axis in ("tokens", "steps", "time") for suffix in (".png", "_dark.png", ".svg")),
+        *(f"{name}{suffix}" for name in ("memory", "throughput", "subspace")
+          for suffix in (".png", "_dark.png", ".svg")),
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert (tmp_path / "out/memory.png").read_bytes().startswith(b"\x89PNG")
-    assert "report.html and 20 more files" in capsys.readouterr().out
+    assert "report.html and 29 more files" in capsys.readouterr().out
 
 
 def test_the_same_runs_give_the_same_pictures(make: Make) -> None:

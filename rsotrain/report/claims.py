@@ -125,7 +125,7 @@ def _loss(evidence: Evidence, one: str, other: str, margin: float) -> Part:
         difference = interval_of(evidence.differences(one, other, LOSS))
         a, b = (_perplexity(evidence, method, one, other) for method in (one, other))
         shown = difference.show(lambda value: f"{value:+.4f}")
-        return difference.verdict(margin), f"perplexity {a:.2f} to {b:.2f}; difference of loss {shown}"
+        return difference.verdict(margin), f"perplexity {a:.2f} against {b:.2f}; difference of loss {shown}"
 
     return _part(f"the loss of {one} is at most {margin:g} nats above that of {other}", examined)
 
@@ -144,10 +144,10 @@ def _bytes(evidence: Evidence, one: str, other: str, metric: str, what: str, sha
             raise NoEvidence(f"not all runs have {metric}")
         verdict = Verdict.confirmed if all(a < share * b for a, b in sizes) else Verdict.refuted
         ours, theirs = sizes[0]
-        return verdict, f"{format_bytes(ours)} to {format_bytes(theirs)}: {ours / theirs:.3f} of it"
+        return verdict, f"{format_bytes(ours)} against {format_bytes(theirs)}: {ours / theirs:.3f} of it"
 
-    of_what = f"less than {share:g} of" if share < 1 else "less than"
-    return _part(f"{what}: {one} has {of_what} {other}'s", examined)
+    than = f"{share:g} of {other}'s" if share < 1 else other
+    return _part(f"{what}: {one} has less than {than}", examined)
 
 
 def _overlap_is_lower(evidence: Evidence) -> Part:
@@ -197,7 +197,7 @@ def _basis_is_cheaper(evidence: Evidence, *, per_step: bool) -> Part:
             sum(values) / len(values) for values in (evidence.values(m, figure) for m in ("osd", "galore"))
         )
         shown = ratio.show(lambda value: f"{math.exp(value):.3g}")
-        return ratio.verdict(0.0), f"{format_seconds(ours)} to {format_seconds(theirs)}; ratio {shown}"
+        return ratio.verdict(0.0), f"{format_seconds(ours)} against {format_seconds(theirs)}; ratio {shown}"
 
     what = (
         "the bases cost osd less time per training step than"

@@ -40,8 +40,12 @@ def curves(
     palette: Palette,
     *,
     shown: Sequence[Group] | None = None,
+    stairs: bool = False,
 ) -> "Figure":
-    """One line a group, the mean of its runs, over thin lines of these; a panel a metric."""
+    """One line a group, the mean of its runs, over thin lines of these; a panel a metric.
+
+    ``stairs``: what is logged holds until it changes.
+    """
     shown = groups if shown is None else shown
     lines = sum(len(textwrap.wrap(name_of(group), LEGEND_WIDTH)) for group in shown)
     figure = new_figure(max(3.9, 0.2 * lines + 0.9))
@@ -49,7 +53,8 @@ def curves(
     for panel, (metric, label) in zip(axes, panels, strict=True):
         for index, group in enumerate(groups):
             if group in shown:
-                _draw_group(panel, group, metric, axis, look(index, palette))
+                style = look(index, palette) | ({"drawstyle": "steps-post"} if stairs else {})
+                _draw_group(panel, group, metric, axis, style)
         panel.set_ylabel(label)
         panel.set_xlabel(axis.label)
         panel.xaxis.set_major_formatter(axis.form)
@@ -75,7 +80,7 @@ def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dic
     ]
     panel.plot(
         *_xy(means, axis),
-        marker="o" if len(means) < 12 else None,
+        marker="o" if len(means) < 12 and "drawstyle" not in style else None,
         markersize=4.5,
         label=textwrap.fill(name_of(group), LEGEND_WIDTH),
         **style,

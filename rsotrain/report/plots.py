@@ -41,7 +41,7 @@ def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> dict[str, "Figure
             figures["throughput"] = throughput_bars(groups, palette)
         if panels := [(metric, label) for metric, label in SUBSPACE if _has(groups, metric)]:
             seen = [group for group in groups if any(_has([group], metric) for metric, _ in panels)]
-            figures["subspace"] = curves(groups, panels, AXES[1], palette, shown=seen)
+            figures["subspace"] = curves(groups, panels, AXES[1], palette, shown=seen, stairs=True)
     return figures
 
 
