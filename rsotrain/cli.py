@@ -198,7 +198,7 @@ def keep_outcomes() -> list[dict[str, Any]]:
         outcomes.extend(job.return_value for batch in returned for job in batch)
         return returned
 
-    Hydra.multirun = kept  # type: ignore[method-assign]
+    Hydra.multirun = kept  # type: ignore[method-assign, assignment]
     return outcomes
 
 
