@@ -212,7 +212,7 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
 
         print_benchmarks(benchmarks)
     trained = [outcome for outcome in outcomes if "folder" in outcome]
-    if len(trained) > 1:
+    if trained:
         try:
             compare_members(list(dict.fromkeys(t["folder"] for t in trained)), trained[0]["report"])
         except UserError as error:  # somebody has touched a folder; the runs themselves have ended well

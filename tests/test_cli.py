@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, Cli
 
 from rsotrain.cli import print_comparison
+from rsotrain.config import ReportConfig
 from rsotrain.overrides import did_you_mean, known_keys, normalise
 
 
@@ -205,7 +206,7 @@ def test_a_comparison_that_cannot_be_drawn_costs_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    print_comparison([{"status": 0, "folder": tmp_path}, {"status": 2}])
+    print_comparison([{"status": 0, "folder": tmp_path, "report": ReportConfig()}, {"status": 2}])
     captured = capsys.readouterr()
     assert captured.err.startswith(f"rsotrain: {tmp_path}/config.yaml cannot be read")
     assert captured.out == ""
