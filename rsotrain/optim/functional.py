@@ -92,24 +92,20 @@ def channel_scales(descent: Tensor, projected: Tensor) -> Tensor:
     return scales.where(norms > 0, 0.0)
 
 
-def limit_norm_growth_(
-    update: Tensor,
-    previous_norm: Tensor,
-    max_growth: float,
-    noise: Tensor | float = 0.0,
-    norm: Tensor | None = None,
-) -> None:
-    """Norm-growth limiter (Fira, arXiv 2410.01623): ‖U_t‖ ≤ γ‖U_{t−1}‖, γ = ``max_growth``.
+def limited_growth_(
+    norm: Tensor, previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0
+) -> Tensor:
+    """The factor of the norm-growth limiter (Fira, arXiv 2410.01623), 0-d: ‖U_t‖ ≤ γ‖U_{t−1}‖.
 
-    ``previous_norm``: 0-d, becomes ‖U_t‖ after limiting. ``norm``: ‖U‖, where ``update`` is a piece of U.
+    ``norm``: ‖U_t‖ before limiting, 0-d; ``previous_norm``: 0-d, becomes ‖U_t‖ after it; γ: ``max_growth``.
     Nothing is limited while ``previous_norm`` is at most ``noise``, the norm that rounding alone may give:
     growing by γ from there would take thousands of steps.
     """
-    norm = (torch.linalg.vector_norm(update) if norm is None else norm).to(previous_norm.dtype)
+    norm = norm.to(previous_norm.dtype)
     allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
     factor = torch.where(norm > allowed, allowed / norm, 1.0)
-    update.mul_(factor.to(update.dtype))
     previous_norm.copy_(norm * factor)
+    return factor
 
 
 def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.optim.base import work_dtype
-from rsotrain.optim.functional import channel_scales, limit_norm_growth_
+from rsotrain.optim.functional import channel_scales, limited_growth_
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.subspace_part import Matrix
 from rsotrain.subspace.bases import BasisChange
@@ -20,6 +20,14 @@ def rounding_noise(size: int, dtype: torch.dtype) -> float:
     """
     noise = 4 * size**0.5 * torch.finfo(torch.float32).eps
     return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps
+
+
+def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
+    """Norms of the rows of scales ⊙ ``piece``, without making it: its own norm is theirs.
+
+    ``piece``: M×k; ``scales``: M×1, or one for all, 0-d. Returns M×1.
+    """
+    return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=scales.dtype).mul_(scales)
 
 
 class Fira(GaLore):
@@ -47,13 +55,12 @@ class Fira(GaLore):
                 continue
             residual = a.to(r.dtype, copy=True)
             add_lifted_(residual, r, self.basis(m), -1.0)
-            residual.mul_(channel_scales(descent, r))
+            scales = channel_scales(descent, r)
             # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
-            norm, inside = self._norms(m, residual, descent)
+            norm, inside = self._norms(m, scaled_row_norms(residual, scales), descent)
             noise = rounding_noise(m.size, self.basis_dtype) * inside
             previous = self.state[m.name]["residual_norm"]
-            limit_norm_growth_(residual, previous, self.max_growth, noise, norm)
-            update = residual.neg_()
+            update = residual.mul_(scales * -limited_growth_(norm, previous, self.max_growth, noise))
             add_lifted_(update, descent, self.basis(m), 1.0)
             self.apply_(m.weight, update, lr)
 
@@ -123,10 +130,9 @@ class Apollo(GaLore):
                 scales = (adapted / plain).where(plain > 0, 0.0)
             else:
                 scales = channel_scales(descent, r)
-            update = a * scales
-            (norm,) = m.norms(update)
-            limit_norm_growth_(update, self.state[m.name]["update_norm"], self.max_growth, norm=norm)
-            self.apply_(m.weight, update.neg_(), lr)
+            (norm,) = m.norms(scaled_row_norms(a, scales))
+            factor = limited_growth_(norm, self.state[m.name]["update_norm"], self.max_growth)
+            self.apply_(m.weight, a * (scales * -factor), lr)
 
 
 class LDAdam(GaLore):
