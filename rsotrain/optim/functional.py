@@ -113,20 +113,11 @@ def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
     return torch.linalg.vector_norm(gradient.unflatten(1, (-1, subset_size)), dim=2).square_()
 
 
-def subset_norm_descent_(
-    numerator: Tensor,
-    subset_sq: Tensor,
-    sums: Tensor,
-    step: int,
-    betas: Betas,
-    eps: float,
-    subsets: Tensor | None = None,
-) -> None:
-    """numerator ← −√(1−β₂ᵗ)/(1−β₁ᵗ) · numerator / (√V + ε), after V ← β₂V + (1−β₂)s (SN, algorithm 1).
+def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float) -> Tensor:
+    """−√(1−β₂ᵗ)/(1−β₁ᵗ) / (√V + ε), after V ← β₂V + (1−β₂)s (SN, arXiv 2411.07120, algorithm 1).
 
-    β₂ = 1 is AdaGrad: V ← V + s, without its bias correction. ``numerator``: M×k; ``subset_sq``: V and
-    ``sums``: s, M×(number of subsets in a row). ``subsets``: where ``numerator`` is some of the columns,
-    the subset of each.
+    β₂ = 1 is AdaGrad: V ← V + s, without its bias correction. ``subset_sq``: V and ``sums``: s,
+    M×(number of subsets in a row), as is what is returned.
     """
     beta1, beta2 = betas
     if beta2 == 1.0:
@@ -136,8 +127,15 @@ def subset_norm_descent_(
         subset_sq.lerp_(sums, 1.0 - beta2)
         correction2 = 1.0 - beta2**step
     scale = -(correction2**0.5) / (1.0 - beta1**step)
-    factors = subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
+    return subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
+
+
+def scale_subsets_(numerator: Tensor, factors: Tensor, subsets: Tensor | None = None) -> None:
+    """Each subset of the entries of ``numerator`` (M×k) times its factor.
+
+    ``subsets``: where ``numerator`` is some of the columns, the subset of each.
+    """
     if subsets is not None:
         numerator.mul_(factors[:, subsets])
     else:
-        numerator.unflatten(1, (subset_sq.shape[1], -1)).mul_(factors.unsqueeze(2))
+        numerator.unflatten(1, (factors.shape[1], -1)).mul_(factors.unsqueeze(2))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rsotrain.config import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
-from rsotrain.optim.functional import subset_norm_descent_, transport_momentum_
+from rsotrain.optim.functional import scale_subsets_, subset_norm_factors_, transport_momentum_
 from rsotrain.optim.subspace_part import Matrix, SubspacePart, matrix_of
 from rsotrain.sharding import local
 from rsotrain.subspace.bases import BasisChange
@@ -76,7 +76,8 @@ class SubsetNorm(Part):
             exp_avg.lerp_(gradient, 1.0 - betas[0])
             update = oriented(exp_avg.clone(), m.side)
             sums = m.subset_sums(oriented(gradient, m.side), size)
-            subset_norm_descent_(update, subset_sq, sums, step, betas, eps, m.subsets_of_columns(size))
+            factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
+            scale_subsets_(update, factors, m.subsets_of_columns(size))
             self.apply_(m.weight, update, lr)
             labels = [f"{m.name}{m.shard.label}.exp_avg", f"{m.label}.subset_sq"]
             self.keeper.write(state, [exp_avg, subset_sq], labels, step)
@@ -121,10 +122,15 @@ class SubspaceMomentum(SubspacePart):
         torch._foreach_lerp_(exp_avgs, projected, 1.0 - betas[0])
         differences = torch._foreach_sub(exp_avgs, projected)  # M − R
         for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
-            update = a.to(difference.dtype, copy=True)
+            wide_a = a.to(difference.dtype)
             size = m.size // subset_sq.shape[1]
-            sums = m.subset_sums(update, size)
-            add_lifted_(update, difference, self.basis(m), 1.0)
-            subset_norm_descent_(update, subset_sq, sums, step, betas, eps, m.subsets_of_columns(size))
+            factors = subset_norm_factors_(subset_sq, m.subset_sums(wide_a, size), step, betas, eps)
+            if size == m.size:  # a factor a row: it may come before the product, in the pass that copies A
+                update = wide_a * factors
+                add_lifted_(update, difference.mul_(factors), self.basis(m), 1.0)
+            else:
+                update = wide_a.clone() if wide_a is a else wide_a
+                add_lifted_(update, difference, self.basis(m), 1.0)
+                scale_subsets_(update, factors, m.subsets_of_columns(size))
             self.apply_(m.weight, update, lr)
         self.keeper.write(state, wide, [f"{m.label}.{kind}" for kind in _KINDS for m in bucket], step)
