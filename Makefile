@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two test processes, a file at a time; each takes one thread, or starts ranks of its own.
+JOBS := -n 2 --dist loadfile
 
 .PHONY: train test test-all test-slurm benchmark lint clean
 
@@ -10,10 +12,10 @@ train: $(VENV)/.train
 	$(BIN)/rsotrain
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(JOBS) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(JOBS)
 
 # Installs SLURM's Debian packages and starts a SLURM of this one machine for the tests, as root.
 test-slurm: $(VENV)/.test
