@@ -56,6 +56,8 @@ def losses(config: Config, steps: int, world: World | None = None) -> list[float
         (["galore", "precision=bf16_mixed"], 1),
         (["adam", "activation_checkpointing=mlp"], 1),
         (["rso"], 1),
+        (["rso", "optimizer.projection=regenerated"], 1),
+        (["rso", "optimizer.projection=regenerated", "activation_checkpointing=block"], 1),
         (["rso_pca", "optimizer.update_proj_gap=2"], 2),  # that of the steps that gather XᵀX is another
         (["rso_pca", "optimizer.update_proj_gap=1"], 1),
     ],

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rsotrain.models.llama import Llama
+from rsotrain.models.subspace_linear import drawn_bases
 
 # Variants of a block: with gradients and without, one and several batch sizes, and for RSO each set of inputs
 # that are observed together when refreshes are staggered.
@@ -32,7 +33,8 @@ def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
 
     def forward(*args: Any, **keywords: Any) -> Any:
         try:
-            return compiled(*args, **keywords)
+            with drawn_bases(block):  # random numbers have no place in a graph
+                return compiled(*args, **keywords)
         except BackendCompilerFailed as error:
             _give_up(model, error)
             return type(block).forward(block, *args, **keywords)

@@ -7,6 +7,7 @@ site. (RSO: arXiv 2502.07222; see ``rsotrain.optim.rso``.)
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -153,6 +154,21 @@ class SubspaceLinear(Linear):
 
     def apply_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return self(swiglu(gate, up))
+
+
+@contextmanager
+def drawn_bases(module: nn.Module) -> Iterator[None]:
+    """Inside, sites of ``module`` whose bases are drawn for each use have them, unless gradients are off."""
+    layers = (layer for layer in module.modules() if isinstance(layer, SubspaceLinear))
+    sites = {id(layer.site): layer.site for layer in layers if layer.site.basis is None}
+    drawn = list(sites.values()) if torch.is_grad_enabled() else []
+    for site in drawn:
+        site.basis = site.current_basis()
+    try:
+        yield
+    finally:
+        for site in drawn:
+            site.basis = None
 
 
 @dataclass(frozen=True)

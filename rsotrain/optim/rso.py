@@ -7,6 +7,7 @@ fresh batch; then W ← W + B P_kᵀ. Here W is effective at all times: each ste
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,7 @@ class RSO(Part):
 
     def _place_first_basis(self, site: Site) -> None:
         if not self.bases.stored:
-            # compiled blocks leave drawing to eager code; to say so takes a second of imports
-            site.regenerate = torch.compiler.disable(lambda: self.bases[site.name])
+            site.regenerate = partial(self.bases.__getitem__, site.name)
             return
         site.basis = self.bases[site.name]
         if site.basis.is_meta:  # random numbers are drawn on the CPU: seconds for a large model
