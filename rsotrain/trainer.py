@@ -218,7 +218,7 @@ class Trainer:
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed loss of one micro-batch of the step, on the device."""
-        reached = reached_positions(targets)
+        reached = self.reached(targets)
         if reached is not None:
             reached = reached.to(self.device, non_blocking=True)
         inputs = inputs.to(self.device, non_blocking=True)
@@ -230,6 +230,10 @@ class Trainer:
                 loss = self.model(inputs, targets)
             self.saved_activations_bytes = saved.total
             return loss
+
+    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """``reached_positions`` of one micro-batch."""
+        return reached_positions(targets)
 
     def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
         """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.

@@ -35,7 +35,8 @@ def validate(config: Config) -> None:
     validate_model(config.model)
     longest = config.model.max_position_embeddings
     require(
-        config.seq_len <= longest or config.mode is not Mode.train,  # the others have another model
+        config.seq_len <= longest
+        or config.mode in (Mode.evaluate, Mode.generate, Mode.export),  # another model
         f"seq_len={config.seq_len} is longer than model.max_position_embeddings={longest};"
         " shorten the sequences or raise the model's maximum",
     )
@@ -71,6 +72,11 @@ def _validate_parallelism(config: Config, started: int) -> None:
             wanted is not None or parallelism.strategy is Strategy.single,
             f"parallelism={parallelism.strategy.name} divides a run among processes;"
             " say how many to plan for with parallelism.world_size=…",
+        )
+        require(
+            parallelism.strategy is not Strategy.hsdp or shards is not None,
+            "parallelism=hsdp shards a run inside a node; say of how many processes with"
+            " parallelism.shard_size=…",
         )
     require(
         wanted in (None, started),

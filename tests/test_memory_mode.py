@@ -1,5 +1,6 @@
 """mode=plan from the command line, GPUs that hold a run, and the sentence when memory ends."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_several_plans_end_in_one_table(cli: Cli, tmp_path: Path) -> None:
     assert [row[0] for row in rows[1:]] == ["adam", "rso"]
     assert len(plan_files(tmp_path)) == 2
     assert (tmp_path / "outputs" / "plans.png").is_file()
+    assert list(json.loads((tmp_path / "outputs" / "plans.json").read_text())) == ["adam", "rso"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_several_plans_end_in_one_table(cli: Cli, tmp_path: Path) -> None:
     [
         (["parallelism=fsdp"], "say how many to plan for with parallelism.world_size"),
         (["parallelism.world_size=2"], "parallelism=single is for one process, but 2 were asked for"),
+        (["parallelism=hsdp", "parallelism.world_size=8"], "say of how many processes"),
+        (["seq_len=2048"], "longer than model.max_position_embeddings=1024"),
         (["parallelism=fsdp", "parallelism.world_size=3"], "batch_size=8 does not divide among 3 processes"),
         (
             ["parallelism=hsdp", "parallelism.world_size=8", "parallelism.shard_size=3"],
@@ -138,9 +142,18 @@ def test_labels_name_what_differs() -> None:
     adam = make_plan(compose(["model=llama_tiny", "optimizer=adam"]), gpus=False).settings
     rso = adam | {"optimizer": "rso", "sampler": "haar", "rank": 0.25}
     assert labels([adam, rso]) == ["adam", "rso"]
-    assert labels([rso, rso | {"rank": 0.5}]) == ["0.25", "0.5"]
-    assert labels([rso, rso | {"optimizer": "adam"}, rso | {"world_size": 8}]) == ["rso 1", "adam 1", "rso 8"]
-    assert labels([rso, rso]) == ["1: ", "2: "]
+    assert labels([rso, rso | {"rank": 0.5}]) == ["rank=0.25", "rank=0.5"]
+    assert labels([rso, rso | {"optimizer": "adam"}, rso | {"world_size": 8}]) == [
+        "rso world_size=1",
+        "adam world_size=1",
+        "rso world_size=8",
+    ]
+    assert labels([adam, rso, rso | {"rank": 0.5}]) == [
+        "adam",
+        "rso haar rank=0.25",
+        "rso haar rank=0.5",
+    ]
+    assert labels([rso, rso]) == ["1", "2"]
 
 
 # --- no memory left ------------------------------------------------------------------------------------
@@ -152,6 +165,9 @@ def test_the_ends_of_memory_are_told_from_other_errors() -> None:
     assert out_of_memory.is_out_of_memory(raised.value)
     assert out_of_memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory.is_out_of_memory(MemoryError())
+    assert out_of_memory.is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert out_of_memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert not out_of_memory.is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not out_of_memory.is_out_of_memory(RuntimeError("shapes differ"))
 
 

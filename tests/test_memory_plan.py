@@ -16,7 +16,8 @@ from rsotrain.data.build import Data
 from rsotrain.distributed import World
 from rsotrain.memory.fake_run import FakeRun
 from rsotrain.memory.measure import tensors_bytes
-from rsotrain.memory.planning import Phase, planned_device, watching
+from rsotrain.memory.plan import make_plan
+from rsotrain.memory.planning import Phase, device_kind, phase, planning
 from rsotrain.memory.tracker import Kind, MemoryTracker
 from rsotrain.trainer import Trainer
 
@@ -185,21 +186,40 @@ def test_a_tracker_knows_when_a_storage_ends_and_what_it_was_for() -> None:
     assert peaks[Phase.forward].by_kind[Kind.temporaries] == 50
 
 
-def test_phases_are_free_without_a_watcher_and_devices_are_their_own() -> None:
-    from rsotrain.memory.planning import device_kind, phase
-
+def test_phases_and_devices_are_the_plans_only_while_it_is_made() -> None:
     seen: list[Phase] = []
 
     def watch(name: Phase) -> Any:
         seen.append(name)
-        return phase_of_nothing
+        return nothing
 
-    phase_of_nothing = phase(Phase.forward)
-    with watching(watch), phase(Phase.backward):
-        pass
-    with phase(Phase.forward):
-        pass
-    assert seen == [Phase.backward]
-    with planned_device("cuda"):
+    nothing = phase(Phase.forward)
+    with planning("cuda", watch), phase(Phase.backward):
         assert device_kind(torch.device("cpu")) == "cuda"
-    assert device_kind(torch.device("cpu")) == "cpu"
+    with phase(Phase.forward):
+        assert device_kind(torch.device("cpu")) == "cpu"
+    assert seen == [Phase.backward]
+
+
+def test_padding_is_masked_in_what_is_gathered(tiny: list[str]) -> None:
+    """In fp32 the inputs are gathered as they are, unless some are padding: then from a copy without it."""
+    common = ["model=llama_9m", "optimizer=rso_pca", "optimizer.update_proj_gap=3", "seq_len=256"]
+    peaks = []
+    for packing in ("packed", "padded"):
+        config = compose([*tiny, *COMMON, *common, "precision=fp32", f"data.packing={packing}"])
+        with FakeRun(config, "cpu") as run:
+            peaks.append(run.passes(3).peaks()[Phase.forward].by_kind[Kind.temporaries])
+    assert peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize(("optimizer", "last"), [("rso_pca", 6), ("galore", 7)])
+def test_a_staggered_plan_has_the_largest_draw(optimizer: str, last: int, tiny: list[str]) -> None:
+    """Of 14 matrices (8 inputs) in 3 steps some step has down_proj's, another only those of the width."""
+    more = ["optimizer.update_proj_gap=3", "optimizer.staggered=true", "steps=20"]
+    plan = make_plan(config_of(optimizer, "llama_tiny", tiny, *more), gpus=False)
+    peaks = []
+    with FakeRun(config_of(optimizer, "llama_tiny", tiny, *more), "cpu") as run:
+        for step in range(1, last):
+            found = run.step(step).peaks()
+            peaks.append(found[Phase.refresh].total if Phase.refresh in found else 0)
+    assert plan.phases["refresh"]["peak"] == max(peaks)

@@ -19,6 +19,8 @@ from test_trainer import compose
 from rsotrain.benchmark import BACKWARD, FORWARD, OPTIMIZER
 from rsotrain.benchmark.phases import PhaseClock, attach
 from rsotrain.benchmark.synthetic import random_data
+from rsotrain.memory.measure import memory_metrics
+from rsotrain.metrics import peak_memory_bytes
 from rsotrain.trainer import Trainer
 
 SIZES = ["model=llama_9m", "tokenizer.vocab_size=8192", "seq_len=256", "batch_size=2", "precision=bf16"]
@@ -110,6 +112,21 @@ def test_data_is_twenty_times_as_fast_as_training() -> None:
     twenty = {"twenty": lambda: [here.micro_batches() for _ in range(20)], "step": here.train_step}
     seconds = alternating(twenty)
     assert seconds["step"] > seconds["twenty"], seconds
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "galore", "rso_pca"])
+def test_the_memory_breakdown_is_a_hundredth_of_a_step(optimizer: str) -> None:
+    """Of a short step of a small model, even with a record in each; a run has one in ten."""
+    here = trainer(f"optimizer={optimizer}")
+
+    def records() -> None:
+        for _ in range(10):  # longer than the processor's clock ticks
+            memory_metrics(here.memory(), peak_memory_bytes(here.device), here.device.type)
+
+    seconds = alternating({"step": here.train_step, "ten": records})
+    share = seconds["ten"] / 10 / seconds["step"]
+    print(f"{optimizer}: a record takes {100 * share:.2f} % of a step")
+    assert share < 0.01, seconds
 
 
 def test_starting_imports_no_more_than_it_needs() -> None:

@@ -22,6 +22,7 @@ from rsotrain.config import Config
 from rsotrain.distributed import World, start
 from rsotrain.errors import UserError
 from rsotrain.flops import matmul_flops_per_second
+from rsotrain.memory.out_of_memory import explaining_out_of_memory
 from rsotrain.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.overrides import flatten
@@ -45,7 +46,8 @@ def benchmark_mode(config: Config) -> dict[str, Any]:
         data = world.in_turn(lambda: random_data(config))
         folder = Path(world.from_main(lambda: str(_make_folder(config))))
         forget_peak_memory(world.device)
-        result = _measure(Trainer(config, data, world), folder)
+        with explaining_out_of_memory(config, world):
+            result = _measure(Trainer(config, data, world), folder)
     result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:
         print_benchmark(result)

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsotrain.config import Config, TrainedTokenizerConfig
+from rsotrain.config import Config, Packing, TrainedTokenizerConfig
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
 from rsotrain.distributed import World, build_mesh
 from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
-from rsotrain.memory.planning import Phase, Watcher, planned_device, watching
+from rsotrain.memory.planning import Phase, Watcher, planning
 from rsotrain.memory.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.trainer import Trainer, model_without_memory
 
@@ -70,6 +70,13 @@ class _Data:
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self.tokenizer = _Tokenizer(vocab_size)
         self.train = _Sequences(seq_len)
+
+
+class _FakeTrainer(Trainer):
+    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Whether a sequence is padded is for the data to say: of those that may be, one is."""
+        padded = self.config.data.packing is Packing.padded
+        return torch.ones_like(targets, dtype=torch.bool) if padded else None
 
 
 def tokenizer_size(config: Config) -> int:
@@ -148,9 +155,8 @@ class FakeRun:
         data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
         model = model_without_memory(config, data.tokenizer)  # real: fake tensors cannot leave "meta"
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._stack.enter_context(planned_device(self.kind))
         with self._fake, _Answers():
-            self.trainer = Trainer(config, data, world, model)
+            self.trainer = _FakeTrainer(config, data, world, model)
         self.saved_activations_bytes = 0
         self.gradients_bytes: list[int] = []  # of each part of the optimizer
 
@@ -175,7 +181,7 @@ class FakeRun:
                 for part in trainer.optimizer.parts:
                     part.resume()
             trainer.saved_activations_bytes = 0  # measured here
-            with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
+            with tracker, planning(self.kind, self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
                 states = (s for part in trainer.optimizer.parts for s in part.state.values())
                 tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 GIB = 2**30
-# What torch reports as the total memory of such a GPU, in GiB.
+# The total memory of such a GPU in GiB, as torch says it ("total capacity" in its error when memory ends):
+# the least that was found in reports of it, which differ by up to 0.3 with the driver. ECC has its share
+# of an L40S; an A6000 has 47.3, but an A10 or an L4, of nominally 24 GB, only 22.0.
 _TOTAL_GIB = {
-    "24 GB": ("RTX 3090, 4090", 23.6),
-    "40 GB": ("A100", 39.4),
-    "48 GB": ("L40S, A6000", 44.4),
+    "24 GB": ("RTX 3090, 4090", 23.5),
+    "40 GB": ("A100", 39.3),
+    "48 GB": ("L40S, A6000", 44.3),
     "80 GB": ("A100, H100", 79.1),
-    "141 GB": ("H200", 139.8),
+    "141 GB": ("H200", 139.7),
 }
 # The CUDA context takes about half of it; the rest is for cuBLAS' workspaces and fragmentation.
 RESERVED_BYTES = GIB

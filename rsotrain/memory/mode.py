@@ -16,6 +16,8 @@ def plan_mode(config: Config) -> dict[str, Any]:
     """Plan, print, write; what ``plan.json`` holds. Raises UserError where that cannot be written."""
     plan = make_plan(config)
     print_plan(plan)
+    if config.compile:
+        print("compile=true: planned as without it")
     folder = run_folder_path(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)

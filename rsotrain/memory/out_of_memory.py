@@ -1,5 +1,6 @@
 """What to say when a run has no memory left: the largest part, and what would reduce the peak most."""
 
+import errno
 import json
 import pickle
 import re
@@ -17,16 +18,22 @@ from rsotrain.display import format_bytes
 from rsotrain.distributed import World
 from rsotrain.errors import TrainingError, UserError
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+# torch's CPU allocator, CUDA itself outside torch's allocator, and libraries that could not have a workspace
+_SAID = re.compile(
+    r"DefaultCPUAllocator: |CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUSOLVER_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc"
+)
 _SHOWN = 3
 _TIMEOUT_SECONDS = 600.0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch's CPU allocator, or of Python itself."""
+    """Of a GPU, of torch's CPU allocator, of Python itself, or of the kernel."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
 
 
 @contextmanager
@@ -37,13 +44,15 @@ def explaining_out_of_memory(config: c.Config, world: World) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         parallelism = replace(config.parallelism, world_size=world.size)
         device = c.Device.cuda if world.device.type == "cuda" else c.Device.cpu
         planned = replace(config, parallelism=parallelism, device=device)
-        raise TrainingError(f"out of memory{_wanted(error)}; {_advice_of_process(planned)}") from error
+        said = f"out of memory{_wanted(error)}"
+        print(f"{said}: planning what would help, which may take minutes", file=sys.stderr, flush=True)
+        raise TrainingError(f"{said}; {_advice_of_process(planned)}") from error
 
 
 def _wanted(error: BaseException) -> str:

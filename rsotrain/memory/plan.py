@@ -104,17 +104,31 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
 def _steps(run: FakeRun) -> list[int]:
     """Numbers of steps that are unlike: an ordinary one, and one that replaces bases by others.
 
-    The first step draws the first bases: it is planned, too, where there is no such other, or where the
-    sampler draws its first bases in another way.
+    The first step draws the first bases: it is planned, too, where there is no such other, where the sampler
+    draws its first bases in another way, and where draws are staggered, since that step has all of them.
     """
     for part in run.trainer.optimizer.parts:
         if isinstance(part, SubspacePart | RSO):
-            # RSO draws at the end of the step before
-            refresh = part.bases.schedule.gap + (0 if isinstance(part, RSO) else 1)
+            refresh = _refresh_step(part)
             if refresh > run.config.steps:
                 return sorted({1, min(2, run.config.steps)})
-            return sorted({2, refresh} | ({1} if part.bases.sampler.by_products else set()))
+            first = part.bases.sampler.by_products or part.bases.schedule.staggered
+            return sorted({2, refresh} | ({1} if first else set()))
     return [1]
+
+
+def _refresh_step(part: SubspacePart | RSO) -> int:
+    """Of the first round after the first draws the step that draws from most: the first of it, or staggered
+    any."""
+    bases, schedule = part.bases, part.bases.schedule
+    ahead = isinstance(part, RSO)  # it draws at the end of the step before
+
+    def drawn(step: int) -> int:
+        due = (n for n, i in bases.positions.items() if schedule.draw_index(i, step + ahead) is not None)
+        return sum(bases.sizes[name][0] ** 2 for name in due)
+
+    begin = schedule.gap + 1 - ahead
+    return max(range(begin, begin + schedule.gap), key=drawn) if schedule.staggered else begin
 
 
 def _merged(of_steps: dict[int, dict[Phase, Peak]]) -> dict[Phase, Peak]:
@@ -173,16 +187,23 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
     values = plain(config)
     return {
         "model": config.model.name,
+        "hidden_size": config.model.hidden_size,
+        "num_hidden_layers": config.model.num_hidden_layers,
         "optimizer": config.optimizer.name,
         "sampler": config.sampler.name,
         "rank": values["optimizer"].get("rank"),
+        "update_proj_gap": values["optimizer"].get("update_proj_gap"),
+        "staggered": values["optimizer"].get("staggered"),
         "state_dtype": values["optimizer"]["state_dtype"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],
         "world_size": world_size(config),
+        "shard_size": config.parallelism.shard_size,
         "batch_size": config.batch_size,
         "micro_batch_size": micro,
         "seq_len": config.seq_len,
+        "packing": values["data"]["packing"],
+        "document_mask": config.data.document_mask,
         "device": device_kind_of(config),
     }

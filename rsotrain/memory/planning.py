@@ -6,6 +6,7 @@ other module of the package.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -22,35 +23,19 @@ class Phase(Enum):
 
 Watcher = Callable[[Phase], AbstractContextManager[None]]
 
-_watcher: Watcher | None = None
-_planned_kind: str | None = None
+
+@dataclass(frozen=True)
+class _Plan:
+    kind: str
+    watcher: Watcher
+
+
+_plan: _Plan | None = None  # of the step that is being planned
 
 
 def phase(name: Phase) -> AbstractContextManager[None]:
     """Around the code of a phase of the training step."""
-    return nullcontext() if _watcher is None else _watcher(name)
-
-
-@contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Have ``watcher`` wrap every phase that is entered inside the block."""
-    global _watcher
-    before, _watcher = _watcher, watcher
-    try:
-        yield
-    finally:
-        _watcher = before
-
-
-@contextmanager
-def planned_device(kind: str) -> Iterator[None]:
-    """Inside the block ``device_kind`` answers ``kind`` ("cuda", "cpu"), wherever the tensors are."""
-    global _planned_kind
-    before, _planned_kind = _planned_kind, kind
-    try:
-        yield
-    finally:
-        _planned_kind = before
+    return nullcontext() if _plan is None else _plan.watcher(name)
 
 
 def device_kind(device: torch.device) -> str:
@@ -58,4 +43,16 @@ def device_kind(device: torch.device) -> str:
 
     A plan for a GPU is made where there may be none, with tensors on the CPU.
     """
-    return _planned_kind or device.type
+    return device.type if _plan is None else _plan.kind
+
+
+@contextmanager
+def planning(kind: str, watcher: Watcher) -> Iterator[None]:
+    """Inside the block ``device_kind`` answers ``kind`` ("cuda", "cpu"), wherever the tensors are, and
+    ``watcher`` wraps every phase that is entered."""
+    global _plan
+    before, _plan = _plan, _Plan(kind, watcher)
+    try:
+        yield
+    finally:
+        _plan = before

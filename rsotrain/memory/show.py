@@ -9,6 +9,7 @@ from rsotrain.errors import UserError
 from rsotrain.memory.gpus import GIB
 from rsotrain.memory.plan import Plan
 from rsotrain.memory.tracker import Kind
+from rsotrain.metrics import write_json_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +23,7 @@ _HEADINGS = {
     Kind.temporaries: "temp.",
 }
 _MIB = 2**20
+PLANS = "plans.json"
 
 
 def print_plan(plan: Plan) -> None:
@@ -115,17 +117,39 @@ def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
     return f"picture: {path}"
 
 
+# What a choice brings with it, so that it need not be named beside it.
+_BROUGHT = {
+    "model": ("hidden_size", "num_hidden_layers"),
+    "optimizer": ("sampler", "rank", "update_proj_gap"),
+    "world_size": ("batch_size",),
+}
+_ABSENT = (None, "none")
+_BY_ITSELF = ("model", "optimizer", "sampler", "precision", "parallelism")  # its values say what they are
+
+
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells each plan from the others."""
+
+    def named(keys: Sequence[str]) -> list[str]:
+        return [
+            " ".join(str(s[k]) if k in _BY_ITSELF else f"{k}={s[k]}" for k in keys if s[k] not in _ABSENT)
+            for s in settings
+        ]
+
     varying = [key for key in settings[0] if any(s[key] != settings[0][key] for s in settings)]
-    if "optimizer" in varying:  # it brings its own
-        varying = [key for key in varying if key not in ("sampler", "rank")] or varying
-    named = [" ".join(str(s[key]) for key in varying) for s in settings]
-    return named if len(set(named)) == len(named) else [f"{n}: {name}" for n, name in enumerate(named, 1)]
+    brought = [key for choice in varying for key in _BROUGHT.get(choice, ())]
+    for keys in ([key for key in varying if key not in brought], varying):
+        found = named(keys)
+        if len(set(found)) == len(found):
+            return found
+    return [f"{n} {name}".rstrip() for n, name in enumerate(found, 1)]
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Several plans, as ``plan.json`` holds them, side by side; the picture goes to ``folder``."""
+    """Several plans, as ``plan.json`` holds them, side by side; also in a file and a picture in ``folder``.
+
+    Runs that differ in parallelism or micro-batch alone have one folder, and that the plan of the last.
+    """
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")
     table.add_column("", style="bold", overflow="fold")
@@ -139,6 +163,8 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
         table.add_row(name, *(f"{n / GIB:.2f}" for n in nbytes), smallest)
     print_table(table)
     bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
+    write_json_atomic(folder / PLANS, dict(zip(names, plans, strict=True)))
+    print(f"plans: {folder / PLANS}")
     print(write_picture(bars, folder / "plans.png"))
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "compile_vs_eager": "compile_vs_eager.py",
     "startup": "startup.py",
     "data_rate": "data_rate.py rate",
+    "memory_logging": "memory_logging.py",
     "growth": "growth.py",
 }
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
