@@ -34,8 +34,8 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for text in (
-        "Memory by phase, MiB",
-        "rank 0 of 4",
+        "llama_tiny, galore: memory by phase, MiB (2 × 64 tokens, rank 0 of 4)",
+        "one that draws new bases",
         "refresh",
         "by its formula",
         "141 GB",

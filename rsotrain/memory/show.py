@@ -28,11 +28,10 @@ PLANS = "plans.json"
 
 def print_plan(plan: Plan) -> None:
     """All that a plan says, in tables of 80 columns."""
-    print_table(_phases(plan))
-    print_table(_parts(plan))
-    print_table(_gpus(plan))
-    for line in figures(plan):
-        print(line)
+    tables = [_phases(plan), _parts(plan), _gpus(plan)]
+    for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
+        print_table(table)
+    print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
 
 
 def _phases(plan: Plan) -> "Table":
@@ -40,8 +39,8 @@ def _phases(plan: Plan) -> "Table":
     settings = plan.settings
     ranks = "" if settings["world_size"] == 1 else f", rank 0 of {settings['world_size']}"
     table = titled_table(
-        f"Memory by phase, {unit}: micro-batches of {settings['micro_batch_size']} × {settings['seq_len']}"
-        f" tokens{ranks}"
+        f"{settings['model']}, {settings['optimizer']}: memory by phase, {unit}"
+        f" ({settings['micro_batch_size']} × {settings['seq_len']} tokens{ranks})"
     )
     table.add_column("", style="bold", no_wrap=True)
     for heading in (*_HEADINGS.values(), "peak"):
@@ -56,18 +55,21 @@ def _phases(plan: Plan) -> "Table":
 def _parts(plan: Plan) -> "Table":
     table = titled_table("Exact bytes of the parts")
     table.add_column("", style="bold", no_wrap=True)
-    for heading in ("GiB", "GB", "blocks, GiB", "blocks, GB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    binary, decimal = (("GiB", GIB), ("GB", 1e9)) if plan.peak >= GIB else (("MiB", _MIB), ("MB", 1e6))
+    units = (binary, decimal)
+    for heading in ("{}", "blocks, {}"):
+        for unit, _ in units:
+            table.add_column(heading.format(unit), justify="right", no_wrap=True)
     for name, share in (
         ("weights", plan.parameters),
         ("gradients", plan.gradients),
         ("optimizer state", plan.optimizer_state),
         ("  by its formula", plan.formula_state),
     ):
-        cells = (share.total / GIB, share.total / 1e9, share.blocks / GIB, share.blocks / 1e9)
-        table.add_row(name, *(f"{cell:.4f}" for cell in cells))
-    saved = plan.saved_activations
-    table.add_row("saved activations", f"{saved / GIB:.4f}", f"{saved / 1e9:.4f}", "", "")
+        cells = [nbytes / size for nbytes in (share.total, share.blocks) for _, size in units]
+        table.add_row(name, *(f"{cell:.3f}" for cell in cells))
+    saved = [plan.saved_activations / size for _, size in units]
+    table.add_row("saved activations", *(f"{cell:.3f}" for cell in saved), "", "")
     return table
 
 
@@ -89,15 +91,19 @@ def _gpus(plan: Plan) -> "Table":
     return table
 
 
-def figures(plan: Plan) -> list[str]:
-    """FLOPs and traffic, a line each."""
-    lines = [f"FLOPs per token: {format_count(plan.flops_per_token)}"]
-    for name, what in (("step", "bytes sent in a step"), ("refresh", "in one that draws new bases")):
-        kinds = plan.traffic.get(name, {})
-        if kinds:
-            parts = ", ".join(f"{kind} {format_bytes(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
-            lines.append(f"{what}: {format_bytes(sum(kinds.values()))} ({parts})")
-    return lines
+def _traffic(plan: Plan) -> "Table":
+    columns = {"step": "a step", "refresh": "one that draws new bases"}
+    columns = {key: heading for key, heading in columns.items() if key in plan.traffic}
+    table = titled_table("Bytes that a rank sends")
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    kinds = sorted({kind for key in columns for kind, nbytes in plan.traffic[key].items() if nbytes})
+    for kind in kinds:
+        table.add_row(kind, *(format_bytes(plan.traffic[key].get(kind, 0)) for key in columns))
+    table.add_section()
+    table.add_row("all", *(format_bytes(sum(plan.traffic[key].values())) for key in columns))
+    return table
 
 
 def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
