@@ -140,7 +140,7 @@ def test_peaks_between_planned_micro_batches_are_close(optimizer: str) -> None:
 
 def test_labels_name_what_differs() -> None:
     adam = make_plan(compose(["model=llama_tiny", "optimizer=adam"]), gpus=False).settings
-    rso = adam | {"optimizer": "rso", "sampler": "haar", "rank": 0.25}
+    rso = adam | {"optimizer": "rso", "sampler": "haar", "rank": 0.25, "staggered": False}
     assert labels([adam, rso]) == ["adam", "rso"]
     assert labels([rso, rso | {"rank": 0.5}]) == ["rank=0.25", "rank=0.5"]
     assert labels([rso, rso | {"optimizer": "adam"}, rso | {"world_size": 8}]) == [
@@ -148,6 +148,7 @@ def test_labels_name_what_differs() -> None:
         "adam world_size=1",
         "rso world_size=8",
     ]
+    assert labels([rso, rso | {"staggered": True}]) == ["as given", "staggered=True"]
     assert labels([adam, rso, rso | {"rank": 0.5}]) == [
         "adam",
         "rso haar rank=0.25",

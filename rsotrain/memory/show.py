@@ -126,10 +126,10 @@ def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
 # What a choice brings with it, so that it need not be named beside it.
 _BROUGHT = {
     "model": ("hidden_size", "num_hidden_layers"),
-    "optimizer": ("sampler", "rank", "update_proj_gap"),
+    "optimizer": ("sampler", "rank", "update_proj_gap", "staggered"),
     "world_size": ("batch_size",),
 }
-_ABSENT = (None, "none")
+_ABSENT = (None, "none", False)
 _BY_ITSELF = ("model", "optimizer", "sampler", "precision", "parallelism")  # its values say what they are
 
 
@@ -147,7 +147,7 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     for keys in ([key for key in varying if key not in brought], varying):
         found = named(keys)
         if len(set(found)) == len(found):
-            return found
+            return [name or "as given" for name in found]
     return [f"{n} {name}".rstrip() for n, name in enumerate(found, 1)]
 
 
