@@ -77,4 +77,4 @@ def test_readmes_tables_are_whole_and_rso_is_first() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", memory_tables.TABLES)
 def test_readmes_tables_are_the_plans(name: str) -> None:
-    assert memory_tables.TABLES[name]() == table(name)
+    assert memory_tables.made(name) == table(name)

@@ -1,13 +1,15 @@
-"""Write README's tables of memory: python tests/tools/memory_tables.py (ten minutes on one core).
+"""Write README's tables of memory: python tests/tools/memory_tables.py (a plan for each cell, on all cores).
 
 All are what mode=plan says, for a GPU, precision=bf16, vocabulary 32000, rank hidden/4 (apollo_mini: 1).
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +24,8 @@ from rsotrain.models.build import count_parameters  # noqa: E402
 
 README = ROOT / "README.md"
 VOCAB_SIZE = 32000
-MODELS = ("60m", "7b")
-OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
+MODELS = ("60m", "130m", "350m", "1b", "7b")
+OPTIMIZERS = ("adam", "muon", "ldadam", "galore", "sn_sm", "apollo_mini", "rso")
 LARGEST_OPTIMIZERS = (*OPTIMIZERS, "rso_pca")
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
 
@@ -41,14 +43,15 @@ def cell(model: str, optimizer: str, ranks: int) -> str:
     return f"{plan.optimizer_state.total / GIB:.2f} / {plan.peak / GIB:.2f}"
 
 
-def row(optimizer: str, ranks: int) -> str:
-    cells = (cell(model, optimizer, ranks) for model in MODELS)
+def row(optimizer: str, cells: Iterable[str]) -> str:
     return f"| `{optimizer}` | {' | '.join(cells)} |"
 
 
-def memory_table(ranks: int) -> list[str]:
+def memory_table(ranks: int, pool: Executor) -> list[str]:
+    cells = {o: [pool.submit(cell, model, o, ranks) for model in MODELS] for o in OPTIMIZERS}
     head = f"| {'one GPU' if ranks == 1 else f'{ranks} GPUs'} | {' | '.join(MODELS)} |"
-    return [head, "|---" * (len(MODELS) + 1) + "|", *(row(optimizer, ranks) for optimizer in OPTIMIZERS)]
+    rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
+    return [head, "|---" * (len(MODELS) + 1) + "|", *rows]
 
 
 # --- the largest model -----------------------------------------------------------------------------
@@ -87,16 +90,25 @@ def largest_row(found: Largest) -> str:
     return f"| `{found.optimizer}` | {found.layers} | {parameters} | {found.peak / GIB:.2f} GiB |"
 
 
-def largest_table() -> list[str]:
-    rows = sorted((largest(o, GPUS[0].usable) for o in LARGEST_OPTIMIZERS), key=lambda row: -row.parameters)
+def largest_table(pool: Executor) -> list[str]:
+    found = pool.map(partial(largest, usable=GPUS[0].usable), LARGEST_OPTIMIZERS)
+    rows = sorted(found, key=lambda row: -row.parameters)
     return ["| | layers | parameters | peak |", "|---|---|---|---|", *map(largest_row, rows)]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {
+TABLES: dict[str, Callable[[Executor], list[str]]] = {
     "one GPU": partial(memory_table, 1),
     "8 GPUs": partial(memory_table, 8),
     "largest": largest_table,
 }
+
+
+def made(name: str) -> list[str]:
+    """The lines of a table, planned in as many processes as there are cores."""
+    with ProcessPoolExecutor(
+        mp_context=get_context("spawn")
+    ) as pool:  # a forked one would lack torch's threads
+        return TABLES[name](pool)
 
 
 def _span(readme: str, name: str) -> tuple[int, int]:
@@ -119,6 +131,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", default=list(TABLES), choices=list(TABLES))
     for name in parser.parse_args().tables:
-        lines = TABLES[name]()
+        lines = made(name)
         print("\n".join(lines), flush=True)
         README.write_text(replaced(README.read_text(), name, lines))
