@@ -4,7 +4,7 @@
 
 FLOPs are those of forward and backward (``rsotrain.flops``), for RSO with the products by its bases in the
 place of the weights' gradients. Of each pair of neighbours in a series, how much faster than its FLOPs the
-time has grown. ``ranks``: the same work for each rank, one thread each. Medians of undisturbed steps. The
+time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed steps. The
 picture is outputs/readme/growth.png.
 """
 
@@ -22,6 +22,7 @@ from bench import ROOT, Figure, build_trainer, calm, configuration, median_secon
 sys.path.insert(0, str(ROOT / "tests"))
 
 BAR = 1.2
+RANK_BATCH = 8  # sequences of each rank, as in the other benchmarks
 MODELS = ("llama_9m", "llama_20m", "llama_35m", "llama_60m", "llama_130m", "llama_350m")
 PICTURE = ROOT / "outputs" / "readme" / "growth.png"
 
@@ -74,8 +75,8 @@ def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
     from rsotrain.trainer import Trainer
 
     if number == 1:
-        return measure("1 rank", steps, *overrides, "batch_size=2")
-    config = configuration(*overrides, f"batch_size={2 * number}", "parallelism=fsdp")
+        return measure("1 rank", steps, *overrides, f"batch_size={RANK_BATCH}")
+    config = configuration(*overrides, f"batch_size={RANK_BATCH * number}", "parallelism=fsdp")
     data = random_data(config)
 
     def check(world: Any) -> Point:
