@@ -4,8 +4,8 @@
 
 FLOPs are those of forward and backward (``rsotrain.flops``), for RSO with the products by its bases in the
 place of the weights' gradients. Of each pair of neighbours in a series, how much faster than its FLOPs the
-time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed steps. The
-picture is outputs/readme/growth.png.
+time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed
+steps. The picture is outputs/readme/growth.png.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def draw(series: dict[str, list[Point]]) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     from rsotrain.report.drawing import drawing_in
     from rsotrain.report.theme import LIGHT
@@ -148,6 +148,8 @@ def draw(series: dict[str, list[Point]]) -> None:
             axis.set(title=name, yscale="log", xticks=positions)
             axis.set_xticklabels([p.label for p in points], rotation=45)
             axis.grid(visible=False, axis="x")
+            axis.set_ylim(0.8, 1.25 * max(2.0, *flops, *seconds))  # little growth is to look like little
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
             axis.yaxis.set_minor_formatter(lambda *_: "")
         figure.legend(*axis.get_legend_handles_labels(), loc="upper right", ncols=2)

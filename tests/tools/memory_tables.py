@@ -129,8 +129,8 @@ def replaced(readme: str, name: str, lines: list[str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tables", nargs="*", choices=list(TABLES), help="default: all")
-    for name in parser.parse_args().tables or TABLES:
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    for name in parser.parse_args().tables:
         lines = made(name)
         print("\n".join(lines), flush=True)
         README.write_text(replaced(README.read_text(), name, lines))
