@@ -133,6 +133,11 @@ CASES: dict[str, Case] = {
         SVD,
         lambda w, g: reference.galore(w, g, outside="fira", **LOW_REFERENCE),
     ),
+    "carry": (
+        c.FiraConfig(name="carry", on_refresh=c.OnRefresh.transport, **LOW),
+        SVD,
+        lambda w, g: reference.galore(w, g, outside="fira", on_refresh="transport", **LOW_REFERENCE),
+    ),
     "frugal": (
         c.FrugalConfig(name="frugal", free_scale=0.3, **LOW),
         SVD,
