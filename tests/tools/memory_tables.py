@@ -25,7 +25,7 @@ from rsotrain.models.build import count_parameters  # noqa: E402
 README = ROOT / "README.md"
 VOCAB_SIZE = 32000
 MODELS = ("60m", "130m", "350m", "1b", "7b")
-OPTIMIZERS = ("adam", "muon", "ldadam", "galore", "sn_sm", "apollo_mini", "rso")
+OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
 LARGEST_OPTIMIZERS = (*OPTIMIZERS, "rso_pca")
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
 
