@@ -88,14 +88,30 @@ def test_sharded_blocks_have_one_graph_too(optimizer: str, tmp_path: Path) -> No
         assert compiled == pytest.approx(eager, rel=1e-5)
 
 
-def test_without_a_compiler_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no C++ compiler found")
+def backend_without_triton(graph: Any, inputs: Any) -> Any:
+    from torch._inductor.exc import TritonMissing
 
+    raise TritonMissing(None)
+
+
+def backend_without_compiler(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("no C++ compiler found")
+
+
+@pytest.mark.parametrize(
+    ("backend", "cause"),
+    [
+        (backend_without_compiler, "no C.. compiler found"),
+        (backend_without_triton, "Cannot find a working triton"),  # which is not wrapped as other errors are
+    ],
+)
+def test_without_a_compiler_the_run_goes_on(
+    backend: Any, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **(k | {"backend": missing})))
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **(k | {"backend": backend})))
     config = compose([*SMALL, "optimizer=adam"])
-    with pytest.warns(RuntimeWarning, match="the compiler failed .*no C.. compiler found.*goes on") as caught:
+    with pytest.warns(RuntimeWarning, match=f"the compiler failed .*{cause}.*goes on") as caught:
         compiled = losses(dataclasses.replace(config, compile=True), 3)
     assert sum("compiler failed" in str(w.message) for w in caught) == 1
     assert compiled == losses(config, 3)

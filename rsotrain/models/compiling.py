@@ -26,7 +26,9 @@ def compile_blocks(model: Llama) -> None:
 
 
 def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
-    from torch._dynamo.exc import BackendCompilerFailed
+    # what a backend raises comes as BackendCompilerFailed; that Triton is missing, or the GPU too old for it,
+    # as a sibling of it
+    from torch._dynamo.exc import ShortenTraceback
 
     limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # which torch's overloads do not name
     compiled = torch.compile(block.forward, **limit)
@@ -35,7 +37,7 @@ def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
         try:
             with drawn_bases(block):  # random numbers have no place in a graph
                 return compiled(*args, **keywords)
-        except BackendCompilerFailed as error:
+        except ShortenTraceback as error:
             _give_up(model, error)
             return type(block).forward(block, *args, **keywords)
 
