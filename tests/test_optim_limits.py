@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from rsotrain import config as c
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.functional import limited_growth_, subset_sums
+from rsotrain.optim.residuals import Apollo
 
 FULL, STEPS = 8, 15
 SHAPES = [(12, FULL), (FULL, 12), (FULL, FULL)]
@@ -245,3 +246,24 @@ def test_bfloat16_second_moment_decays_as_in_float32(kind: type[c.SubspaceConfig
     # each write errs by up to 2⁻⁸, about 1000 of them count: 2⁻⁸ √1000 / √3 = 7 %, twice that at most here
     assert float((reduced / full).log().abs().mean()) < 0.14
     assert abs(float((reduced / full).mean()) - 1.0) < 0.05
+
+
+def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rounded once, when they are added to the weight; also where one factor scales the whole."""
+    dtypes = []
+    apply = Apollo.apply_
+
+    def seen(self: Apollo, weight: Tensor, update: Tensor, lr: float) -> None:
+        dtypes.append(update.dtype)
+        apply(self, weight, update, lr)
+
+    monkeypatch.setattr(Apollo, "apply_", seen)
+    for per_tensor in (False, True):
+        parameter = nn.Parameter(torch.randn(12, FULL).bfloat16())
+        config = low(c.ApolloConfig, rank=1, per_tensor=per_tensor)
+        optimizer = build_optimizer(
+            [("w", parameter)], config, c.GaussianConfig(name="gaussian"), seed=1, total_steps=1
+        )
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert dtypes == [torch.float32, torch.float32]

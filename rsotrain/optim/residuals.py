@@ -25,7 +25,7 @@ def rounding_noise(size: int, dtype: torch.dtype) -> float:
 def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
     """Norms of the rows of scales ⊙ ``piece``, without making it: its own norm is theirs.
 
-    ``piece``: M×k; ``scales``: M×1, or one for all, 0-d. Returns M×1.
+    ``piece``: M×k; ``scales``: M×1, or one for all, 1×1. Returns M×1.
     """
     return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=scales.dtype).mul_(scales)
 
@@ -127,7 +127,8 @@ class Apollo(GaLore):
         for m, a, r, descent in zip(bucket, gradients, projected, descents, strict=True):
             if self.per_tensor:
                 adapted, plain = m.low_rank_norms(descent, r)
-                scales = (adapted / plain).where(plain > 0, 0.0)
+                # 1×1: times a number without dimensions, a bfloat16 gradient stays bfloat16
+                scales = (adapted / plain).where(plain > 0, 0.0).view(1, 1)
             else:
                 scales = channel_scales(descent, r)
             (norm,) = m.norms(scaled_row_norms(a, scales))
