@@ -127,6 +127,8 @@ class TrainingRun:
         self.folder = folder
         self.display = display
         self.world = world
+        # of matrices that are larger than a small model: the peak is not to have them
+        self.matmul_rate = matmul_flops_per_second(world.device, COMPUTE_DTYPE[config.precision])
         forget_peak_memory(world.device)
         self.data = world.in_turn(
             lambda: build_data(
@@ -146,7 +148,6 @@ class TrainingRun:
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
-        self.matmul_rate = matmul_flops_per_second(self.trainer.device, COMPUTE_DTYPE[config.precision])
         self.loggers = Loggers([])
         world.main_together(lambda: self._start_loggers(resumed))
         self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints)

@@ -111,6 +111,45 @@ def test_all_bases_can_be_made_due(options: list[str], monkeypatch: pytest.Monke
     assert here.optimizer.steps_done == 1
 
 
+def test_what_a_refresh_entails_is_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring what the new bases capture comes with them; gaussian ones are made orthonormal for it."""
+    here = trainer("optimizer=apollo")
+    measured, record = [], here.optimizer.parts[0].bases.record  # type: ignore[attr-defined]
+
+    def observe(name: str, *args: Any) -> None:
+        measured.append(name)
+        record.unobserved.discard(name)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(record, "observe", observe)
+    clock = PhaseClock(here.device)
+    attach(clock, here)
+    here.train_step()
+    measured.clear()
+    with all_bases_due(here):
+        seconds = clock.step(here.train_step)
+    assert measured
+    assert seconds[REFRESH] > 0.0099 * len(measured)
+
+
+def test_peak_memory_is_not_that_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose matrices are larger on a GPU than a small model: one is before the peak begins, one after."""
+    from rsotrain.benchmark import mode
+
+    events = []
+
+    def noted(name: str, value: float) -> Any:
+        return lambda *_: events.append(name) or value
+
+    monkeypatch.setattr(mode, "matmul_flops_per_second", noted("product", 1e9))
+    monkeypatch.setattr(mode, "forget_peak_memory", noted("begin", 0))
+    monkeypatch.setattr(mode, "peak_memory_bytes", noted("read", 1))
+    monkeypatch.setattr(mode, "_make_folder", lambda _: Path("unused"))
+    monkeypatch.setattr(mode, "write_json_atomic", lambda *_: None)
+    mode.benchmark_mode(compose([*SMALL, "optimizer=adam", "benchmark.steps=1", "benchmark.warmup_steps=1"]))
+    assert events == ["product", "begin", "read", "product"]
+
+
 def test_covered_is_the_length_of_a_union() -> None:
     assert covered([]) == 0
     assert covered([(5, 7), (0, 2), (1, 3), (1, 1.5)]) == 5
@@ -171,7 +210,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     def check(world: World) -> dict[str, Any]:
         from rsotrain.benchmark.mode import _measure
 
-        return _measure(Trainer(config, random_data(config), world), tmp_path)
+        return _measure(Trainer(config, random_data(config), world), tmp_path, first_rate=1.0)
 
     first, second = ranks.succeeded(ranks.run(2, {"c": check}, tmp_path / "ranks", Strategy.fsdp)["c"])
     assert first["phase/communication_seconds"] > 0

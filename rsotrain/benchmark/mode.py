@@ -45,9 +45,10 @@ def benchmark_mode(config: Config) -> dict[str, Any]:
         world.together(lambda: check_composition(config))
         data = world.in_turn(lambda: random_data(config))
         folder = Path(world.from_main(lambda: str(_make_folder(config))))
+        rate = _matmul_rate(config, world)  # of matrices that are larger than a small model
         forget_peak_memory(world.device)
         with explaining_out_of_memory(config, world):
-            result = _measure(Trainer(config, data, world), folder)
+            result = _measure(Trainer(config, data, world), folder, rate)
     result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:
         print_benchmark(result)
@@ -65,27 +66,31 @@ def _make_folder(config: Config) -> Path:
     return folder
 
 
-def _measure(trainer: Trainer, folder: Path) -> dict[str, Any]:
+def _matmul_rate(config: Config, world: World) -> float:
+    return matmul_flops_per_second(world.device, COMPUTE_DTYPE[config.precision])
+
+
+def _measure(trainer: Trainer, folder: Path, first_rate: float) -> dict[str, Any]:
+    """``first_rate``: of matrix products, as measured before; the better of two such counts."""
     config, world, gap = trainer.config, trainer.world, update_gap(trainer)
     settings = config.benchmark
     clock = PhaseClock(trainer.device)
     attach(clock, trainer)
     for _ in range(settings.warmup_steps):
         trainer.train_step()
-    rates = [matmul_flops_per_second(trainer.device, COMPUTE_DTYPE[config.precision])]
     steps = [clock.step(trainer.train_step) for _ in range(settings.steps)]
     refreshes = []
     for _ in range(max(MIN_REFRESHES, settings.steps // gap) if gap is not None else 0):
         with all_bases_due(trainer):
             refreshes.append(clock.step(trainer.train_step)[REFRESH])
     peak_bytes = peak_memory_bytes(trainer.device)
-    rates.append(matmul_flops_per_second(trainer.device, COMPUTE_DTYPE[config.precision]))
+    best_rate = max(first_rate, _matmul_rate(config, world))
     samples = {phase: [step[phase] for step in steps] for phase in PHASES}
     phases = {phase: statistics.median(values) for phase, values in samples.items()}
     refresh = statistics.median(refreshes) if refreshes else 0.0
     phases[REFRESH] = refresh / gap if gap is not None else 0.0
     communication = _profile(trainer, folder)
-    own = {**phases, "refresh of all": refresh, "communication": communication, "rate": max(rates)}
+    own = {**phases, "refresh of all": refresh, "communication": communication, "rate": best_rate}
     every = world.gathered((own, peak_bytes))
     mean = {key: statistics.fmean(values[key] for values, _ in every) for key in own}
     seconds = sum(mean[phase] for phase in PHASES)

@@ -87,6 +87,8 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
     ]
     for part in parts_with_bases(trainer):
         wraps.append((part, "refresh", REFRESH, None))
+        if isinstance(part, SubspacePart):
+            wraps.append((part, "record_energy", REFRESH, None))
         if isinstance(part, RSO):  # XᵀX, gathered in the forward passes of a step that ends with draws
             wraps += [(site, "observe", REFRESH, None) for site in part.sites]
     for owner, name, inside, after in wraps:

@@ -214,7 +214,7 @@ class SubspacePart(Part):
                 a = gradients[m.name]
                 projected.append(self._project(m, a, self.basis(m)))
                 if m.name in self.bases.record.unobserved:
-                    self._observe(m, a, projected[-1])
+                    self.record_energy(m, a, projected[-1])
             self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
         if self.subspace.sampler.lagged:
             self.refresh(gradients, step, lr_factor, after_update=True)
@@ -226,7 +226,8 @@ class SubspacePart(Part):
         project_(projected, gradient, basis)
         return matrix.shard.sum_(projected) if matrix.by_columns else projected
 
-    def _observe(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
+    def record_energy(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
+        """What a new basis captures of the gradient; after each refresh."""
         if not self.subspace.sampler.orthonormal:
             basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
             projected = self._project(matrix, gradient, matrix.columns_of(basis))
