@@ -114,7 +114,8 @@ def test_all_bases_can_be_made_due(options: list[str], monkeypatch: pytest.Monke
 def test_what_a_refresh_entails_is_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the new bases capture comes with them; gaussian ones are made orthonormal for it."""
     here = trainer("optimizer=apollo")
-    measured, record = [], here.optimizer.parts[0].bases.record  # type: ignore[attr-defined]
+    part: Any = here.optimizer.parts[0]
+    record, measured = part.bases.record, list[str]()
 
     def observe(name: str, *args: Any) -> None:
         measured.append(name)
@@ -136,10 +137,14 @@ def test_peak_memory_is_not_that_of_the_matrix_products(monkeypatch: pytest.Monk
     """Whose matrices are larger on a GPU than a small model: one is before the peak begins, one after."""
     from rsotrain.benchmark import mode
 
-    events = []
+    events: list[str] = []
 
     def noted(name: str, value: float) -> Any:
-        return lambda *_: events.append(name) or value
+        def call(*_: object) -> float:
+            events.append(name)
+            return value
+
+        return call
 
     monkeypatch.setattr(mode, "matmul_flops_per_second", noted("product", 1e9))
     monkeypatch.setattr(mode, "forget_peak_memory", noted("begin", 0))

@@ -250,7 +250,7 @@ def test_bfloat16_second_moment_decays_as_in_float32(kind: type[c.SubspaceConfig
 
 def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are rounded once, when they are added to the weight; also where one factor scales the whole."""
-    dtypes = []
+    dtypes: list[torch.dtype] = []
     apply = Apollo.apply_
 
     def seen(self: Apollo, weight: Tensor, update: Tensor, lr: float) -> None:
