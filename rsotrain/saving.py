@@ -25,7 +25,7 @@ class BackgroundSaver:
 
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        self._running: tuple[int, futures.Future[Path]] | None = None
+        self._running: tuple[int, futures.Future[Path], threading.Thread] | None = None
 
     @property
     def step(self) -> int | None:
@@ -47,7 +47,7 @@ class BackgroundSaver:
             daemon=True,
         )
         thread.start()
-        self._running = step, future
+        self._running = step, future, thread
 
     def _write(
         self,
@@ -76,12 +76,13 @@ class BackgroundSaver:
         """
         if self._running is None:
             return None
-        (step, future), self._running = self._running, None
+        (step, future, thread), self._running = self._running, None
         # asking again and again: writing may take long, but a rank that does not answer is lost
         while True:
             futures.wait([future], timeout=1.0)
             if self.world.sum([not future.done()]) == [0.0]:
                 break
+        _join(future, thread)
         try:
             future.result()
         except OSError as error:
@@ -91,8 +92,18 @@ class BackgroundSaver:
     def close(self) -> None:
         """Let what runs end, whatever comes of it; with several ranks not for long: one may be lost."""
         if self._running is not None:
-            timeout = None if self.world.size == 1 else _LAST_SECONDS
-            futures.wait([self._running[1]], timeout)
+            _, future, thread = self._running
+            futures.wait([future], None if self.world.size == 1 else _LAST_SECONDS)
+            _join(future, thread)
+
+
+def _join(future: futures.Future[Path], thread: threading.Thread) -> None:
+    """Let a thread that has written free its tensors, too: the process must not end meanwhile.
+
+    Python kills daemon threads at its end by unwinding them, which in torch's code aborts the process.
+    """
+    if future.done():
+        thread.join()
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

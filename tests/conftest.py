@@ -21,6 +21,13 @@ pytest_plugins = ["wandb_harness", "report_harness"]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files that fork ranks (``import ranks``)."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "ranks"):
+            item.add_marker(pytest.mark.forks)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

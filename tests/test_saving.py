@@ -1,6 +1,9 @@
 """Writing in the background: what waits for it, and what does not."""
 
+import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,3 +62,18 @@ def test_one_process_lets_its_checkpoint_end(tmp_path: Path, monkeypatch: pytest
     start = time.monotonic()
     saver.close()
     assert time.monotonic() - start > 0.2
+
+
+@pytest.mark.parametrize("end", [BackgroundSaver.wait, BackgroundSaver.close])
+def test_no_thread_is_left_to_be_killed_by_the_end_of_the_process(
+    end: Callable[[BackgroundSaver], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_result = futures.Future.set_result
+
+    def set_and_linger(future: futures.Future[Any], result: Any) -> None:
+        set_result(future, result)
+        time.sleep(0.3)  # as one that frees its tensors
+
+    monkeypatch.setattr(futures.Future, "set_result", set_and_linger)
+    end(saving_for(0.0, monkeypatch, tmp_path, World(torch.device("cpu"))))
+    assert "checkpoint" not in {thread.name for thread in threading.enumerate()}
