@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -13,11 +14,12 @@ from test_trainer import compose
 
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
 from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, covered, update_gap
-from rsotrain.benchmark.synthetic import random_data, vocabulary_size
+from rsotrain.benchmark.synthetic import NUM_BATCHES, random_data, vocabulary_size
 from rsotrain.benchmark.tables import labels
 from rsotrain.config import Config, Strategy
 from rsotrain.distributed import World
 from rsotrain.errors import UserError
+from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.trainer import Trainer
 from rsotrain.validation import validate
 
@@ -167,6 +169,22 @@ def test_random_data_needs_no_file(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[0].max() < 300
     assert vocabulary_size(compose(["tokenizer.vocab_size=500"])) == 500
+
+
+def test_random_data_is_padded_where_the_run_would_be() -> None:
+    config = compose([*SMALL, "data.packing=padded"])
+    data = random_data(config)
+    inputs, targets = data.train.batch(np.arange(len(data.train)))
+    counted = (targets != IGNORE_INDEX).sum(1)
+    length = config.seq_len
+    assert len(inputs) == NUM_BATCHES * config.batch_size
+    assert length // 2 <= counted.min() < counted.max() <= length
+    assert inputs.max() < 300
+    for row, (tokens, scored) in enumerate(zip(inputs, targets, strict=True)):
+        number = int(counted[row])
+        assert torch.equal(tokens[1:number], scored[: number - 1])  # the tokens moved left by one
+        assert (scored[number:] == IGNORE_INDEX).all()
+    assert trainer("data.packing=padded").train_step().loss > 0
 
 
 @pytest.mark.parametrize(
