@@ -103,7 +103,10 @@ def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -
     assert "2 finished" in printed
 
 
-def test_a_wandb_offline_folder_is_read_like_a_run_folder(make: Make, tmp_path: Path) -> None:
+def test_a_wandb_offline_folder_is_read_like_a_run_folder(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # an earlier test's, which has ended
     wandb = pytest.importorskip("wandb")
     local = read_run(make("a", 2.0))
     folders = []
