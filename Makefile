@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test processes, a file at a time. They have threads of their own, so what forks runs in a single one.
+# Two test processes, a file at a time. They have threads of their own, so what forks runs in a single one, after them.
 JOBS := -n 2 --dist loadfile
 
 .PHONY: train test test-all test-slurm benchmark lint clean
@@ -12,12 +12,12 @@ train: $(VENV)/.train
 	$(BIN)/rsotrain
 
 test: lint
-	$(BIN)/python -m pytest $(JOBS) -m "not slow and not forks"
-	$(BIN)/python -m pytest -m "not slow and forks"
+	$(BIN)/python -m pytest $(JOBS) -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "not slow and alone"
 
 test-all: lint
-	$(BIN)/python -m pytest $(JOBS) -m "not forks"
-	$(BIN)/python -m pytest -m forks
+	$(BIN)/python -m pytest $(JOBS) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 # Installs SLURM's Debian packages and starts a SLURM of this one machine for the tests, as root.
 test-slurm: $(VENV)/.test

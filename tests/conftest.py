@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the files that fork ranks (``import ranks``)."""
     for item in items:
         if hasattr(getattr(item, "module", None), "ranks"):
-            item.add_marker(pytest.mark.forks)
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -103,6 +103,7 @@ def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -
     assert "2 finished" in printed
 
 
+@pytest.mark.alone
 def test_a_wandb_offline_folder_is_read_like_a_run_folder(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
