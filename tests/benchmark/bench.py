@@ -25,14 +25,19 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, and what it has to reach; ``at_least``: from below, or from above."""
+    """``what``, measured of ``of``, and what it has to reach; ``at_least``: from below, or from above."""
 
     what: str
+    of: str
     value: float
     bar: float | None = None
     at_least: bool = True
     unit: str = ""
     detail: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}: {self.of}"
 
     @property
     def met(self) -> bool | None:
@@ -51,10 +56,10 @@ class Figure:
 def report(name: str, conditions: str, figures: Sequence[Figure]) -> None:
     """Print the figures and keep them for the README's table."""
     print(conditions)
-    width = max(len(figure.what) for figure in figures)
+    width = max(len(figure.name) for figure in figures)
     for figure in figures:
         value = f"{figure.value:8.3g}{figure.unit:2}"
-        print(f"{figure.what:{width}}  {value} {figure.verdict:24} {figure.detail}".rstrip(), flush=True)
+        print(f"{figure.name:{width}}  {value} {figure.verdict:24} {figure.detail}".rstrip(), flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", f"tests/benchmark/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     content = {"conditions": conditions, "command": command, "figures": [asdict(f) for f in figures]}

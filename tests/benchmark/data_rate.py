@@ -111,7 +111,7 @@ def rate(model: str, steps: int, threads: int) -> None:
             per_second = batches_per_second(configuration(*options), Path(folder))
             tokens = per_second * 8 * 256
             detail = f"{tokens:,.0f} tokens/s beside {8 * 256 / step:,.0f}"
-            figures.append(Figure(f"data, {name}, of training", per_second * step, 20.0, detail=detail))
+            figures.append(Figure("times the training rate", name, per_second * step, 20.0, detail=detail))
     report("data_rate", f"{model}, 8 x 256 tokens, embedded corpus, {threads} threads", figures)
 
 

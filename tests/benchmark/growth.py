@@ -175,7 +175,7 @@ def main() -> None:
     figures = []
     for name, points in series.items():
         most, where = excess(points)
-        figures.append(Figure(f"growth with {name}, time over FLOPs", most, BAR, False, "", where))
+        figures.append(Figure("growth of time over that of FLOPs", name, most, BAR, False, "", where))
     draw(series)
     report("growth", f"optimizer={arguments.optimizer}, llama_20m but for the series of models", figures)
 

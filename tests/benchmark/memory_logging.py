@@ -66,7 +66,7 @@ def main() -> None:
         )  # fmt: skip
         step, own = costs(trainer, arguments.rounds)
         detail = f"{own * 1e6:.0f} µs of {step * 1e3:.0f} ms"
-        figures.append(Figure(f"optimizer={optimizer}", 100 * own / step, BAR, False, " %", detail))
+        figures.append(Figure("of the step", optimizer, 100 * own / step, BAR, False, " %", detail))
     conditions = (
         f"{arguments.model}, {arguments.batch_size} x {arguments.seq_len} tokens, one thread:"
         " memory/* in every step"

@@ -45,7 +45,7 @@ def main() -> None:
             f" {result['throughput/tokens_per_second']:.0f} tokens/s,"
             f" of {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"
         )
-        figures.append(Figure(f"MFU, optimizer={optimizer}", result["throughput/mfu"], BAR, detail=detail))
+        figures.append(Figure("MFU", optimizer, result["throughput/mfu"], BAR, detail=detail))
     conditions = (
         f"{arguments.model}, {arguments.precision}, 8 x 256 tokens, vocabulary 32000,"
         f" {arguments.threads} threads: of the measured rate of a bf16 product of 1024 x 1024"

@@ -67,7 +67,7 @@ def main() -> None:
         passes = own if name.startswith("rso") else statistics.median(full)
         detail = f"update {update * 1000:.0f} ms, refresh {refresh * 1000:.0f} ms, of {passes:.2f} s"
         share = (update + refresh) / passes
-        figures.append(Figure(f"optimizer={name}", 100 * share, 100 * BAR, False, " %", detail))
+        figures.append(Figure("of forward + backward", name, 100 * share, 100 * BAR, False, " %", detail))
     conditions = (
         f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
         f" vocabulary 32000, {arguments.threads} threads: optimizer step of forward + backward"

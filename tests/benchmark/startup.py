@@ -67,10 +67,12 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 number += 1
                 seconds.append(first_step_seconds(folder, arguments.model, optimizer, number))
-            what = f"first step of {arguments.model} optimizer={optimizer}, warm cache"
-            figures.append(Figure(what, statistics.median(seconds), 10.0, False, " s"))
-    figures.append(Figure("import rsotrain", import_seconds("rsotrain", 5), 0.2, False, " s"))
-    figures.append(Figure("import rsotrain.cli, as for --help", import_seconds("rsotrain.cli", 3), unit=" s"))
+            of = f"{arguments.model} optimizer={optimizer}"
+            median = statistics.median(seconds)
+            figures.append(Figure("first step, warm cache", of, median, 10.0, False, " s"))
+    figures.append(Figure("import", "rsotrain", import_seconds("rsotrain", 5), 0.2, False, " s"))
+    of_cli = import_seconds("rsotrain.cli", 3)
+    figures.append(Figure("import, as for --help", "rsotrain.cli", of_cli, unit=" s"))
     report("startup", "from the start of the command", figures)
 
 

@@ -215,13 +215,13 @@ def main() -> None:
             f"{tokens / step[variant]:.0f} tokens/s; fastest {min(values):.3f} s,"
             f" refresh {refresh[variant]:.1f} s, peak {peaks[variant] / MIB:.0f} MiB"
         )
-        figures.append(Figure(f"{variant}, step", step[variant], unit=" s", detail=detail))
+        figures.append(Figure("step", variant, step[variant], unit=" s", detail=detail))
     for ours in step:
         theirs, least = BARS.get(ours.removesuffix(COMPILED), ("", 0.0))
         if theirs in step:
             ratio, share = step[theirs] / step[ours], peaks[ours] / peaks[theirs]
-            figures.append(Figure(f"tokens/s of {ours}, of {theirs}", ratio, least))
-            figures.append(Figure(f"peak memory of {ours}, of {theirs}", share, MEMORY_BAR, at_least=False))
+            figures.append(Figure(f"tokens/s, of {theirs}", ours, ratio, least))
+            figures.append(Figure(f"peak memory, of {theirs}", ours, share, MEMORY_BAR, at_least=False))
     conditions = (
         f"{arguments.model}, {arguments.precision}, {arguments.batch_size} x {arguments.seq_len} tokens,"
         f" vocabulary {arguments.vocab_size}, rank {arguments.rank:g} of the hidden size, refresh every"
