@@ -15,6 +15,7 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +31,15 @@ from rsotrain.errors import (
     UserError,
 )
 from rsotrain.interrupt import leaving_on_warning
-from rsotrain.overrides import did_you_mean, flatten, known_keys, normalise
+from rsotrain.overrides import (
+    check_choices,
+    check_tuned,
+    did_you_mean,
+    explain_misfit,
+    flatten,
+    known_keys,
+    normalise,
+)
 from rsotrain.run_folder import plain, run_folder_path
 from rsotrain.slurm import adopt_slurm_step
 
@@ -40,6 +49,10 @@ USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
 _PATIENCE_SECONDS = 5.0
 HELP_WIDTH = 100
+_MISFIT = re.compile(
+    r"In '((?:experiment|tuned)/.+)': (\w+) raised while composing config:\n(.+)\n"
+    r"\s+full_key: (\S+)\n(?:\s+reference_type=.+\n)?\s+object_type=(\w+)"
+)
 
 
 def conf_dir() -> Path:
@@ -144,6 +157,10 @@ def run(composed: DictConfig) -> dict[str, Any]:
 
         adopt_slurm_step()
         config = to_config(composed)
+        hydras = HydraConfig.get()
+        tuned = hydras.runtime.choices.get("tuned")
+        if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
+            check_tuned(tuned, config.optimizer.name, hydras.overrides.task)
         validate(config)
         if config.mode is Mode.train:
             outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
@@ -277,6 +294,11 @@ def explain(error: Exception) -> str:
         return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
     if isinstance(error.__cause__, UserError):  # raised by a resolver
         return str(error.__cause__)
+    if misfit := _MISFIT.match(str(error)):
+        source, kind, text, key, schema = misfit.groups()
+        experiments = [path.stem for path in (conf_dir() / "experiment").glob("*.yaml")]
+        reason = "" if kind == "ConfigKeyError" else text
+        return explain_misfit(source, key, reason, schema, sys.argv[1:], experiments)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = str(cause).split("\n")
     text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])
@@ -300,6 +322,7 @@ def main() -> None:
     outcomes = keep_outcomes()
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
+        check_choices(sys.argv[1:])
         application()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -98,6 +98,13 @@ MISTAKES = [
     (["optimizer.lr=${nope}"], "optimizer.lr: Interpolation key 'nope' not found"),
     (["optimizer=sn_sm", "sampler=gaussian"], "optimizer=sn_sm with sampler=gaussian"),
     (["run_name=a/b"], "run_name=a/b must be the name of one folder"),
+    *(
+        ([f"{group}=null"], f"{group}=null chooses no option; leave it out")
+        for group in ("model", "optimizer", "sampler", "data", "tokenizer", "experiment", "tuned")
+    ),
+    (["experiment=study", "tuned=None"], "tuned=null chooses no option; leave it out, or write ~tuned where"),
+    (["-m", "model=llama_tiny,null"], "model=null chooses no option"),
+    (["model=1"], "model=1 chooses no option"),
 ]  # fmt: skip
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from test_cli import call_main
 from test_trainer import compose, load_data
 
+from rsotrain import cli
 from rsotrain.config import Config, Mode, SubspaceConfig
 from rsotrain.data.build import Data
 from rsotrain.memory.plan import make_plan
@@ -142,6 +144,77 @@ def test_the_command_line_wins_over_a_recipe(overrides: list[str]) -> None:
         key, value = override.split("=")
         assert str(found.get(key, found.get(f"{key}.name"))) == value
     assert found["data.packing"] == "padded"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["experiment=galore_60m", "optimizer=adam"],
+            "experiment=galore_60m sets optimizer.rank, which optimizer=adam does not have;"
+            " take experiment=adam_60m or leave optimizer=adam out",
+        ),
+        (
+            ["experiment=galore_60m", "optimizer=sn"],  # sn has no recipe of that size
+            "experiment=galore_60m sets optimizer.rank, which optimizer=sn does not have;"
+            " leave optimizer=sn out",
+        ),
+        (
+            ["experiment=osd_7b", "sampler=haar"],
+            "experiment=osd_7b sets sampler.solver, which sampler=haar does not have; leave sampler=haar out",
+        ),
+        (
+            ["experiment=osd_7b", "optimizer=galore"],
+            "experiment=osd_7b sets sampler.solver, which sampler=svd refuses"
+            " (Invalid value 'sgd', expected one of [gram, full]);"
+            " take experiment=galore_7b or leave optimizer=galore out",
+        ),
+        (
+            ["experiment=finetune_sft", "data=c4"],
+            "experiment=finetune_sft sets data.validation_fraction, which data=c4 does not have;"
+            " leave data=c4 out",
+        ),
+        (
+            ["tuned=galore", "optimizer=adam"],
+            "tuned=galore sets optimizer.update_proj_gap, which optimizer=adam does not have;"
+            " take tuned=adam or leave optimizer=adam out",
+        ),
+        (
+            ["experiment=adam_60m", "tuned=galore"],
+            "tuned=galore sets optimizer.update_proj_gap, which optimizer=adam does not have;"
+            " leave tuned=galore out",
+        ),
+        (
+            ["-m", "experiment=galore_60m", "optimizer=adam,muon"],
+            "experiment=galore_60m sets optimizer.rank, which optimizer=adam does not have;"
+            " leave experiment=galore_60m out",
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_choice_without_the_recipes_keys_gets_a_sentence(
+    overrides: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call_main(cli, ["mode=plan", *overrides]) == 2
+    assert capsys.readouterr().err == f"rsotrain: {sentence}\n"
+
+
+def test_a_wrong_key_in_a_recipe_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\noptimizer: {rnak: 3}\n")
+    assert call_main(cli, ["--config-dir", str(tmp_path), "experiment=mine"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "rsotrain: experiment/mine.yaml: unknown key optimizer.rnak; did you mean optimizer.rank"
+    )
+
+
+@pytest.mark.parametrize("name", ["osd_60m", "osd_350m", "osd_1b"])
+@pytest.mark.parametrize("override", ["sampler=svd", "optimizer=galore"])
+def test_a_recipe_of_osd_takes_another_basis(name: str, override: str) -> None:
+    config = compose([f"experiment={name}", override])
+    validate(config)
+    check_composition(config)
+    assert (config.sampler.name, config.steps) == ("svd", 10_000)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, Cli
+from test_cli import call_main
 from test_trainer import compose
 
+from rsotrain import cli as command_line
 from rsotrain.config import Config
 from rsotrain.errors import UserError
 from rsotrain.run_folder import identity
@@ -50,6 +52,43 @@ def test_the_quick_study_has_the_same_rates_and_the_command_line_wins() -> None:
     quick = compose(["experiment=study_quick", "tuned=galore"])
     assert quick.optimizer == compose(["tuned=galore"]).optimizer
     assert compose(["experiment=study", "tuned=galore", "optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+PLAN = ["mode=plan", "model=llama_tiny", "tokenizer.vocab_size=1024", "seq_len=32", "batch_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tuned", "optimizer", "advice"),
+    [
+        (["experiment=study", "optimizer=galore"], "adam", "galore", "say tuned=galore instead of"),
+        (["tuned=galore", "optimizer=rso"], "galore", "rso", "say tuned=rso instead of optimizer=rso"),
+        (["tuned=fira", "optimizer=carry"], "fira", "carry", "say tuned=carry instead of"),  # same class
+        (["experiment=galore_60m", "tuned=rso"], "rso", "galore", "leave tuned=rso out"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_rates_of_another_method_are_refused(
+    overrides: list[str], tuned: str, optimizer: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call_main(command_line, ["mode=plan", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"rsotrain: conf/tuned/{tuned}.yaml has {tuned}'s rates, but the optimizer is {optimizer}; {advice}"
+    )
+    assert error.count("\n") == 1
+
+
+def test_only_the_mixed_members_of_a_multirun_are_refused(cli: Cli, tmp_path: Path) -> None:
+    mine = tmp_path / "mine/tuned/mine.yaml"  # a file of the user's own bears any name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndefaults: [override /optimizer: adam, _self_]\n")
+    result = cli("--config-dir", "mine", "-m", "tuned=sn,adam,mine", "optimizer=adam", *PLAN)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "rsotrain: conf/tuned/sn.yaml has sn's rates, but the optimizer is adam;"
+        " say tuned=adam instead of optimizer=adam\n"
+    )
+    assert "adam" in result.stdout  # the plans of the others
 
 
 def test_array_and_sweep_are_the_runs_of_the_multirun() -> None:
