@@ -13,7 +13,9 @@ import pytest
 from report_harness import Make, call
 
 from rsotrain.errors import UserError
-from rsotrain.report.comparison import COLUMNS, best_groups, compare, label_runs
+from rsotrain.report.bars import MEMORY_PARTS
+from rsotrain.report.comparison import COLUMNS, LOSS, THROUGHPUT, best_groups, compare, label_runs
+from rsotrain.report.page import page
 from rsotrain.report.plots import draw, svg_text
 from rsotrain.report.runs import read_run, read_runs
 from rsotrain.report.tables import comma_separated, markdown
@@ -249,8 +251,50 @@ def test_curves_are_means_over_shared_steps(make: Make) -> None:
     assert lines == [
         [(10, 32), (20, 22), (30, 12), (40, 2)],
         [(10, 34), (20, 24)],
-        [(10, 33), (20, 23)],  # the mean, as far as both have got
+        [(10, 32), (20, 22), (30, 12), (40, 2)],  # the mean: of the finished one
     ]
+    groups = compare(read_runs([make("c", 2.0, finished=False), make("d", 4.0, seed=1, finished=False)]))
+    (panel,) = draw(groups)["validation_loss_by_steps"].axes
+    assert list(panel.get_lines()[2].get_ydata()) == [33, 23]  # of all while none is finished
+
+
+def test_a_group_without_memory_figures_has_no_bar(make: Make) -> None:
+    make("a", metrics={f"memory/{part}_bytes": None for part in MEMORY_PARTS})
+    groups = compare(read_runs([make("b", optimizer__lr=0.1).parent]))
+    (panel,) = draw(groups)["memory"].axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["lr=0.1"]
+
+
+def test_groups_beyond_the_colours_are_told_by_their_dashes(make: Make, tmp_path: Path) -> None:
+    for i in range(25):
+        folder = make(f"r{i}", float(i), optimizer__lr=0.1 * (i + 1)).parent
+    text = page(compare(read_runs([folder])), {}, "title")
+    swatches = re.findall(r'<i style="border-top:3px (\w+) var\(--series-(\d)\)', text)
+    assert len(swatches) == len(set(swatches)) == 24  # and none for the last
+    assert swatches[8] == ("dashed", "1")
+
+
+def test_what_bytes_depend_on_is_said_where_it_varies(make: Make) -> None:
+    make("a", micro_batch_size=8), make("b", micro_batch_size=4, seed=1)
+    make("c", optimizer__name="muon", micro_batch_size=4, parallelism={"strategy": "fsdp"})
+    text = markdown(compare(read_runs([make("d", seed=2, micro_batch_size=8).parent])))
+    assert "The runs of adam differ in micro_batch_size, too." in text
+    assert "Groups differ in micro_batch_size, parallelism.strategy, on which bytes and tokens/s" in text
+
+
+@pytest.mark.parametrize("settings", [{"steps": 80}, {"batch_size": 4}])
+def test_losses_after_other_budgets_have_no_best(settings: dict[str, Any], make: Make) -> None:
+    other = make("b", 3.0, metrics={"throughput/tokens_per_second": 100.0}, optimizer__lr=0.1, **settings)
+    groups = compare(read_runs([make("a", 2.0), other]))
+    assert not best_groups(groups, LOSS)
+    assert best_groups(groups, THROUGHPUT)
+
+
+def test_a_group_with_a_failed_run_is_not_the_best(make: Make) -> None:
+    make("a", 2.0), make("b", 2.0, seed=1, finished=False, record={"state": "failed"})
+    runs = read_runs([make("c", 3.0, optimizer__name="muon").parent])
+    assert not best_groups(compare(runs), LOSS)
+    assert best_groups(compare([run for run in runs if run.name != "b"]), LOSS)[0].label == "adam"
 
 
 def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:

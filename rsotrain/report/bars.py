@@ -18,12 +18,11 @@ MEMORY_PARTS = ("parameters", "gradients", "optimizer_state", "saved_activations
 
 
 def memory_bars(groups: Sequence[Group], palette: Palette) -> "Figure":
-    """Parameters, gradients, optimizer state and saved activations of each group."""
-    parts = {
-        part.replace("_", " "): [mean_of(group, f"memory/{part}_bytes") or 0.0 for group in groups]
-        for part in MEMORY_PARTS
-    }
-    return stacked_bytes([name_of(group) for group in groups], parts, palette)
+    """Parameters, gradients, optimizer state and saved activations of each group that has such figures."""
+    metrics = {part.replace("_", " "): f"memory/{part}_bytes" for part in MEMORY_PARTS}
+    known = [group for group in groups if any(mean_of(group, metric) for metric in metrics.values())]
+    parts = {part: [mean_of(group, metric) or 0.0 for group in known] for part, metric in metrics.items()}
+    return stacked_bytes([name_of(group) for group in known], parts, palette)
 
 
 def stacked_bytes(

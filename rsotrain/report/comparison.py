@@ -1,7 +1,7 @@
 """Runs side by side: which belong together, whether they can be compared, mean and spread of each group."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +10,15 @@ from rsotrain.display import format_bytes, format_count, format_seconds
 from rsotrain.errors import UserError
 from rsotrain.overrides import did_you_mean
 from rsotrain.report.runs import Run
-from rsotrain.run_folder import OPERATIONAL_KEYS
+from rsotrain.run_folder import OPERATIONAL_KEYS, RunState
 
 REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of each other
 # What a validation loss depends on besides weights and documents: how these are laid out in sequences.
 LAYOUT_KEYS = ("seq_len", "evaluation.max_tokens", "data.packing", "data.document_mask")
 # How training documents are read, which does not change validation.
 READING_KEYS = ("data.streaming", "data.shuffle", "data.lanes", "data.shuffle_buffer", "data.workers")
+# Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
+BYTES_KEYS = ("micro_batch_size", "parallelism")
 
 
 class Column(NamedTuple):
@@ -71,6 +73,10 @@ class Group:
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.finished]
 
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.state is RunState.failed]
+
     def statistic(self, metric: str) -> Statistic | None:
         """Over the finished runs; over all while none is. None where no run has the metric."""
         values = [v for run in (self.finished or self.runs) if (v := run.last(metric)) is not None]
@@ -109,7 +115,7 @@ def compare(runs: Sequence[Run], group_by: Sequence[str] = (), *, mixed: bool = 
     labels = label_runs(firsts, keys)
     groups = []
     for (which, *_), label, of_group in zip(members, labels, members.values(), strict=True):
-        varies = [k for k in differing_keys(of_group) if k != REPLICATE_KEY]
+        varies = [k for k in differing_keys(of_group, BYTES_KEYS) if k != REPLICATE_KEY]
         mark = f"[{chr(ord('a') + which)}]" if len(sets) > 1 else ""
         if len(of_group) > 1 and label == of_group[0].name:
             label = _names(of_group) or label
@@ -125,26 +131,31 @@ def _rank(group: Group) -> tuple[str, bool, float, str]:
 def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """The groups that are best in ``column``: finished ones, and only where there are several of them.
 
-    A group in which a finished run has no figure, having diverged, is not the best.
+    A group in which a run has failed, or a finished one has no figure, having diverged, is not the best.
+    No loss is the best of losses after different numbers of steps or tokens, or on different data.
     """
-    statistics_of = [(group, group.statistic(column.metric)) for group in groups if group.finished]
+    statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
-    marks = {group.mark for group, _ in candidates}
-    if column.better is None or len(candidates) < 2 or (len(marks) > 1 and column.metric.startswith("val/")):
+    jobs = {(g.mark, run.steps, run.config.get("batch_size")) for g, _ in candidates for run in g.finished}
+    is_loss = column.metric.startswith(("val/", "train/"))
+    if column.better is None or len(candidates) < 2 or (is_loss and len(jobs) > 1):
         return []
     best = column.better([mean for _, mean in candidates])
     tied = [group for group, mean in candidates if mean == best]
     return tied if len(tied) < len(candidates) else []
 
 
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The settings in which ``runs`` differ, in the order of their configuration."""
+def differing_keys(runs: Sequence[Run], also: Collection[str] = ()) -> list[str]:
+    """The settings in which ``runs`` differ, in the order of their configuration.
+
+    ``also``: operational keys, or groups of them, that count, too.
+    """
+    ignored = set(OPERATIONAL_KEYS) - set(also)
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [
         key
         for key in keys
-        if not {key, key.split(".")[0]} & set(OPERATIONAL_KEYS)
-        and len({_hashable(r.config.get(key)) for r in runs}) > 1
+        if not {key, key.split(".")[0]} & ignored and len({_hashable(r.config.get(key)) for r in runs}) > 1
     ]
 
 

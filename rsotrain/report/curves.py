@@ -1,4 +1,4 @@
-"""Lines over tokens, steps or time: one for each group, the mean of its runs."""
+"""Lines over tokens, steps or time: one for each group, the mean of its finished runs."""
 
 import statistics
 import textwrap
@@ -42,9 +42,10 @@ def curves(
     shown: Sequence[Group] | None = None,
     stairs: bool = False,
 ) -> "Figure":
-    """One line a group, the mean of its runs, over thin lines of these; a panel a metric.
+    """A panel a metric, in it one line a group, over thin lines of its runs.
 
-    ``stairs``: what is logged holds until it changes.
+    The line is the mean of the finished runs, of all while none is. ``stairs``: what is logged holds until
+    it changes.
     """
     shown = groups if shown is None else shown
     lines = sum(len(textwrap.wrap(name_of(group), LEGEND_WIDTH)) for group in shown)
@@ -68,11 +69,12 @@ def curves(
 
 
 def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dict[str, Any]) -> None:
-    series = [points for run in group.runs if (points := run.series(metric))]
+    series = [(run.finished, points) for run in group.runs if (points := run.series(metric))]
     if len(series) > 1:
-        for points in series:
+        for _, points in series:
             panel.plot(*_xy(points, axis), linewidth=0.8, alpha=0.45, **style)
-    by_step = [{point[0]: point for point in points} for points in series]
+    ends = any(finished for finished, _ in series)
+    by_step = [{point[0]: point for point in points} for finished, points in series if finished or not ends]
     shared = sorted(set.intersection(*map(set, by_step))) if by_step else []
     means = [
         tuple(statistics.fmean(column) for column in zip(*(points[step] for points in by_step), strict=True))

@@ -12,7 +12,7 @@ from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
-from rsotrain.report.theme import variables, with_variables
+from rsotrain.report.theme import LIGHT, variables, with_variables
 
 TITLES = {
     "validation_loss": "Validation loss",
@@ -91,12 +91,22 @@ def _table(groups: Sequence[Group]) -> str:
             f'<td class="best">{escape(text)}</td>' if best else f"<td>{escape(text)}</td>"
             for text, best in cells
         )
-        swatch = f'<i style="background:var(--series-{index % 8 + 1})"></i>'
         lines.append(
-            f"<tr><th>{swatch}{escape(name_of(group))}</th>{texts}<td>{escape(group.status)}</td></tr>"
+            f"<tr><th>{_swatch(index)}{escape(name_of(group))}</th>{texts}<td>{escape(group.status)}</td></tr>"
         )
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def _swatch(index: int) -> str:
+    """The line of group ``index`` in the curves; none beyond the dashes that CSS has."""
+    turn, color = divmod(index, len(LIGHT.series))
+    if turn >= len(BORDERS):
+        return ""
+    return f'<i style="border-top:3px {BORDERS[turn]} var(--series-{color + 1})"></i>'
+
+
+BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES
 
 
 def _notes(groups: Sequence[Group]) -> str:
@@ -213,7 +223,7 @@ td:last-child{color:var(--muted)}
 tbody th{font-weight:500}
 td.best{font-weight:700;position:relative}
 td.best::after{content:"★";color:var(--series-4);font-size:9px;position:absolute;right:0;top:9px}
-i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:8px}
+i{display:inline-block;width:20px;vertical-align:middle;margin-right:8px}
 .runs td,.runs th{font-size:13px}
 .runs td.settings{text-align:left;white-space:normal;min-width:220px;overflow-wrap:anywhere}
 .runs thead th:last-child{text-align:left}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsotrain.report.claims import Finding
-from rsotrain.report.comparison import COLUMNS, LOSS, Column, Group, best_groups
+from rsotrain.report.comparison import BYTES_KEYS, COLUMNS, LOSS, Column, Group, best_groups, differing_keys
 from rsotrain.report.evidence import Verdict
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
             said.append(f"{without} of the finished runs of {name_of(group)} ended without a finite loss.")
         if group.varies:
             said.append(f"The runs of {name_of(group)} differ in {', '.join(group.varies)}, too.")
+    firsts = [group.runs[0] for group in groups]
+    if between := [k for k in differing_keys(firsts, BYTES_KEYS) if k.split(".")[0] in BYTES_KEYS]:
+        said.append(f"Groups differ in {', '.join(between)}, on which bytes and tokens/s depend.")
     if any(group.mark for group in groups):
         said.append("Validation losses of groups with different letters mean different things.")
     return said
