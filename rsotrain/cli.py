@@ -253,7 +253,7 @@ def compare_members(folders: Sequence[Path], wanted: ReportConfig) -> None:
     if len(runs) < 2:
         return
     groups = compare(runs, mixed=True)
-    findings = examine(groups) if wanted.claims else []
+    findings = examine(runs) if wanted.claims else []
     print_comparison(groups, findings)
     if wanted.path is not None:
         out, title = Path(wanted.path).expanduser(), f"Comparison: {runs[0].path.parent.name}"

@@ -86,7 +86,7 @@ def report(arguments: argparse.Namespace) -> None:
         looks(arguments.runs, every) if arguments.watch else [(read_runs(arguments.runs), False)]
     ):
         groups = compare(runs, keys, mixed=arguments.mixed)
-        findings = examine(groups) if arguments.claims else []
+        findings = examine(runs) if arguments.claims else []
         if arguments.claims and not findings:
             raise UserError(
                 f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one;"

@@ -2,17 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from rsotrain.report.comparison import Group
+from rsotrain.report.comparison import REPLICATE_KEY, Group, differing_keys
 from rsotrain.report.runs import Run
 
 # Student's t for 95 %, by degrees of freedom from 1 on; beyond them the last, which errs towards doubt.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Two methods are compared on one job: where these differ they are not.
-SAME_JOB = ("model.name", "steps", "batch_size", "seq_len", "precision")
+# What is a method's own. Methods are compared on one job: where anything else differs they are not.
+OWN_KEYS = ("optimizer.", "sampler.", REPLICATE_KEY)
 
 Figure = Callable[[Run], float | None]
 
@@ -49,6 +49,10 @@ class Interval:
             return Verdict.confirmed
         return Verdict.refuted if self.mean - self.margin > at_most else Verdict.undecided
 
+    def verdict_below(self, limit: float) -> Verdict:
+        """Is it less than ``limit``?"""
+        return self.verdict(math.nextafter(limit, -math.inf))
+
     def show(self, form: Callable[[float], str]) -> str:
         if self.margin is None:
             return f"{form(self.mean)} (one seed: no spread)"
@@ -68,7 +72,8 @@ def interval_of(values: Sequence[float]) -> Interval:
 class Evidence:
     """The finished runs of each method, by seed.
 
-    A method is an optimizer with its own sampler. ``samplers``: optimizer's name -> that sampler's.
+    A method is an optimizer with its own sampler. ``groups``: of runs that differ in the seed alone;
+    ``samplers``: optimizer's name -> that sampler's.
     """
 
     def __init__(self, groups: Sequence[Group], samplers: dict[str, str]) -> None:
@@ -81,42 +86,56 @@ class Evidence:
         return any(self._groups.values())
 
     def runs(self, method: str) -> dict[int, Run]:
-        """Raises NoEvidence where there is none, or several settings of it."""
+        """By seed. Raises NoEvidence where there is none, several of a seed, or several settings; where one
+        has failed, since the others would then be a choice.
+        """
         groups = self._groups[method]
         if len(groups) > 1:
             raise NoEvidence(f"there are {len(groups)} settings of {method}; leave one")
-        runs = groups[0].finished if groups else []
+        if failed := [run for group in groups for run in group.failed]:
+            raise NoEvidence(f"{failed[0].name}, a run of {method}, has failed")
+        runs: dict[int, Run] = {}
+        for run in groups[0].finished if groups else []:
+            seed = run.config.get(REPLICATE_KEY, 0)
+            if not isinstance(seed, int):
+                raise NoEvidence(f"the seed of {run.name} is {seed!r}")
+            if seed in runs:
+                raise NoEvidence(f"there are two runs of {method} of seed {seed}; leave one")
+            runs[seed] = run
         if not runs:
             raise NoEvidence(f"no finished run of {method}")
-        return {int(run.config.get("seed", 0)): run for run in reversed(runs)}
+        return runs
 
-    def values(self, method: str, figure: Figure) -> list[float]:
-        """``figure`` of each run; NoEvidence where one has none."""
-        return [_known(figure(run), run) for run in self.runs(method).values()]
-
-    def pairs(self, one: str, other: str) -> list[tuple[Run, Run]]:
+    def pairs(self, one: str, other: str, also: Collection[str] = ()) -> list[tuple[Run, Run]]:
         """The runs of both with the same seed: the same first weights, the same data in the same order.
 
-        Raises NoEvidence.
+        ``also``: keys, or groups of them, that must be equal beside those of the job. Raises NoEvidence.
         """
         ours, theirs = self.runs(one), self.runs(other)
-        first, second = next(iter(ours.values())), next(iter(theirs.values()))
-        for key in SAME_JOB:
-            if first.config.get(key) != second.config.get(key):
-                raise NoEvidence(f"{one} and {other} differ in {key}")
         pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
         if not pairs:
             raise NoEvidence(f"{one} and {other} share no seed")
+        differing = differing_keys([run for pair in pairs for run in pair], also)
+        if differing := [key for key in differing if key in also or not key.startswith(OWN_KEYS)]:
+            raise NoEvidence(f"the runs of {one} and {other} differ in {', '.join(differing[:3])}")
+        if self._groups[one][0].mark != self._groups[other][0].mark:  # equal settings, other files
+            raise NoEvidence(f"the validation data of {one} and {other} are not the same")
         return pairs
-
-    def differences(self, one: str, other: str, figure: Figure) -> list[float]:
-        """``figure`` of ``one`` less that of ``other``, seed by seed. Raises NoEvidence."""
-        return [_known(figure(a), a) - _known(figure(b), b) for a, b in self.pairs(one, other)]
 
 
 def _is(group: Group, method: str, sampler: str) -> bool:
     config = group.runs[0].config
     return (config.get("optimizer.name"), config.get("sampler.name")) == (method, sampler)
+
+
+def values(runs: Iterable[Run], figure: Figure) -> list[float]:
+    """``figure`` of each run; NoEvidence where one has none."""
+    return [_known(figure(run), run) for run in runs]
+
+
+def differences(pairs: Sequence[tuple[Run, Run]], figure: Figure) -> list[float]:
+    """``figure`` of the first of each pair less that of the second. Raises NoEvidence."""
+    return [_known(figure(a), a) - _known(figure(b), b) for a, b in pairs]
 
 
 def _known(value: float | None, run: Run) -> float:
@@ -143,12 +162,16 @@ def mean_between(metric: str, begin: float, end: float) -> Figure:
 
 
 def refresh_seconds(per_step: bool) -> Figure:
-    """Median time of a step's draws; ``per_step``: divided by the steps from one to the next."""
+    """Median time of a draw of all bases; ``per_step``: divided by the steps T from one to the next.
+
+    What is logged is the time of a step's draws: all, or of staggered ones a T-th (of no fewer than T).
+    """
 
     def figure(run: Run) -> float | None:
         seconds = [point[3] for point in run.series("subspace/refresh_seconds")]
         gap = float(run.config.get("optimizer.update_proj_gap") or 1)
-        return statistics.median(seconds) / (gap if per_step else 1) if seconds else None
+        logged_per_step = bool(run.config.get("optimizer.staggered"))
+        return statistics.median(seconds) * gap ** (logged_per_step - per_step) if seconds else None
 
     return figure
 
