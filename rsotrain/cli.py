@@ -243,23 +243,21 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
 
 
 def compare_members(folders: Sequence[Path], wanted: ReportConfig) -> None:
-    """Table of the runs in ``folders``, and the report that is ``wanted``. Raises UserError."""
-    from rsotrain.report.claims import examine
-    from rsotrain.report.comparison import compare
-    from rsotrain.report.runs import has_metrics, read_run
-    from rsotrain.report.writing import print_comparison, write_report
+    """Table of the runs in ``folders``; with the report that is ``wanted``, both of all runs beside them.
 
-    runs = [read_run(folder) for folder in folders if has_metrics(folder)]
-    if len(runs) < 2:
+    A part of a study that is run again is so reported on with the rest. Raises UserError.
+    """
+    from rsotrain.report.claims import examine
+    from rsotrain.report.runs import has_metrics, read_runs
+    from rsotrain.report.writing import report_on
+
+    folders = [folder for folder in folders if has_metrics(folder)]
+    if not folders or (wanted.path is None and len(folders) < 2):
         return
-    groups = compare(runs, mixed=True)
-    findings = examine(runs) if wanted.claims else []
-    print_comparison(groups, findings)
-    if wanted.path is not None:
-        out, title = Path(wanted.path).expanduser(), f"Comparison: {runs[0].path.parent.name}"
-        command = shlex.join(["rsotrain", *sys.argv[1:]])
-        paths = write_report(groups, out, title, findings, command=command)
-        print(f"{paths[0]} and {len(paths) - 1} more files")
+    out = None if wanted.path is None else Path(wanted.path).expanduser()
+    runs = read_runs(folders if out is None else [folder.parent for folder in folders])
+    title, command = f"Comparison: {folders[0].parent.name}", shlex.join(["rsotrain", *sys.argv[1:]])
+    report_on(runs, out, title, examine(runs) if wanted.claims else (), command=command, mixed=True)
 
 
 def say(error: Exception) -> None:

@@ -252,7 +252,8 @@ class ReportConfig:
     """What a multirun of trainings leaves beside its table on the screen, like ``rsotrain-report``.
 
     ``path``: the folder for page, tables and pictures; null: none. ``claims``: hold the papers' claims
-    against the runs, too. A single run has nothing to compare, and writes none.
+    against the runs, too. It is about all runs in the folder of the multirun's own. A run that is not started
+    by a multirun writes none.
     """
 
     path: str | None = None

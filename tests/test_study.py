@@ -141,6 +141,8 @@ def test_a_multirun_ends_in_a_report_and_a_second_one_trains_nothing(
     assert again.stdout.count("is finished already") == 2
     assert (folder / "report/report.md").read_text() == text
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")} == before
+    cli(*(word.replace("tuned=adam,rso", "tuned=rso") for word in command))  # a part of the study again
+    assert (folder / "report/report.md").read_text() == text.replace("tuned=adam,rso", "tuned=rso")
 
 
 def test_pictures_that_cannot_be_drawn_are_missed_before_the_first_run(

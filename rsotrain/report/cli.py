@@ -3,14 +3,12 @@
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from rsotrain.errors import UserError
 from rsotrain.report.claims import METHODS, examine
-from rsotrain.report.comparison import compare
 from rsotrain.report.runs import looks, read_runs
-from rsotrain.report.writing import print_comparison, write_report
+from rsotrain.report.writing import report_on
 
 USER_ERROR_STATUS = 2
 LONGEST_SECONDS = 86_400  # between two looks
@@ -85,18 +83,13 @@ def report(arguments: argparse.Namespace) -> None:
     for runs, again in (
         looks(arguments.runs, every) if arguments.watch else [(read_runs(arguments.runs), False)]
     ):
-        groups = compare(runs, keys, mixed=arguments.mixed)
         findings = examine(runs) if arguments.claims else []
         if arguments.claims and not findings:
             raise UserError(
                 f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one;"
                 " leave it out"
             )
-        refresh = every if again else None
-        paths = write_report(groups, out, title, findings, command=command, refresh_seconds=refresh)
-        if again:
-            finished = sum(run.finished for run in runs)
-            time_of_day = time.strftime("%H:%M:%S")
-            print(f"{time_of_day}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
-    print_comparison(groups, findings)
-    print(f"{paths[0]} and {len(paths) - 1} more files")
+        report_on(
+            runs, out, title, findings, command=command, group_by=keys, mixed=arguments.mixed,
+            refresh_seconds=every if again else None,
+        )  # fmt: skip

@@ -1,17 +1,48 @@
 """A report's files, and what of it is for the screen."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
 from rsotrain.metrics import write_atomic
 from rsotrain.report.claims import Finding
-from rsotrain.report.comparison import Group
+from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
+from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
 from rsotrain.report.theme import DARK, LIGHT
 
 PAGE = "report.html"
+
+
+def report_on(
+    runs: Sequence[Run],
+    out: Path | None,
+    title: str,
+    findings: Sequence[Finding] = (),
+    *,
+    command: str,
+    group_by: Sequence[str] = (),
+    mixed: bool = False,
+    refresh_seconds: float | None = None,
+) -> None:
+    """Compare ``runs``, write the report to ``out`` where that is given, and print the tables.
+
+    ``findings``: of the papers' claims. ``refresh_seconds``: it is written again after so long, and a line
+    printed in place of the tables. ``group_by``, ``mixed``: as in ``compare``. Raises UserError.
+    """
+    groups = compare(runs, group_by, mixed=mixed)
+    paths = []
+    if out is not None:
+        paths = write_report(groups, out, title, findings, command=command, refresh_seconds=refresh_seconds)
+    if refresh_seconds is None:
+        print_comparison(groups, findings)
+        if paths:
+            print(f"{paths[0]} and {len(paths) - 1} more files")
+        return
+    finished = sum(run.finished for run in runs)
+    print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
 
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:
