@@ -133,16 +133,23 @@ CASES: dict[str, Case] = {
         SVD,
         lambda w, g: reference.galore(w, g, outside="fira", **LOW_REFERENCE),
     ),
-    "carry": (
-        c.FiraConfig(name="carry", on_refresh=c.OnRefresh.transport, **LOW),
-        SVD,
-        lambda w, g: reference.galore(w, g, outside="fira", on_refresh="transport", **LOW_REFERENCE),
-    ),
     "frugal": (
         c.FrugalConfig(name="frugal", free_scale=0.3, **LOW),
         SVD,
         lambda w, g: reference.galore(
             w, g, outside="frugal", free_scale=0.3, rounding=torch.finfo(torch.float32).eps, **LOW_REFERENCE
+        ),
+    ),
+    "carry": (
+        c.FrugalConfig(name="carry", on_refresh=c.OnRefresh.transport, **LOW),
+        SVD,
+        lambda w, g: reference.galore(
+            w,
+            g,
+            outside="frugal",
+            on_refresh="transport",
+            rounding=torch.finfo(torch.float32).eps,
+            **LOW_REFERENCE,
         ),
     ),
     "osd-adam": (

@@ -63,7 +63,7 @@ PLAN = ["mode=plan", "model=llama_tiny", "tokenizer.vocab_size=1024", "seq_len=3
     [
         (["experiment=study", "optimizer=galore"], "adam", "galore", "say tuned=galore instead of"),
         (["tuned=galore", "optimizer=rso"], "galore", "rso", "say tuned=rso instead of optimizer=rso"),
-        (["tuned=fira", "optimizer=carry"], "fira", "carry", "say tuned=carry instead of"),  # same class
+        (["tuned=frugal", "optimizer=carry"], "frugal", "carry", "say tuned=carry instead of"),  # same class
         (["experiment=galore_60m", "tuned=rso"], "rso", "galore", "leave tuned=rso out"),
     ],
     ids=lambda value: str(value)[:40],
