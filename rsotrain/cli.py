@@ -243,19 +243,23 @@ def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:
 
 
 def compare_members(folders: Sequence[Path], wanted: ReportConfig) -> None:
-    """Table of the runs in ``folders``; with the report that is ``wanted``, both of all runs beside them.
+    """Table of the runs in ``folders``; with the report that is ``wanted``, both of those beside them, too.
 
-    A part of a study that is run again is so reported on with the rest. Raises UserError.
+    A part of a study that is run again is so reported on with the rest. Beside them are runs in the same
+    folder that differ in method and seed alone. Raises UserError.
     """
     from rsotrain.report.claims import examine
-    from rsotrain.report.runs import has_metrics, read_runs
+    from rsotrain.report.evidence import of_their_job
+    from rsotrain.report.runs import has_metrics, read_neighbours, read_runs
     from rsotrain.report.writing import report_on
 
     folders = [folder for folder in folders if has_metrics(folder)]
     if not folders or (wanted.path is None and len(folders) < 2):
         return
     out = None if wanted.path is None else Path(wanted.path).expanduser()
-    runs = read_runs(folders if out is None else [folder.parent for folder in folders])
+    runs = read_runs(folders)
+    if out is not None:
+        runs += of_their_job(runs, read_neighbours(folders))
     title, command = f"Comparison: {folders[0].parent.name}", shlex.join(["rsotrain", *sys.argv[1:]])
     report_on(runs, out, title, examine(runs) if wanted.claims else (), command=command, mixed=True)
 

@@ -47,6 +47,8 @@ def _chosen(arguments: Sequence[str]) -> dict[str, str]:
 def check_choices(arguments: Sequence[str]) -> None:
     """Raise UserError where a group is given null or a number, for which Hydra has a traceback only."""
     for group, value in _chosen(arguments).items():
+        if group == "tuned" and value.startswith("["):
+            raise UserError(f"tuned={value}: a run has one method's rates; name one, or sweep with tuned=a,b")
         for word in re.split(r"[,()\[\]\s]+", value):
             if _NO_NAME.fullmatch(word):
                 advice = {
@@ -59,10 +61,12 @@ def check_choices(arguments: Sequence[str]) -> None:
 def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
     """Raise UserError where the optimizer is not the one that the rates of conf/tuned are for."""
     if tuned != optimizer:
-        given = _chosen(arguments).get("optimizer")
-        advice = (
-            f"say tuned={optimizer} instead of optimizer={given}" if given else f"leave tuned={tuned} out"
-        )
+        chosen = _chosen(arguments)
+        advice = f"say tuned={optimizer}"
+        if "optimizer" in chosen:
+            advice += f" instead of optimizer={chosen['optimizer']}"
+        elif "tuned" in chosen:
+            advice = f"leave tuned={tuned} out"
         raise UserError(
             f"conf/tuned/{tuned}.yaml has {tuned}'s rates, but the optimizer is {optimizer}; {advice}"
         )
@@ -94,7 +98,7 @@ def explain_misfit(
     if culprit is None:
         return f"{found}; leave {folder}={name} out"
     other = chosen[culprit] if folder == "tuned" else f"{chosen[culprit]}_{name.rsplit('_', 1)[-1]}"
-    take = culprit == "optimizer" and (folder == "tuned" or other in options)
+    take = culprit == "optimizer" and (folder == "tuned" or {name, other} <= set(options))
     leave = f"leave {culprit}={chosen[culprit]} out"
     return f"{found}; take {folder}={other} or {leave}" if take else f"{found}; {leave}"
 

@@ -10,6 +10,8 @@ import pytest
 from matplotlib.image import imread
 from report_harness import Make, call
 
+from rsotrain.cli import compare_members
+from rsotrain.config import ReportConfig
 from rsotrain.errors import UserError
 from rsotrain.report.claims import METHODS, Finding, examine
 from rsotrain.report.comparison import compare
@@ -208,6 +210,7 @@ def test_a_reader_s_groups_change_no_claim(make: Make, tmp_path: Path) -> None:
         ({"model": {"name": "llama_tiny", "hidden_size": 64}}, "differ in model.hidden_size"),
         ({"grad_clip": 1.0}, "differ in grad_clip"),
         ({"data__packing": False}, "differ in data.packing"),
+        ({"optimizer__state_dtype": "bfloat16"}, "differ in optimizer.state_dtype"),
         ({"record": {"data": "f2"}}, "the validation data of rso and adam are not the same"),
     ],
 )
@@ -218,12 +221,45 @@ def test_methods_are_compared_on_one_job(runs: Runs, settings: dict[str, Any], r
     assert (part.verdict, reason in part.figures) == (UNDECIDED, True)
 
 
+def test_where_the_same_data_lay_does_not_matter(runs: Runs) -> None:
+    runs("adam", record={"data": "f1"}, data__path="here/c4")
+    folder = runs("rso", record={"data": "f1"}, data__path="/there/c4")
+    assert findings(folder)[0].parts[0].verdict is CONFIRMED
+
+
+def test_a_multirun_reports_on_what_is_beside_it_and_of_its_job(
+    runs: Runs, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs("rso")
+    members = sorted(runs("adam").glob("adam*"))
+    make("short", steps=20, optimizer__name="galore", sampler__name="svd")
+    make("trial", optimizer__lr=0.5)
+    (make("torn") / "config.yaml").write_text("{")
+    compare_members(members, ReportConfig(path=str(tmp_path / "report"), claims=True))
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.startswith("left out of the report: ")
+    text = (tmp_path / "report/report.md").read_text()
+    assert [line.split(" | ")[0] for line in text.splitlines() if " | 3 runs |" in line] == [
+        "| adam",
+        "| rso haar",
+    ]
+    assert "galore svd" not in text
+    assert findings_of(text, "the loss of rso") == "confirmed"
+
+
+def findings_of(text: str, statement: str) -> str:
+    """The verdict on the part that begins so, in a report's Markdown."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {statement}")).split(" | ")[1]
+
+
 @pytest.mark.parametrize(("key", "value"), [("rank", 8), ("update_proj_gap", 20)])
-def test_overlaps_are_compared_at_one_rank_and_gap(runs: Runs, key: str, value: int) -> None:
+def test_samplers_are_compared_at_one_rank_and_overlaps_at_one_gap(runs: Runs, key: str, value: int) -> None:
     runs("galore", metrics={"subspace/overlap": 0.9})
     folder = runs("i3s", -0.05, metrics={"subspace/overlap": 0.5}, **{f"optimizer__{key}": value})
     loss, overlap = findings(folder)[1].parts
-    assert (loss.verdict, overlap.verdict) == (CONFIRMED, UNDECIDED)
+    assert loss.verdict == (UNDECIDED if key == "rank" else CONFIRMED)
+    assert overlap.verdict == UNDECIDED
     assert overlap.figures == f"the runs of i3s and galore differ in optimizer.{key}"
 
 

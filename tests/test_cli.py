@@ -102,6 +102,7 @@ MISTAKES = [
         ([f"{group}=null"], f"{group}=null chooses no option; leave it out")
         for group in ("model", "optimizer", "sampler", "data", "tokenizer", "experiment", "tuned")
     ),
+    (["tuned=[adam]", "optimizer=muon"], "tuned=[adam]: a run has one method's rates"),
     (["experiment=study", "tuned=None"], "tuned=null chooses no option; leave it out, or write ~tuned where"),
     (["-m", "model=llama_tiny,null"], "model=null chooses no option"),
     (["model=1"], "model=1 chooses no option"),

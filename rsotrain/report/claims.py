@@ -37,6 +37,7 @@ AT = 0.005  # "at or below", nats per token: half a percent of perplexity counts
 CLEARLY = 0.1  # lower overlap: the papers' ranges (0.3 to 0.7, 0.85 to 0.99) are 0.15 apart
 FROZEN = 0.85  # overlap of a frozen subspace: the lower end of the range given for GaLore
 LESS_STATE = 0.2  # of Adam's: "more than 80 % less"
+RANK = ("optimizer.rank",)  # samplers are compared at one rank
 SECOND_HALF = (0.5, 1.0)
 QUARTERS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 RULE = (
@@ -100,13 +101,13 @@ def examine(runs: Sequence[Run]) -> list[Finding]:
         Finding(
             "I3S ends at or below GaLore's perplexity, and its adjacent bases overlap clearly less",
             "2502.05790",
-            [_loss(evidence, "i3s", "galore", AT), _overlap_is_lower(evidence)],
+            [_loss(evidence, "i3s", "galore", AT, RANK), _overlap_is_lower(evidence)],
         ),
         Finding(
             "OSD ends at or below GaLore's perplexity, with a cheaper basis",
             "2408.12857",
             [
-                _loss(evidence, "osd", "galore", AT),
+                _loss(evidence, "osd", "galore", AT, RANK),
                 _basis_is_cheaper(evidence, per_step=False),
                 _basis_is_cheaper(evidence, per_step=True),
             ],
@@ -136,9 +137,9 @@ def _part(statement: str, examined: Callable[[], tuple[Verdict, str]]) -> Part:
         return Part(statement, Verdict.undecided, str(reason))
 
 
-def _loss(evidence: Evidence, one: str, other: str, margin: float) -> Part:
+def _loss(evidence: Evidence, one: str, other: str, margin: float, also: Sequence[str] = ()) -> Part:
     def examined() -> tuple[Verdict, str]:
-        pairs = evidence.pairs(one, other)
+        pairs = evidence.pairs(one, other, also)
         difference = interval_of(differences(pairs, LOSS))
         a, b = (_perplexity(runs) for runs in zip(*pairs, strict=True))
         shown = difference.show(lambda value: f"{value:+.4f}")
@@ -172,7 +173,7 @@ def _overlap_is_lower(evidence: Evidence) -> Part:
     def examined() -> tuple[Verdict, str]:
         figure = mean_between(OVERLAP, *SECOND_HALF)
         # by chance alone bases overlap by rank/dimension, and the more the fewer steps lie between them
-        pairs = evidence.pairs("i3s", "galore", ("optimizer.rank", "optimizer.update_proj_gap"))
+        pairs = evidence.pairs("i3s", "galore", (*RANK, "optimizer.update_proj_gap"))
         difference = interval_of(differences(pairs, figure))
         shown = difference.show(lambda value: f"{value:+.3f}")
         i3s, galore = (_quarters(runs) for runs in zip(*pairs, strict=True))
@@ -213,7 +214,7 @@ def _basis_is_cheaper(evidence: Evidence, *, per_step: bool) -> Part:
     figure: Figure = refresh_seconds(per_step)
 
     def examined() -> tuple[Verdict, str]:
-        pairs = evidence.pairs("osd", "galore", ["parallelism"])
+        pairs = evidence.pairs("osd", "galore", ["parallelism", *RANK])
         ratio = interval_of(differences(pairs, log_of(figure)))
         ours, theirs = (statistics.fmean(values(runs, figure)) for runs in zip(*pairs, strict=True))
         shown = ratio.show(lambda value: f"{math.exp(value):.3g}")

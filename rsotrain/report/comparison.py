@@ -136,7 +136,11 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """
     statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
-    jobs = {(g.mark, run.steps, run.config.get("batch_size")) for g, _ in candidates for run in g.finished}
+    jobs = {
+        (g.mark, run.steps, _hashable(run.config.get("batch_size")))
+        for g, _ in candidates
+        for run in g.finished
+    }
     is_loss = column.metric.startswith(("val/", "train/"))
     if column.better is None or len(candidates) < 2 or (is_loss and len(jobs) > 1):
         return []

@@ -13,6 +13,10 @@ from rsotrain.report.runs import Run
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # What is a method's own. Methods are compared on one job: where anything else differs they are not.
 OWN_KEYS = ("optimizer.", "sampler.", REPLICATE_KEY)
+# But not these: what is compared is the method, not the weights that it has or the precision of its state.
+SHARED_KEYS = ("optimizer.block_parameters", "optimizer.state_dtype")
+# With equal fingerprints of data and tokenizer, where the files lay does not matter.
+PATH_KEYS = ("data.path", "data.validation_path", "tokenizer.path")
 
 Figure = Callable[[Run], float | None]
 
@@ -115,17 +119,40 @@ class Evidence:
         pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
         if not pairs:
             raise NoEvidence(f"{one} and {other} share no seed")
-        differing = differing_keys([run for pair in pairs for run in pair], also)
-        if differing := [key for key in differing if key in also or not key.startswith(OWN_KEYS)]:
+        runs = [run for pair in pairs for run in pair]
+        shared = {*SHARED_KEYS, *also}
+        differing = [k for k in differing_keys(runs, also) if k in shared or not k.startswith(OWN_KEYS)]
+        fingerprints = {run.data_fingerprint for run in runs}
+        if len(fingerprints) == 1 and None not in fingerprints:
+            differing = [key for key in differing if key not in PATH_KEYS]
+        if differing:
             raise NoEvidence(f"the runs of {one} and {other} differ in {', '.join(differing[:3])}")
         if self._groups[one][0].mark != self._groups[other][0].mark:  # equal settings, other files
             raise NoEvidence(f"the validation data of {one} and {other} are not the same")
         return pairs
 
 
+def of_their_job(members: Sequence[Run], neighbours: Iterable[Run]) -> list[Run]:
+    """Those of ``neighbours`` that differ from a member in method and seed alone.
+
+    Of a method that is among the members, only with a member's settings: else it is another trial of it.
+    """
+
+    def belongs(run: Run) -> bool:
+        if all(any(not k.startswith(OWN_KEYS) for k in differing_keys([m, run])) for m in members):
+            return False
+        own = [m for m in members if _method(m) == _method(run)]
+        return not own or any(set(differing_keys([m, run])) <= {REPLICATE_KEY} for m in own)
+
+    return [run for run in neighbours if belongs(run)]
+
+
+def _method(run: Run) -> tuple[object, object]:
+    return run.config.get("optimizer.name"), run.config.get("sampler.name")
+
+
 def _is(group: Group, method: str, sampler: str) -> bool:
-    config = group.runs[0].config
-    return (config.get("optimizer.name"), config.get("sampler.name")) == (method, sampler)
+    return _method(group.runs[0]) == (method, sampler)
 
 
 def values(runs: Iterable[Run], figure: Figure) -> list[float]:

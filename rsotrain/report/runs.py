@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,20 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return _unique(runs)
 
 
+def read_neighbours(folders: Sequence[Path]) -> list[Run]:
+    """The other runs in the folders that hold ``folders``; of one that cannot be read it says why."""
+    known = {folder.resolve() for folder in folders}
+    runs = []
+    for parent in sorted({folder.parent for folder in known}):
+        for path in sorted(parent.iterdir()):
+            if path not in known and is_run_folder(path) and has_metrics(path):
+                try:
+                    runs.append(read_run(path))
+                except UserError as error:
+                    print(f"left out of the report: {error}", file=sys.stderr)
+    return runs
+
+
 def looks(paths: Sequence[Path], every: float) -> Iterator[tuple[list[Run], bool]]:
     """The runs in ``paths`` and whether to look again, each ``every`` seconds, until none of them goes on.
 
@@ -150,8 +165,9 @@ def read_run(path: Path) -> Run:
     try:
         config = yaml.safe_load((path / CONFIG).read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path / CONFIG} cannot be read, so nobody knows what was run there: {error}"
+            f"{path / CONFIG} cannot be read, so nobody knows what was run there: {reason}"
         ) from error
     if not isinstance(config, dict):
         raise UserError(f"{path / CONFIG} is not the configuration of a run")

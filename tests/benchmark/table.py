@@ -50,6 +50,8 @@ def table() -> str:
         if not file.exists():
             raise SystemExit(f"{file} is missing: python tests/benchmark/{COMMANDS[name]}")
         content = json.loads(file.read_text())
+        if any("of" not in fields for fields in content["figures"]):
+            raise SystemExit(f"{file} is of an older version: python tests/benchmark/{COMMANDS[name]}")
         lines.append(f"| *{content['conditions']}* | | `{content['command']}` |")
         rows: dict[tuple[str, str], list[str]] = {}
         for figure in (Figure(**fields) for fields in content["figures"]):
