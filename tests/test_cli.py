@@ -213,10 +213,13 @@ def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path
 def test_a_comparison_that_cannot_be_drawn_costs_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    print_comparison([{"status": 0, "folder": tmp_path, "report": ReportConfig()}, {"status": 2}])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n')
+    members = [{"status": 0, "folder": tmp_path / name, "report": ReportConfig()} for name in ("a", "b")]
+    print_comparison([*members, {"status": 2}])
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"rsotrain: {tmp_path}/config.yaml cannot be read")
+    assert captured.err.startswith(f"rsotrain: {tmp_path}/a/config.yaml cannot be read")
     assert captured.out == ""
 
 
