@@ -54,6 +54,12 @@ def same_start_then_power(t: int, gradient: Tensor, rank: int, old: Tensor | Non
     return randomized_svd(draw, rounds=1).double()
 
 
+def random_axes(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+    """Those that the coordinate sampler draws."""
+    picked = torch.randperm(gradient.shape[1], generator=generator(0, "basis", "w", (t - 1) // GAP))[:rank]
+    return torch.eye(gradient.shape[1], dtype=torch.float64)[:, picked.sort().values]
+
+
 def run(optimizer: CompositeOptimizer, parameter: nn.Parameter, grads: list[Tensor]) -> Tensor:
     for gradient in grads:
         parameter.grad = gradient.to(parameter.dtype)
@@ -140,6 +146,13 @@ CASES: dict[str, Case] = {
             w, g, outside="frugal", free_scale=0.3, rounding=torch.finfo(torch.float32).eps, **LOW_REFERENCE
         ),
     ),
+    "frugal-axes": (
+        c.FrugalConfig(name="frugal", free_scale=0.3, **LOW),
+        c.CoordinateConfig(name="coordinate"),
+        lambda w, g: reference.galore(
+            w, g, outside="frugal", free_scale=0.3, draw=random_axes, **LOW_REFERENCE
+        ),
+    ),
     "carry": (
         c.FrugalConfig(name="carry", on_refresh=c.OnRefresh.transport, **LOW),
         SVD,
@@ -183,11 +196,15 @@ CASES: dict[str, Case] = {
 # random walk of 2e-3 · √20 ≈ 1 %, whose largest of 288 entries is several times that.
 TOLERANCE = {"fp32": 1e-4, "bf16_mixed": 0.05, "bf16": 0.12}
 
+SIGNS_OUTSIDE_DENSE_BASES = ("frugal", "carry")
+
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "bf16"])
 @pytest.mark.parametrize("side", SHAPES)
 @pytest.mark.parametrize("method", CASES)
 def test_twenty_steps_equal_the_reference(method: str, side: str, precision: str) -> None:
+    if method in SIGNS_OUTSIDE_DENSE_BASES and precision != "fp32":
+        pytest.skip("of small residuals bfloat16 has no sign: tests/test_optim_signs.py")
     config, sampler, transcription = CASES[method]
     shape = SHAPES[side]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

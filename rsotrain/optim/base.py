@@ -174,9 +174,9 @@ class Part(ABC):
         return 1.0 - lr * self.settings.weight_decay
 
     def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
-        """W ← (1 − ηλ)W + η·update, rounded once; overwrites ``update``, which is at least float32."""
+        """W ← (1 − ηλ)W + η·update, rounded once; may overwrite ``update``."""
         if self.settings.weight_decay:
-            update.sub_(weight, alpha=self.settings.weight_decay)
+            update = update.to(work_dtype(update.dtype)).sub_(weight, alpha=self.settings.weight_decay)
         weight.add_(update, alpha=lr)
 
     def metrics(self) -> dict[str, float]:

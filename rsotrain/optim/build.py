@@ -61,7 +61,7 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
             draw = partial(samplers.randomized_svd, rounds=config.rounds)
             return Sampler(name, draw, informed=True, by_products=True)
         case c.TopkNormConfig():
-            return Sampler(name, samplers.topk_norm, informed=True, by_products=True)
+            return Sampler(name, samplers.topk_norm, axes=True, informed=True, by_products=True)
         case c.MixtureConfig():
             fraction = config.principal_fraction
             require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
@@ -69,7 +69,7 @@ def build_sampler(config: c.SamplerConfig) -> Sampler:
         case c.HaarConfig():
             return Sampler(name, samplers.haar)
         case c.CoordinateConfig():
-            return Sampler(name, samplers.coordinate)
+            return Sampler(name, samplers.coordinate, axes=True)
         case c.SRHTConfig():
             return Sampler(name, samplers.srht)
         case c.GaussianConfig():

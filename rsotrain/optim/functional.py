@@ -108,9 +108,21 @@ def limited_growth_(
     return factor
 
 
+def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of the rows of an M×k matrix, M×1, summed in ``dtype``."""
+    if piece.is_contiguous():
+        return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
+    # a transposed view: torch's norm along the strided dimension takes three times as long
+    return piece.T.square().sum(0, dtype=dtype).sqrt_().unsqueeze(1)
+
+
 def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
     """s = Σ A² over runs of ``subset_size`` entries of a row (SN, arXiv 2411.07120): M×(k/subset_size)."""
-    return torch.linalg.vector_norm(gradient.unflatten(1, (-1, subset_size)), dim=2).square_()
+    if subset_size == 1:
+        return gradient.square()
+    if gradient.is_contiguous():
+        return torch.linalg.vector_norm(gradient.unflatten(1, (-1, subset_size)), dim=2).square_()
+    return gradient.T.unflatten(0, (-1, subset_size)).square().sum(1).T  # as in row_norms
 
 
 def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float) -> Tensor:
@@ -130,12 +142,11 @@ def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Beta
     return subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
 
 
-def scale_subsets_(numerator: Tensor, factors: Tensor, subsets: Tensor | None = None) -> None:
-    """Each subset of the entries of ``numerator`` (M×k) times its factor.
+def scaled_subsets(numerator: Tensor, factors: Tensor, subsets: Tensor | None = None) -> Tensor:
+    """Each subset of the entries of ``numerator`` (M×k) times its factor, in the wider of their dtypes.
 
     ``subsets``: where ``numerator`` is some of the columns, the subset of each.
     """
     if subsets is not None:
-        numerator.mul_(factors[:, subsets])
-    else:
-        numerator.unflatten(1, (factors.shape[1], -1)).mul_(factors.unsqueeze(2))
+        return numerator * factors[:, subsets]
+    return (numerator.unflatten(1, (factors.shape[1], -1)) * factors.unsqueeze(2)).flatten(1)

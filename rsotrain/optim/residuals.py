@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.optim.base import work_dtype
-from rsotrain.optim.functional import channel_scales, limited_growth_
+from rsotrain.optim.functional import channel_scales, limited_growth_, row_norms
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.subspace_part import Matrix
 from rsotrain.subspace.bases import BasisChange
@@ -22,12 +22,22 @@ def rounding_noise(size: int, dtype: torch.dtype) -> float:
     return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps
 
 
+def rounding_noise_of_entries(size: int, dtype: torch.dtype) -> float:
+    """The same of one entry, relative to the norm of its row of A.
+
+    The roundings of the entries of A, Q and R are independent: together they leave 0.4 eps of the norm of
+    the row, spread over its k entries. Twice eps is five times as much.
+    """
+    noise = 4 * size**0.5 * torch.finfo(torch.float32).eps
+    return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps / size**0.5
+
+
 def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
     """Norms of the rows of scales ⊙ ``piece``, without making it: its own norm is theirs.
 
     ``piece``: M×k; ``scales``: M×1, or one for all, 1×1. Returns M×1.
     """
-    return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=scales.dtype).mul_(scales)
+    return row_norms(piece, scales.dtype).mul_(scales)
 
 
 class Fira(GaLore):
@@ -53,15 +63,17 @@ class Fira(GaLore):
             if m.rank == m.size:
                 add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
                 continue
-            residual = a.to(r.dtype, copy=True)
-            add_lifted_(residual, r, self.basis(m), -1.0)
+            basis = self.basis(m)
+            residual = a.to(basis.dtype, copy=True)
+            add_lifted_(residual, r, basis, -1.0)
             scales = channel_scales(descent, r)
             # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
             norm, inside = self._norms(m, scaled_row_norms(residual, scales), descent)
-            noise = rounding_noise(m.size, self.basis_dtype) * inside
+            noise = rounding_noise(m.size, basis.dtype) * inside
             previous = self.state[m.name]["residual_norm"]
-            update = residual.mul_(scales * -limited_growth_(norm, previous, self.max_growth, noise))
-            add_lifted_(update, descent, self.basis(m), 1.0)
+            limited = scales * -limited_growth_(norm, previous, self.max_growth, noise)
+            update = residual.mul_(limited.to(basis.dtype))  # of one dtype: mixed takes four times as long
+            add_lifted_(update, descent, basis, 1.0)
             self.apply_(m.weight, update, lr)
 
     @staticmethod
@@ -75,14 +87,13 @@ class Frugal(GaLore):
     """Adam in the subspace, signSGD outside it (FRUGAL, arXiv 2411.07837).
 
     W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
-    too: so this method projects in float32 at least, whatever the run's precision, and a residual that is
-    no larger than they are, relative to its row of A, counts as 0. (Of the products: a basis that is
-    itself inexact, as randomized_svd's, leaves residuals that count.) At full rank there is no outside.
+    too: a residual that is no larger than they are, relative to its row of A, counts as 0. (Of the
+    products: a basis that is itself inexact, as randomized_svd's, leaves residuals that count.) At full
+    rank there is no outside.
     """
 
     own_settings: ClassVar = ("free_scale",)
     needs_orthonormal: ClassVar = True
-    full_precision: ClassVar = True
     free_scale: float
 
     def apply(
@@ -93,12 +104,20 @@ class Frugal(GaLore):
             if m.rank == m.size:
                 add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
                 continue
-            residual = a.to(r.dtype, copy=True)
-            add_lifted_(residual, r, self.basis(m), -1.0)
-            noise = m.row_norms(a, residual.dtype).mul_(rounding_noise(m.size, residual.dtype))
-            update = torch.where(residual.abs() > noise, residual.sign(), 0.0).mul_(-self.free_scale)
-            add_lifted_(update, descent, self.basis(m), 1.0)
-            self.apply_(m.weight, update, lr)
+            basis = self.basis(m)
+            residual = a.to(basis.dtype, copy=True)
+            add_lifted_(residual, r, basis, -1.0)
+            signs = residual.div_(self._noise(m, a, basis.dtype)).trunc_().clamp_(-1.0, 1.0)
+            add_lifted_(signs, descent, basis, 1.0, kept_share=-self.free_scale)
+            self.apply_(m.weight, signs, lr)
+
+    def _noise(self, matrix: Matrix, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """What entries of the residual must exceed to have a sign, for each row, M×1, positive."""
+        least = torch.finfo(dtype).tiny
+        if self.subspace.sampler.axes:
+            return torch.full((matrix.num_rows, 1), least, dtype=dtype, device=gradient.device)
+        norms = matrix.row_norms(gradient, work_dtype(gradient.dtype))
+        return norms.mul_(rounding_noise_of_entries(matrix.size, dtype)).to(dtype).clamp_(min=least)
 
 
 class Apollo(GaLore):
@@ -143,14 +162,13 @@ class LDAdam(GaLore):
     moments are transported; then GaLore's step, and
     E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
     E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
-    So are the products and the bases, whatever the run's precision: E would gather what a bfloat16 basis
-    is short of orthonormal. Captured energy is of A, not of G. Meant for ``update_proj_gap`` 1; with a
+    What bfloat16 products round away stays in it too. Captured energy is of A, not of G. Meant for
+    ``update_proj_gap`` 1; with a
     larger one E carries what is outside the subspace from one basis to the next.
     """
 
     own_settings: ClassVar = ("rho",)
     needs_orthonormal: ClassVar = True
-    full_precision: ClassVar = True
     rho: float
 
     def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:

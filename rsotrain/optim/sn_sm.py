@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rsotrain.config import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
-from rsotrain.optim.functional import scale_subsets_, subset_norm_factors_, transport_momentum_
+from rsotrain.optim.functional import scaled_subsets, subset_norm_factors_, transport_momentum_
 from rsotrain.optim.subspace_part import Matrix, SubspacePart, matrix_of
 from rsotrain.sharding import local
 from rsotrain.subspace.bases import BasisChange
@@ -74,11 +74,10 @@ class SubsetNorm(Part):
             state = [self.state[m.name][kind] for kind in _KINDS]
             exp_avg, subset_sq = self.keeper.read(state)
             exp_avg.lerp_(gradient, 1.0 - betas[0])
-            update = oriented(exp_avg.clone(), m.side)
             sums = m.subset_sums(oriented(gradient, m.side), size)
             factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
-            scale_subsets_(update, factors, m.subsets_of_columns(size))
-            self.apply_(m.weight, update, lr)
+            momentum = oriented(exp_avg, m.side)
+            self.apply_(m.weight, scaled_subsets(momentum, factors, m.subsets_of_columns(size)), lr)
             labels = [f"{m.name}{m.shard.label}.exp_avg", f"{m.label}.subset_sq"]
             self.keeper.write(state, [exp_avg, subset_sq], labels, step)
 
@@ -122,15 +121,10 @@ class SubspaceMomentum(SubspacePart):
         torch._foreach_lerp_(exp_avgs, projected, 1.0 - betas[0])
         differences = torch._foreach_sub(exp_avgs, projected)  # M − R
         for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
-            wide_a = a.to(difference.dtype)
-            size = m.size // subset_sq.shape[1]
-            factors = subset_norm_factors_(subset_sq, m.subset_sums(wide_a, size), step, betas, eps)
-            if size == m.size:  # a factor a row: it may come before the product, in the pass that copies A
-                update = wide_a * factors
-                add_lifted_(update, difference.mul_(factors), self.basis(m), 1.0)
-            else:
-                update = wide_a.clone() if wide_a is a else wide_a
-                add_lifted_(update, difference, self.basis(m), 1.0)
-                scale_subsets_(update, factors, m.subsets_of_columns(size))
-            self.apply_(m.weight, update, lr)
+            size, basis = m.size // subset_sq.shape[1], self.basis(m)
+            sums = m.subset_sums(a.to(difference.dtype), size)
+            factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
+            numerator = a.to(basis.dtype, copy=True)
+            add_lifted_(numerator, difference, basis, 1.0)
+            self.apply_(m.weight, scaled_subsets(numerator, factors, m.subsets_of_columns(size)), lr)
         self.keeper.write(state, wide, [f"{m.label}.{kind}" for kind in _KINDS for m in bucket], step)

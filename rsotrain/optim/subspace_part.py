@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rsotrain.config import OnRefresh
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
-from rsotrain.optim.functional import subset_sums
+from rsotrain.optim.functional import row_norms, subset_sums
 from rsotrain.sharding import Shard, local, shard_of
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import Side, oriented, project_, resolve_rank, side_of
@@ -24,8 +24,8 @@ class Subspace:
 
     ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
     ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised (a lagged sampler's) is float32 whatever this says, but RSO's: activations in
-    ``compute_dtype`` are multiplied by it.
+    is itself optimised (a lagged sampler's) is stored in float32 whatever this says, but RSO's: it is
+    multiplied by activations in ``compute_dtype``.
     """
 
     sampler: Sampler
@@ -91,7 +91,7 @@ class Matrix:
 
     def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
         """Norms of the rows of an M×k matrix, num_rows×1."""
-        norms = torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
+        norms = row_norms(piece, dtype)
         return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
 
     def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
@@ -121,11 +121,10 @@ class SubspacePart(Part):
 
     Matrices are updated in buckets: one matrix product each for the projections, then the elementwise
     work of the whole bucket in fused or foreach calls. ``needs_orthonormal``: the method makes no sense
-    with other bases; ``full_precision``: nor with projections in less than float32.
+    with other bases.
     """
 
     needs_orthonormal: ClassVar[bool] = False
-    full_precision: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -144,10 +143,8 @@ class SubspacePart(Part):
         ]
         self.by_name = {m.name: m for m in self.matrices}
         dtype = next(iter(parameters.values())).dtype
-        self.basis_dtype = work_dtype(dtype)
-        exact = self.full_precision or subspace.sampler.lagged
-        if subspace.compute_dtype is not None and not exact:
-            self.basis_dtype = subspace.compute_dtype
+        self.product_dtype = subspace.compute_dtype or work_dtype(dtype)
+        self.basis_dtype = work_dtype(dtype) if subspace.sampler.lagged else self.product_dtype
         self.bases = Bases(
             {m.name: (m.size, m.rank) for m in self.matrices},
             subspace.sampler,
@@ -184,8 +181,8 @@ class SubspacePart(Part):
         """Fit the moments to the new basis, before the gradient of ``step`` enters them."""
 
     def basis(self, matrix: Matrix) -> Tensor:
-        """The basis in use, of it what belongs to the columns that are here."""
-        return matrix.columns_of(self.bases[matrix.name])
+        """The basis in use, as products take it; of it what belongs to the columns that are here."""
+        return matrix.columns_of(self.bases[matrix.name].to(self.product_dtype))
 
     def state_dim(self, name: str, key: str) -> int | None:
         """All but what belongs to the basis, and scalars, has one row for each of M."""

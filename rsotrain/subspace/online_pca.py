@@ -20,8 +20,8 @@ def pca_gradient(gram: Gram, basis: Tensor, penalty: float) -> Tensor:
     energy = gram.energy().clamp(min=torch.finfo(basis.dtype).tiny)
     product = gram.matmul(basis) / energy.to(basis.dtype)  # HQ
     overlap = basis.T @ basis  # QᵀQ
-    data = -2.0 * (2.0 * product - product @ overlap - basis @ (basis.T @ product))
-    return data + 4.0 * penalty * (basis @ overlap - basis)
+    within = 2.0 * (basis.T @ product) + 4.0 * penalty * overlap
+    return 2.0 * (product @ overlap) - 4.0 * product + basis @ within - 4.0 * penalty * basis
 
 
 def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:

@@ -68,10 +68,13 @@ def add_lifted_(
     have one dtype, no M×k temporary is made.
     """
     factor = low_rank.to(basis.dtype)
+    # in the layout of the target: a left-projected one is a transposed view
     if target.dtype == basis.dtype:
-        target.addmm_(factor, basis.T, beta=kept_share, alpha=alpha)
+        if target.is_contiguous():
+            target.addmm_(factor, basis.T, beta=kept_share, alpha=alpha)
+        else:
+            target.T.addmm_(basis, factor.T, beta=kept_share, alpha=alpha)
         return
-    # the product in the layout of the target: a left-projected target is a transposed view
     lifted = factor @ basis.T if target.is_contiguous() else (basis @ factor.T).T
     if kept_share != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
         target.add_(lifted.mul_(alpha).add_(target, alpha=kept_share - 1.0))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.sharding import Shard
-from rsotrain.subspace.gram import DenseGram, GradientGram, Gram
+from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, largest_entry
 from rsotrain.subspace.projection import Side, oriented
 
 
@@ -123,10 +123,7 @@ class SummedGram:
         self.resolution = torch.finfo(gradient.dtype).eps
         self.shard = shard
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        # an empty piece has no largest entry, and a maximum may lose a NaN
-        largest = (
-            gradient.new_zeros((), dtype=dtype) if gradient.numel() == 0 else gradient.abs().amax().to(dtype)
-        )
+        largest = largest_entry(gradient).to(dtype)  # a maximum over ranks may lose a NaN
         self.largest = torch.where(largest.isfinite(), largest, torch.inf)
         dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=shard.group)
         self.piece = GradientGram(gradient, self.largest)
