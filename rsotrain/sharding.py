@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rsotrain import exchange
 from rsotrain.config import Precision
 
 if TYPE_CHECKING:
@@ -189,7 +190,11 @@ def reduce_rows(
     received = send[0]
     if pieces > 1:
         received = torch.empty_like(send[0])
-        dist.reduce_scatter_single(received, send.flatten(), group=mesh.get_group("shard"))
+        group = mesh.get_group("shard")
+        if exchange.is_direct(group):
+            exchange.reduce_scatter(received, send.flatten(), group)
+        else:
+            dist.reduce_scatter_single(received, send.flatten(), group=group)
     if mesh.ndim > 1:
         dist.all_reduce(received, group=mesh.get_group("replicate"))
     result = {}
@@ -241,3 +246,5 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", p
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    if pieces > 1 and exchange.is_direct(mesh.get_group("shard")):
+        exchange.use_in([model, *blocks])

@@ -12,6 +12,7 @@ from test_trainer import compose, load_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rsotrain import exchange
 from rsotrain.config import Config, Strategy
 from rsotrain.data.build import Data
 from rsotrain.distributed import World
@@ -25,22 +26,43 @@ METHODS = (
 
 
 class Traffic(TorchDispatchMode):
-    """Collectives by kind, and the bytes that a rank puts into them."""
+    """Collectives by kind, and the bytes that a rank puts into them.
+
+    Those of ``exchange`` count as the collectives that they are, not as what they send.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "Traffic":
+        for kind in ("all_gather", "reduce_scatter"):
+            self.patch.setattr(exchange, kind, partial(self._count, kind, getattr(exchange, kind)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
+
+    def _count(self, kind: str, call: Any, out: torch.Tensor, given: torch.Tensor, group: Any) -> Any:
+        kind = kind.replace("all_gather", "allgather")
+        self.counts[kind] += 1
+        self.bytes[kind] += given.numel() * given.element_size()
+        return call(out, given, group)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             kind = func._schema.name.removeprefix("c10d::").strip("_").replace("_base", "")
             # inputs come second where there are outputs of their own
             given = args[1] if kind in ("allgather", "reduce_scatter", "gather", "scatter") else args[0]
-            self.counts[kind] += 1
-            self.bytes[kind] += sum(
-                t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, torch.Tensor)
-            )
+            if kind not in ("send", "recv"):
+                self.counts[kind] += 1
+                self.bytes[kind] += sum(
+                    t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, torch.Tensor)
+                )
         return func(*args, **(kwargs or {}))
 
 

@@ -80,10 +80,8 @@ class _Formula:
         self.optimizer, self.sampler = config.optimizer, config.sampler
         self.pieces = shards_of(config.parallelism, config.parallelism.world_size or 1)
         self.moment = 2 if self.optimizer.state_dtype is c.StateDtype.bfloat16 else 4
-        exact = isinstance(self.optimizer, c.LDAdamConfig | c.FrugalConfig) or (
-            isinstance(self.sampler, c.OnlinePCAConfig) and not isinstance(self.optimizer, c.RSOConfig)
-        )
-        self.basis = 4 if exact or config.precision is c.Precision.fp32 else 2
+        lagged = isinstance(self.sampler, c.OnlinePCAConfig) and not isinstance(self.optimizer, c.RSOConfig)
+        self.basis = 4 if lagged or config.precision is c.Precision.fp32 else 2
 
     def piece(self, shape: tuple[int, ...], rows: bool = False) -> int:
         """Elements of the largest piece."""
