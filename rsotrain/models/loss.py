@@ -82,7 +82,7 @@ def _loss_and_gradients(
             weight_sum.add_(chunk_logits, chunk * valid[start : start + CHUNK_TOKENS])
     if grad_hidden is not None:
         grad_hidden.mul_(valid)
-    return loss, grad_hidden, weight_sum.total.to(weight.dtype) if weight_sum is not None else None
+    return loss, grad_hidden, weight_sum.sum().to(weight.dtype) if weight_sum is not None else None
 
 
 def _block_rows(num_rows: int, row_elements: int, device: torch.device) -> int:
@@ -130,7 +130,8 @@ class _WeightGradient:
     """
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype) -> None:
-        self.total = torch.zeros_like(weight, dtype=torch.float32)
+        self.total = torch.empty_like(weight, dtype=torch.float32)
+        self.begun = False  # the first summand is written, not added to zeros
         self.direct = compute_dtype == torch.float32
         vocab_size, features = weight.shape
         rows = 0 if self.direct else _block_rows(vocab_size, features, weight.device)
@@ -138,12 +139,19 @@ class _WeightGradient:
         self.partial_float = torch.empty_like(self.partial, dtype=torch.float32)
 
     def add_(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        begun, self.begun = self.begun, True
         if self.direct:
-            self.total.addmm_(grad_logits.t(), hidden)
+            self.total.addmm_(grad_logits.t(), hidden, beta=float(begun))
             return
         step = self.partial.shape[0]
         for total, grad_columns in zip(self.total.split(step), grad_logits.split(step, dim=1), strict=True):
             partial = self.partial[: total.shape[0]]
             torch.mm(grad_columns.t(), hidden, out=partial)
-            # Adding bf16 to fp32 in one call takes torch's unvectorised path: convert, then add.
-            total.add_(self.partial_float[: total.shape[0]].copy_(partial))
+            if begun:
+                # Adding bf16 to fp32 in one call takes torch's unvectorised path: convert, then add.
+                total.add_(self.partial_float[: total.shape[0]].copy_(partial))
+            else:
+                total.copy_(partial)
+
+    def sum(self) -> Tensor:
+        return self.total if self.begun else self.total.zero_()
