@@ -19,7 +19,8 @@ IGNORE_INDEX = -100  # of a target that does not count; the default of torch's c
 # reach their full rate at 512 tokens (380 GFLOP/s; 350 at 256) and gain nothing beyond.
 CHUNK_TOKENS = 512
 # fp32 working buffers of a CPU hold this many bytes, so that they stay in its cache between the passes
-# over them; 8 MiB are no faster, and 30 MiB more at the peak. A GPU works on everything at once, to launch fewer kernels.
+# over them; 8 MiB are no faster, and 30 MiB more at the peak. A GPU works on everything at once, to launch
+# fewer kernels.
 _CPU_BLOCK_BYTES = 2 * 2**20
 
 
