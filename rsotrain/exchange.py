@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+WAITING = "exchange: waiting"  # in profiles
+
 
 def is_direct(group: dist.ProcessGroup) -> bool:
     """Are these used in ``group``? Other backends' own collectives are better than what is here."""
@@ -27,9 +29,10 @@ class Exchange(dist.Work):
         self.works = works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self.works:
-            assert work is not None  # this rank is of the group
-            work.wait()
+        with torch.profiler.record_function(WAITING):
+            for work in self.works:
+                assert work is not None  # this rank is of the group
+                work.wait()
         return True
 
 

@@ -77,12 +77,18 @@ def test_signs_are_the_residuals_wherever_it_is_more_than_rounding(
     assert float(right.double().mean()) > 0.9
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+# With large columns and in float32 it is the basis that is not exact: its Gram matrix squares the condition.
+@pytest.mark.parametrize(
+    ("precision", "large"),
+    [*((precision, 0) for precision in PRECISIONS), (c.Precision.bf16_mixed, 4), (c.Precision.bf16, 4)],
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: c.Precision) -> None:
+def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: c.Precision, large: int) -> None:
     random = torch.Generator().manual_seed(0)
     rows, columns = shape
-    gradient = torch.randn(rows, RANK, generator=random) @ torch.randn(RANK, columns, generator=random)
+    right = torch.randn(RANK, columns, generator=random)
+    right[:, :large] *= 30.0  # what a dominant subspace captures is often in few columns
+    gradient = torch.randn(rows, RANK, generator=random) @ right
     # the last rows and columns are zero: nothing to divide by, and still no sign
     gradient[-1], gradient[:, -1] = 0.0, 0.0
     found = signs(SVD, gradient, precision)

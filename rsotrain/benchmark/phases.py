@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rsotrain import exchange
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
 from rsotrain.optim.rso import RSO
 from rsotrain.optim.subspace_part import SubspacePart
@@ -125,12 +126,15 @@ def all_bases_due(trainer: Trainer) -> Iterator[None]:
 def communication_seconds(profile: torch.profiler.profile, num_steps: int) -> float:
     """Seconds of a step in which collectives were under way, from a profile of ``num_steps`` steps.
 
-    With gloo from their start to their end, so that waiting for other ranks counts; with NCCL its kernels'.
+    With gloo from their start to their end, so that waiting for other ranks counts, but of the pieces that
+    ``exchange`` sends while this rank computes only the waiting; with NCCL its kernels'.
     """
     intervals: dict[bool, list[tuple[float, float]]] = defaultdict(list)
     for event in profile.events() or ():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if ("nccl" in event.name and on_device) or event.name.startswith("gloo:"):
+        # a send lasts, as gloo counts, until it is waited for
+        by_gloo = event.name.startswith("gloo:") and event.name not in ("gloo:send", "gloo:recv")
+        if ("nccl" in event.name and on_device) or by_gloo or event.name == exchange.WAITING:
             intervals[on_device].append((event.time_range.start, event.time_range.end))
     return covered(intervals[True] + intervals[False]) / 1e6 / num_steps
 

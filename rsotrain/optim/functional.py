@@ -109,7 +109,7 @@ def limited_growth_(
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of the rows of an M×k matrix, M×1, summed in ``dtype``."""
+    """Norms of the rows of an M×k matrix, M×1, summed in ``dtype``; squares may be in that of ``piece``."""
     if piece.is_contiguous():
         return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
     # a transposed view: torch's norm along the strided dimension takes three times as long

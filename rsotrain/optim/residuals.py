@@ -22,16 +22,6 @@ def rounding_noise(size: int, dtype: torch.dtype) -> float:
     return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps
 
 
-def rounding_noise_of_entries(size: int, dtype: torch.dtype) -> float:
-    """The same of one entry, relative to the norm of its row of A.
-
-    The roundings of the entries of A, Q and R are independent: together they leave 0.4 eps of the norm of
-    the row, spread over its k entries. Twice eps is five times as much.
-    """
-    noise = 4 * size**0.5 * torch.finfo(torch.float32).eps
-    return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps / size**0.5
-
-
 def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
     """Norms of the rows of scales ⊙ ``piece``, without making it: its own norm is theirs.
 
@@ -87,9 +77,8 @@ class Frugal(GaLore):
     """Adam in the subspace, signSGD outside it (FRUGAL, arXiv 2411.07837).
 
     W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
-    too: a residual that is no larger than they are, relative to its row of A, counts as 0. (Of the
-    products: a basis that is itself inexact, as randomized_svd's, leaves residuals that count.) At full
-    rank there is no outside.
+    too: a residual that is no larger than they are counts as 0. (Of the products: a basis that is itself
+    inexact, as randomized_svd's, leaves residuals that count.) At full rank there is no outside.
     """
 
     own_settings: ClassVar = ("free_scale",)
@@ -107,17 +96,28 @@ class Frugal(GaLore):
             basis = self.basis(m)
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
-            signs = residual.div_(self._noise(m, a, basis.dtype)).trunc_().clamp_(-1.0, 1.0)
+            signs = self._signs_(residual, m, a, r, basis)
             add_lifted_(signs, descent, basis, 1.0, kept_share=-self.free_scale)
             self.apply_(m.weight, signs, lr)
 
-    def _noise(self, matrix: Matrix, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """What entries of the residual must exceed to have a sign, for each row, M×1, positive."""
-        least = torch.finfo(dtype).tiny
+    def _signs_(
+        self, residual: Tensor, matrix: Matrix, gradient: Tensor, projected: Tensor, basis: Tensor
+    ) -> Tensor:
+        """Those of the entries of ``residual`` that exceed rounding, 0 of the others; overwrites it."""
         if self.subspace.sampler.axes:
-            return torch.full((matrix.num_rows, 1), least, dtype=dtype, device=gradient.device)
-        norms = matrix.row_norms(gradient, work_dtype(gradient.dtype))
-        return norms.mul_(rounding_noise_of_entries(matrix.size, dtype)).to(dtype).clamp_(min=least)
+            return residual.sign_()
+        info = torch.finfo(basis.dtype)
+        if basis.dtype.itemsize >= 4:
+            noise = matrix.row_norms(gradient, basis.dtype).mul_(rounding_noise(matrix.size, basis.dtype))
+            residual.div_(noise.clamp_(min=info.tiny))
+        else:
+            # The roundings of A, Q and R are independent, and about as large as the entries of A that the
+            # subspace makes: ‖R_i‖‖Q_j‖/√r. Together they leave 0.4 eps of these; 2 eps is five times that.
+            rows = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
+            columns = torch.linalg.vector_norm(basis, dim=1, dtype=rows.dtype)
+            for noise in (rows.mul_(2 * info.eps / matrix.rank**0.5), columns):
+                residual.div_(noise.to(basis.dtype).clamp_(min=info.tiny))
+        return residual.trunc_().clamp_(-1.0, 1.0)
 
 
 class Apollo(GaLore):
@@ -163,8 +163,8 @@ class LDAdam(GaLore):
     E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
     E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
     What bfloat16 products round away stays in it too. Captured energy is of A, not of G. Meant for
-    ``update_proj_gap`` 1; with a
-    larger one E carries what is outside the subspace from one basis to the next.
+    ``update_proj_gap`` 1; with a larger one E carries what is outside the subspace from one basis to the
+    next.
     """
 
     own_settings: ClassVar = ("rho",)
