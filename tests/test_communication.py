@@ -21,7 +21,7 @@ from rsotrain.trainer import Trainer
 GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
 METHODS = (
     "adam", "galore", "i3s", "sn", "sm", "sn_sm", "frugal", "fira", "apollo", "apollo_mini", "osd", "ldadam",
-    "muon", "rso",
+    "muon", "rso", "carry",
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def traffic(
 
 def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     _, found = traffic
-    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal"):
+    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry"):
         assert found[name]["quiet"] == found["adam"]["quiet"], name
 
 
@@ -163,3 +163,14 @@ def test_bases_that_change_each_step_cost_products_of_their_size(
         else:  # one product with the Gram matrix; its largest entry and its energy are 12 bytes
             assert basis_bytes < extra <= basis_bytes + 12 * len(shapes), name
         assert "gather" not in found[name]["quiet"][0]
+
+
+def test_power_iterations_of_a_high_rank_reduce_each_gram_matrix_once(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    carry = found["carry"]
+    grams = sum(4 * min(shape) ** 2 for shape in carry["shapes"]) if strategy is Strategy.fsdp else 0
+    scalars = carry["refresh"][1]["allreduce"] - carry["quiet"][1]["allreduce"] - grams
+    assert 0 <= scalars <= 64 * len(carry["shapes"])
+    assert carry["refresh"][1].get("allgather") == carry["quiet"][1].get("allgather")
