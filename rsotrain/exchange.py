@@ -57,6 +57,9 @@ def reduce_scatter(out: Tensor, pieces: Tensor, group: dist.ProcessGroup) -> Non
 
     Summands are added as they arrive, one at a time and always in the same order.
     """
+    if not is_direct(group):
+        dist.reduce_scatter_single(out, pieces, group=group)
+        return
     rank, size = group.rank(), group.size()
     parts = pieces.chunk(size)
     out.copy_(parts[rank])
@@ -78,7 +81,7 @@ class _Allocating:
 
 
 class _AllGather(_Allocating):
-    """FSDP's interface of this name, which torch does not export."""
+    """FSDP's interface of this name, which torch does not export. The gather is under way in any case."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False

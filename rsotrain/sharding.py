@@ -190,11 +190,7 @@ def reduce_rows(
     received = send[0]
     if pieces > 1:
         received = torch.empty_like(send[0])
-        group = mesh.get_group("shard")
-        if exchange.is_direct(group):
-            exchange.reduce_scatter(received, send.flatten(), group)
-        else:
-            dist.reduce_scatter_single(received, send.flatten(), group=group)
+        exchange.reduce_scatter(received, send.flatten(), mesh.get_group("shard"))
     if mesh.ndim > 1:
         dist.all_reduce(received, group=mesh.get_group("replicate"))
     result = {}

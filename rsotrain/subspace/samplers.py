@@ -42,8 +42,8 @@ class Sampler:
 
     ``orthonormal``: the columns are orthonormal; ``hint`` says what to do where they must be and are
     not. ``unit_columns``: they are of norm 1, if only about so; else E[QQᵀ] = I. ``axes``: they are unit
-    vectors, so that nothing is rounded in products with them. ``informed``: it needs the
-    Gram matrix. ``lagged``: after the first draw, it draws after the update, for the next step.
+    vectors, so that nothing is rounded in products with them. ``informed``: it needs the Gram matrix.
+    ``lagged``: after the first draw, it draws after the update, for the next step.
     ``switch``: share of training after which it draws by another rule, which needs no data; there is a
     draw then, wherever the last one was. ``by_products``: after the first draw it is content with a few
     products with the Gram matrix, so that ranks that share a matrix draw together; otherwise one draws for
