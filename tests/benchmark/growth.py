@@ -164,7 +164,7 @@ def main() -> None:
     every = ("ranks", "model", "sequence", "batch", "rank")
     parser.add_argument("--series", nargs="+", choices=every, default=list(every))
     parser.add_argument("--optimizer", default="rso")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     use_threads(1)
