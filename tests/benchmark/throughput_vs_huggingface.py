@@ -9,13 +9,15 @@ zero_grad. rsotrain:<optimizer> is the whole Trainer.train_step, as the command 
 rsotrain:<optimizer>:compile the same with compile=true. Each loop runs in a
 process of its own, in turn, for several rounds; refreshes are amortised over --gap steps: what the first
 step's SVDs, or the draw of all bases, take more than another step, is divided by it. For huggingface:galore
-that is measured in the first round; in the others its bases are random. Peak memory is the process's.
+that is measured in the first round; in the others its bases are random. Peak memory is the process's; page
+faults, and the processor's time in the kernel that they mostly are, those of the last round.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -172,13 +174,21 @@ def worker(arguments: argparse.Namespace) -> None:
     loop = LOOPS[kind](arguments, optimizer)
     first = timed(loop.step)
     losses = [first.value] + [loop.step() for _ in range(WARM_UP_STEPS - 1)]
+    before = resource.getrusage(resource.RUSAGE_SELF)
     laps = [timed(loop.step)]
     while len(laps) < 3 * arguments.steps and len(calm(laps, 0)) < arguments.steps:
         laps.append(timed(loop.step))
+    after = resource.getrusage(resource.RUSAGE_SELF)
     seconds = [lap.seconds for lap in calm(laps, arguments.steps)]
-    refresh = loop.refresh_seconds(first.seconds, statistics.median(seconds))
-    peak_bytes = peak_resident_bytes()
-    print(json.dumps({"seconds": seconds, "refresh": refresh, "peak_bytes": peak_bytes, "loss": losses[-1]}))
+    result = {
+        "seconds": seconds,
+        "refresh": loop.refresh_seconds(first.seconds, statistics.median(seconds)),
+        "faults": (after.ru_minflt - before.ru_minflt) / len(laps),
+        "kernel_seconds": (after.ru_stime - before.ru_stime) / len(laps),
+        "peak_bytes": peak_resident_bytes(),
+        "loss": losses[-1],
+    }
+    print(json.dumps(result))
 
 
 def measurements(arguments: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -202,9 +212,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     refresh: dict[str, float] = {}
     peaks: dict[str, int] = {}
+    last: dict[str, dict[str, Any]] = {}
     for round_index, variant, result in measurements(arguments):
         seconds.setdefault(variant, []).extend(result["seconds"])
         peaks[variant] = max(peaks.get(variant, 0), result["peak_bytes"])
+        last[variant] = result
         if round_index == 0:
             refresh[variant] = result["refresh"]
     step = {v: statistics.median(values) + refresh[v] / arguments.gap for v, values in seconds.items()}
@@ -213,7 +225,9 @@ def main() -> None:
     for variant, values in seconds.items():
         detail = (
             f"{tokens / step[variant]:.0f} tokens/s; fastest {min(values):.3f} s,"
-            f" refresh {refresh[variant]:.1f} s, peak {peaks[variant] / MIB:.0f} MiB"
+            f" refresh {refresh[variant]:.1f} s, peak {peaks[variant] / MIB:.0f} MiB;"
+            f" a step has {last[variant]['faults']:.0f} page faults and {last[variant]['kernel_seconds']:.2f}"
+            " processor seconds in the kernel"
         )
         figures.append(Figure("step", variant, step[variant], unit=" s", detail=detail))
     for ours in step:
