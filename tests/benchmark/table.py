@@ -19,7 +19,7 @@ from pathlib import Path
 from bench import RESULTS, ROOT, Figure
 
 COMMANDS = {
-    "throughput_bf16": "throughput_vs_huggingface.py",
+    "throughput_llama_60m_bf16": "throughput_vs_huggingface.py",
     "mfu": "mfu.py",
     "optimizer_share": "optimizer_share.py",
     "compile_vs_eager": "compile_vs_eager.py",

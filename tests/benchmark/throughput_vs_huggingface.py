@@ -241,7 +241,7 @@ def main() -> None:
         f" vocabulary {arguments.vocab_size}, rank {arguments.rank:g} of the hidden size, refresh every"
         f" {arguments.gap} steps, {arguments.threads} threads"
     )
-    report(f"throughput_{arguments.precision}", conditions, figures)
+    report(f"throughput_{arguments.model}_{arguments.precision}", conditions, figures)
 
 
 if __name__ == "__main__":
