@@ -1,4 +1,4 @@
-from rsotrain.cli import main
+from rsotrain.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,13 @@
 """What all tests share: one thread, a cache of their own, a small corpus, a way to call the command."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from helpers.command import Cli
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 os.environ["WANDB_MODE"] = "offline"
@@ -16,9 +16,7 @@ os.environ.pop("WANDB_API_KEY", None)
 import pytest
 import torch
 
-pytest_plugins = ["wandb_harness", "report_harness"]  # their fixtures
-
-ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["helpers.wandb_harness", "helpers.report_harness"]  # their fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,22 +68,6 @@ def tiny(corpus: tuple[Path, Path]) -> list[str]:
         "tokenizer.vocab_size=300", "seq_len=32", "batch_size=4", "steps=6", "eval_every=null",
         "save_every=2", "log_every=1", "logger=jsonl", "precision=fp32", "evaluation.samples=false",
     ]  # fmt: skip
-
-
-def package_without_init(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the modules of an installed package importable one by one, its ``__init__`` never run.
-
-    For those that want bitsandbytes there. Skips the test where the package is missing.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip(f"{name} is not installed")
-    package = types.ModuleType(name)
-    package.__path__ = list(spec.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, name, package)
-
-
-Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture

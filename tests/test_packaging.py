@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.command import ROOT
 
 FILES = ["rsotrain/conf/config.yaml", "rsotrain/data/corpus/train.json.gz", "rsotrain/data/corpus/README.md"]
 

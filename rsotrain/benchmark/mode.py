@@ -18,16 +18,16 @@ from rsotrain.benchmark.phases import (
 )
 from rsotrain.benchmark.synthetic import random_data
 from rsotrain.benchmark.tables import print_benchmark
-from rsotrain.config import Config
-from rsotrain.distributed import World, start
+from rsotrain.cli.overrides import flatten
+from rsotrain.config.schema import Config
 from rsotrain.errors import UserError
-from rsotrain.flops import matmul_flops_per_second
-from rsotrain.memory.out_of_memory import explaining_out_of_memory
-from rsotrain.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
-from rsotrain.overrides import flatten
-from rsotrain.run_folder import plain, run_folder_path
-from rsotrain.trainer import Trainer, check_composition
+from rsotrain.parallel.ranks import World, start
+from rsotrain.planner.out_of_memory import explaining_out_of_memory
+from rsotrain.running.folder import plain, run_folder_path
+from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
+from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.trainer import Trainer, check_composition
 
 RESULT = "benchmark.json"
 MIN_REFRESHES = 2

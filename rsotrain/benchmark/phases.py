@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from rsotrain import exchange
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
 from rsotrain.optim.rso import RSO
 from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.parallel import exchange
 from rsotrain.subspace.schedule import RefreshSchedule
-from rsotrain.trainer import Trainer
+from rsotrain.training.trainer import Trainer
 
 
 class PhaseClock:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rsotrain.benchmark import PHASES
-from rsotrain.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.display import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
-from rsotrain.config import (
+from rsotrain.config.schema import (
     HubTokenizerConfig,
     HuggingFaceTokenizerConfig,
     SentencePieceTokenizerConfig,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rsotrain.config import (
+from rsotrain.config.schema import (
     C4DataConfig,
     DataConfig,
     EmbeddedDataConfig,

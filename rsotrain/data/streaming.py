@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rsotrain.config import DataConfig
+from rsotrain.config.schema import DataConfig
 from rsotrain.data.background import BackgroundIterator
 from rsotrain.data.documents import Corpus, Notify
 from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from rsotrain.config import TrainedTokenizerConfig
+from rsotrain.config.schema import TrainedTokenizerConfig
 from rsotrain.errors import UserError
 
 PIECE_CHARACTERS = 4096  # longest string shown to the trainer

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rsotrain.config import ActivationCheckpointing, ModelConfig, Precision
+from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
+from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama, RMSNorm
 from rsotrain.models.pretrained import load_weights, read_huggingface
-from rsotrain.sharding import local, shard_of
-from rsotrain.validation import validate_model
+from rsotrain.parallel.sharding import local, shard_of
 
 PARAMETER_DTYPE = {
     Precision.bf16_mixed: torch.float32,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rsotrain.config import ModelConfig
+from rsotrain.config.schema import ModelConfig
 from rsotrain.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rsotrain.config import ActivationCheckpointing, ModelConfig
+from rsotrain.config.schema import ActivationCheckpointing, ModelConfig
 from rsotrain.models.functional import (
     normed_linear,
     rms_norm,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rsotrain.memory.planning import device_kind
+from rsotrain.instruments.phases import device_kind
 
 IGNORE_INDEX = -100  # of a target that does not count; the default of torch's cross-entropy
 

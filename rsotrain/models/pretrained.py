@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rsotrain.config import ModelConfig
+from rsotrain.config.schema import ModelConfig
 from rsotrain.errors import UserError
 from rsotrain.models.huggingface_config import read_config
 from rsotrain.models.llama import Llama
-from rsotrain.sharding import local, shard_of
+from rsotrain.parallel.sharding import local, shard_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from rsotrain.errors import UserError
 from rsotrain.models.functional import Context, shared_input_linear, swiglu
 from rsotrain.models.llama import Linear, RMSNorm
-from rsotrain.sharding import local
+from rsotrain.parallel.sharding import local
 from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.functional import fused_adamw_
-from rsotrain.sharding import local
+from rsotrain.parallel.sharding import local
 
 # Elements that are widened at a time: 4 MiB of float32 each for weight and gradient, to stay in the cache
 PIECE_ELEMENTS = 1 << 20

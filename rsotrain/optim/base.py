@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.rounding import stochastic_round_
-from rsotrain.sharding import Shard, local, shard_of
+from rsotrain.parallel.sharding import Shard, local, shard_of
 from rsotrain.subspace.seeding import generator
 
 # Elements that one batch of matrices may hold in temporaries of each kind: 32 MiB in float32.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain import config as c
+from rsotrain.config import schema as c
 from rsotrain.errors import UserError, require
 from rsotrain.models.subspace_linear import Site, attach_subspace
 from rsotrain.optim import inner_solvers

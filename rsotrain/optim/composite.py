@@ -9,7 +9,7 @@ from torch import Tensor
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part
 from rsotrain.optim.param_groups import ClaimRow, Claims
-from rsotrain.sharding import Shard
+from rsotrain.parallel.sharding import Shard
 
 _STEP = "step"
 

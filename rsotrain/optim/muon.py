@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
-from rsotrain.sharding import local
+from rsotrain.parallel.sharding import local
 
 # torch.optim.Muon's defaults
 NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)

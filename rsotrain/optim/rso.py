@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import OnRefresh
+from rsotrain.config.schema import OnRefresh
 from rsotrain.models.subspace_linear import Site
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.inner_solvers import Solver
 from rsotrain.optim.subspace_part import Subspace
-from rsotrain.sharding import local, reduce_rows
+from rsotrain.parallel.sharding import local, reduce_rows
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import add_lifted_
 from rsotrain.subspace.samplers import haar

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import OnRefresh
+from rsotrain.config.schema import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
 from rsotrain.optim.functional import scaled_subsets, subset_norm_factors_, transport_momentum_
 from rsotrain.optim.subspace_part import Matrix, SubspacePart, matrix_of
-from rsotrain.sharding import local
+from rsotrain.parallel.sharding import local
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import add_lifted_, oriented
 

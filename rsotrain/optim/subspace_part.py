@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import OnRefresh
+from rsotrain.config.schema import OnRefresh
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.functional import row_norms, subset_sums
-from rsotrain.sharding import Shard, local, shard_of
+from rsotrain.parallel.sharding import Shard, local, shard_of
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import Side, oriented, project_, resolve_rank, side_of
 from rsotrain.subspace.samplers import Sampler, orthonormalised

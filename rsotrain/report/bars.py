@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rsotrain.display import format_bytes
 from rsotrain.report.comparison import THROUGHPUT, Group
-from rsotrain.report.drawing import bytes_tick, count_tick, drawing_in, import_matplotlib, look, new_figure
 from rsotrain.report.tables import name_of
-from rsotrain.report.theme import LIGHT, Palette
+from rsotrain.tracking.display import format_bytes
+from rsotrain.tracking.drawing import bytes_tick, count_tick, drawing_in, import_matplotlib, look, new_figure
+from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from rsotrain.display import format_bytes, format_count, format_seconds
 from rsotrain.report.comparison import BYTES_KEYS, compare
 from rsotrain.report.evidence import (
     Evidence,
@@ -25,6 +24,7 @@ from rsotrain.report.evidence import (
     values,
 )
 from rsotrain.report.runs import Run
+from rsotrain.tracking.display import format_bytes, format_count, format_seconds
 
 # optimizer -> the sampler that makes it the paper's method
 METHODS = {

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rsotrain.report.comparison import Group
-from rsotrain.report.drawing import count_tick, look, new_figure, seconds_tick
 from rsotrain.report.tables import name_of
-from rsotrain.report.theme import Palette
+from rsotrain.tracking.drawing import count_tick, look, new_figure, seconds_tick
+from rsotrain.tracking.theme import Palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsotrain.display import format_count, format_seconds
 from rsotrain.report.comparison import LOSS, compare, label_runs
 from rsotrain.report.runs import Run, looks, read_runs
 from rsotrain.report.tables import screen
-from rsotrain.run_folder import RunState
+from rsotrain.running.folder import RunState
+from rsotrain.tracking.display import format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table

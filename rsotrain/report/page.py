@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 
-from rsotrain.display import format_count, format_seconds
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
-from rsotrain.report.theme import LIGHT, variables, with_variables
+from rsotrain.tracking.display import format_count, format_seconds
+from rsotrain.tracking.theme import LIGHT, variables, with_variables
 
 TITLES = {
     "validation_loss": "Validation loss",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rsotrain.report.bars import mean_of, memory_bars, throughput_bars
 from rsotrain.report.comparison import THROUGHPUT, Group
 from rsotrain.report.curves import AXES, curves
-from rsotrain.report.drawing import drawing_in
-from rsotrain.report.theme import LIGHT, Palette
+from rsotrain.tracking.drawing import drawing_in
+from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

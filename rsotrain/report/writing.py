@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
-from rsotrain.metrics import write_atomic
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
-from rsotrain.report.theme import DARK, LIGHT
+from rsotrain.tracking.metrics import write_atomic
+from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsotrain.memory.planning import Phase, phase
+from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsotrain.sharding import Shard
+from rsotrain.parallel.sharding import Shard
 from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, largest_entry
 from rsotrain.subspace.projection import Side, oriented
 

@@ -125,7 +125,7 @@ def composing() -> Any:
     """Inside, ``compose`` reads the configuration."""
     from hydra import initialize_config_dir
 
-    from rsotrain.cli import conf_dir, register_schemas
+    from rsotrain.cli.entry import conf_dir, register_schemas
 
     register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -136,7 +136,7 @@ def configuration(*overrides: str) -> Any:
     """The typed configuration of a command line."""
     from hydra import compose
 
-    from rsotrain.cli import to_config
+    from rsotrain.cli.entry import to_config
 
     with composing():
         return to_config(compose("config", ["logger=jsonl", "steps=1000000", *overrides]))
@@ -145,7 +145,7 @@ def configuration(*overrides: str) -> Any:
 def build_trainer(*overrides: str) -> Any:
     """The Trainer of a command line, on random tokens."""
     from rsotrain.benchmark.synthetic import random_data
-    from rsotrain.trainer import Trainer
+    from rsotrain.training.trainer import Trainer
 
     config = configuration(*overrides)
     return Trainer(config, random_data(config))
@@ -155,7 +155,7 @@ def use_threads(count: int) -> None:
     """As the rsotrain command runs: its allocator settings, ``count`` threads."""
     import torch
 
-    from rsotrain.allocator import keep_freed_memory
+    from rsotrain.running.allocator import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(count)

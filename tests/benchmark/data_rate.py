@@ -52,11 +52,11 @@ def tokenise(megabytes: float) -> None:
             program = f"""
 import os, time
 from pathlib import Path
-from rsotrain.config import FilesDataConfig, TrainedTokenizerConfig
+from rsotrain.config.schema import FilesDataConfig, TrainedTokenizerConfig
 from rsotrain.data.build_tokenizer import build_tokenizer
 from rsotrain.data.build import _tokens
 from rsotrain.data.sources import open_corpora
-from rsotrain.metrics import peak_resident_bytes
+from rsotrain.tracking.metrics import peak_resident_bytes
 folder = Path({folder!r})
 data = FilesDataConfig("files", path={str(path)!r}, validation_path={str(CORPUS / "validation.json.gz")!r})
 train, validation = open_corpora(data, folder)

@@ -2,9 +2,9 @@
 
     python tests/benchmark/growth.py [--series model sequence batch rank ranks] [--optimizer rso]
 
-FLOPs are those of forward and backward (``rsotrain.flops``), for RSO with the products by its bases in the
-place of the weights' gradients. Of each pair of neighbours in a series, how much faster than its FLOPs the
-time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed
+FLOPs are those of forward and backward (``rsotrain.training.flops``), for RSO with the products by its bases
+in the place of the weights' gradients. Of each pair of neighbours in a series, how much faster than its FLOPs
+the time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed
 steps. The picture is outputs/readme/growth.png.
 """
 
@@ -69,10 +69,10 @@ def measure_trainer(label: str, steps: int, trainer: Any) -> Point:
 
 
 def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
-    import ranks
+    from helpers import ranks
 
     from rsotrain.benchmark.synthetic import random_data
-    from rsotrain.trainer import Trainer
+    from rsotrain.training.trainer import Trainer
 
     if number == 1:
         return measure("1 rank", steps, *overrides, f"batch_size={RANK_BATCH}")
@@ -133,8 +133,8 @@ def draw(series: dict[str, list[Point]]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot, ticker
 
-    from rsotrain.report.drawing import drawing_in
-    from rsotrain.report.theme import LIGHT
+    from rsotrain.tracking.drawing import drawing_in
+    from rsotrain.tracking.theme import LIGHT
 
     with drawing_in(LIGHT, **{"font.size": 9, "axes.spines.left": True}):
         size = (2.1 * len(series), 2.4)

@@ -22,8 +22,8 @@ BAR = 1.0  # percent
 
 def record(trainer: Any) -> str:
     """As ``TrainingRun`` makes it."""
-    from rsotrain.memory.measure import memory_metrics
-    from rsotrain.metrics import peak_memory_bytes
+    from rsotrain.instruments.memory import memory_metrics
+    from rsotrain.tracking.metrics import peak_memory_bytes
 
     device = trainer.device
     return json.dumps(memory_metrics(trainer.memory(), peak_memory_bytes(device), device.type))

@@ -15,7 +15,7 @@ import torch
 from bench import galore_torch_module
 from torch import nn
 
-from rsotrain import config as c
+from rsotrain.config import schema as c
 from rsotrain.optim.build import build_optimizer
 
 VOCAB, RANK, GAP = 32000, 0.25, 10**9

@@ -19,15 +19,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import ranks
-from test_trainer import compose
+from helpers import ranks
+from helpers.runs import compose
 
-from rsotrain.config import Config
-from rsotrain.distributed import World
+from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model, materialize
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.subspace_part import SubspacePart
-from rsotrain.sharding import shard_model, shard_of
+from rsotrain.parallel.ranks import World
+from rsotrain.parallel.sharding import shard_model, shard_of
 
 
 def refresh_seconds(config: Config, world: World) -> tuple[float, float]:

@@ -19,10 +19,10 @@ import torch
 from bench import MAX_DISTURBANCE, MIB, configuration, other_processes_seconds, use_threads
 
 from rsotrain.benchmark.synthetic import random_data
-from rsotrain.config import Config
-from rsotrain.memory.measure import saved_activation_bytes, tensors_bytes
+from rsotrain.config.schema import Config
+from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.models.subspace_linear import SubspaceLinear
-from rsotrain.trainer import Trainer
+from rsotrain.training.trainer import Trainer
 
 REST = "optimizer.update_proj_gap=1000000"  # no refresh but the first
 VARIANTS = {

@@ -71,8 +71,8 @@ def main() -> None:
             median = statistics.median(seconds)
             figures.append(Figure("first step, warm cache", of, median, 10.0, False, " s"))
     figures.append(Figure("import", "rsotrain", import_seconds("rsotrain", 5), 0.2, False, " s"))
-    of_cli = import_seconds("rsotrain.cli", 3)
-    figures.append(Figure("import, as for --help", "rsotrain.cli", of_cli, unit=" s"))
+    of_cli = import_seconds("rsotrain.cli.entry", 3)
+    figures.append(Figure("import, as for --help", "rsotrain.cli.entry", of_cli, unit=" s"))
     report("startup", "from the start of the command", figures)
 
 

@@ -162,12 +162,12 @@ def worker(arguments: argparse.Namespace) -> None:
     """Run one loop and print its step times, refresh time and peak resident memory as JSON."""
     kind, _, optimizer = arguments.worker.partition(":")
     if kind == "rsotrain":  # as the command begins
-        from rsotrain.allocator import keep_freed_memory
+        from rsotrain.running.allocator import keep_freed_memory
 
         keep_freed_memory()
     import torch
 
-    from rsotrain.metrics import peak_resident_bytes
+    from rsotrain.tracking.metrics import peak_resident_bytes
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -15,12 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_trainer import compose  # noqa: E402
+from helpers.runs import compose  # noqa: E402
 
-from rsotrain.config import Config  # noqa: E402
-from rsotrain.memory.gpus import GIB, GPUS  # noqa: E402
-from rsotrain.memory.plan import make_plan  # noqa: E402
+from rsotrain.config.schema import Config  # noqa: E402
 from rsotrain.models.build import count_parameters  # noqa: E402
+from rsotrain.planner.gpus import GIB, GPUS  # noqa: E402
+from rsotrain.planner.plan import make_plan  # noqa: E402
 
 README = ROOT / "README.md"
 VOCAB_SIZE = 32000

@@ -1,0 +1,110 @@
+"""Checkpoints written in the background, from a copy, while training goes on."""
+
+import threading
+from collections.abc import Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from rsotrain.checkpoints.files import KINDS, Tensors, save_checkpoint
+from rsotrain.parallel.ranks import World
+from rsotrain.parallel.sharding import Shard
+
+# For a checkpoint that is being written when training fails on one of several ranks.
+_LAST_SECONDS = 20.0
+
+
+class BackgroundSaver:
+    """One checkpoint at a time. All ranks call its methods together, with their pieces.
+
+    ``start`` copies the tensors to CPU memory, which is all that training waits for.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        self._running: tuple[int, futures.Future[Path], threading.Thread] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Of what was begun and not waited for."""
+        return None if self._running is None else self._running[0]
+
+    def start(
+        self, step: int, tensors: Mapping[str, Tensors], shards: Mapping[str, Shard], record: dict[str, Any]
+    ) -> None:
+        """Begin to write; what was begun before must have been waited for."""
+        assert self._running is None
+        staged = {kind: {name: _copied(t) for name, t in tensors[kind].items()} for kind in KINDS}
+        future: futures.Future[Path] = futures.Future()
+        # a daemon: it may wait for a rank that never answers, and must not keep the process from ending
+        thread = threading.Thread(
+            target=self._write,
+            args=(future, step, staged, shards, record),
+            name="checkpoint",
+            daemon=True,
+        )
+        thread.start()
+        self._running = step, future, thread
+
+    def _write(
+        self,
+        future: futures.Future[Path],
+        step: int,
+        tensors: Mapping[str, Tensors],
+        shards: Mapping[str, Shard],
+        record: dict[str, Any],
+    ) -> None:
+        try:
+            with self.world.reporting_losses():
+                written = save_checkpoint(
+                    self.folder, step, tensors, record, keep=self.keep, shards=shards, world=self.world
+                )
+        except SafetensorError as error:  # its word for a full disk
+            future.set_exception(OSError(str(error)))
+        except BaseException as error:  # for ``wait`` to raise
+            future.set_exception(error)
+        else:
+            future.set_result(written)
+
+    def wait(self) -> tuple[int, OSError] | None:
+        """Until all is written; the step and the error of a checkpoint that could not be.
+
+        Raises whatever else went wrong.
+        """
+        if self._running is None:
+            return None
+        (step, future, thread), self._running = self._running, None
+        # asking again and again: writing may take long, but a rank that does not answer is lost
+        while True:
+            futures.wait([future], timeout=1.0)
+            if self.world.sum([not future.done()]) == [0.0]:
+                break
+        _join(future, thread)
+        try:
+            future.result()
+        except OSError as error:
+            return step, error
+        return None
+
+    def close(self) -> None:
+        """Let what runs end, whatever comes of it; with several ranks not for long: one may be lost."""
+        if self._running is not None:
+            _, future, thread = self._running
+            futures.wait([future], None if self.world.size == 1 else _LAST_SECONDS)
+            _join(future, thread)
+
+
+def _join(future: futures.Future[Path], thread: threading.Thread) -> None:
+    """Let a thread that has written free its tensors, too: the process must not end meanwhile.
+
+    Python kills daemon threads at its end by unwinding them, which in torch's code aborts the process.
+    """
+    if future.done():
+        thread.join()
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

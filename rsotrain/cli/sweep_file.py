@@ -1,0 +1,199 @@
+"""Files that say what to run: lists of configurations for job arrays, and W&B's sweeps.
+
+``python -m rsotrain.sweep_file FILE`` checks a file and says how many runs it is;
+``python -m rsotrain.sweep_file FILE INDEX`` prints the overrides of one configuration, each ended by a NUL.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from rsotrain.cli.overrides import did_you_mean, flatten, known_keys
+from rsotrain.errors import UserError
+
+_KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
+_PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it
+ARGUMENTS = "${args_no_hyphens}"  # in a sweep's command: its parameters as key=value
+METHODS = ("grid", "random", "bayes")
+SWEEP_KEYS = (
+    "command", "controller", "description", "early_terminate", "entity", "metric", "method", "name",
+    "parameters", "program", "project", "run_cap",
+)  # fmt: skip
+
+
+def read_list(path: Path) -> list[list[str]]:
+    """The configurations of a list: overrides in a line each, or a YAML list of such lines or of mappings.
+
+    Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty, sets a
+    key that does not exist, or several values of one.
+    """
+    text = _read(path)
+    if path.suffix in (".yaml", ".yml"):
+        content = _parse(path, text)
+        if not isinstance(content, list):
+            raise UserError(f"{path} must be a YAML list, one configuration an item")
+        configurations = [_item(path, number, item) for number, item in enumerate(content)]
+    else:
+        configurations = []
+        lines = enumerate(text.splitlines(), start=1)
+        configurations = [
+            overrides for number, line in lines if (overrides := _split(f"{path}, line {number}", line))
+        ]
+    if not configurations:
+        raise UserError(
+            f"{path} holds no configuration; write overrides such as optimizer=galore seed=1 in it"
+        )
+    for overrides in configurations:
+        for override in overrides:
+            match = _KEY.match(override)
+            if match is None:
+                raise UserError(f"{path}: {override!r} is not of the form key=value")
+            _check_key(path, match["key"])
+            if _is_sweep(override):
+                raise UserError(f"{path}: {override} is several runs; write a configuration for each")
+    return configurations
+
+
+def configuration(path: Path, index: int) -> list[str]:
+    """The overrides of one configuration, counted from 0. Raises UserError for an index beyond the list."""
+    configurations = read_list(path)
+    if not 0 <= index < len(configurations):
+        raise UserError(
+            f"{path} holds {len(configurations)} configurations, so there is no number {index};"
+            f" use --array=0-{len(configurations) - 1}"
+        )
+    return configurations[index]
+
+
+def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
+    """The number of runs of a W&B sweep file; None if it has no end.
+
+    Raises UserError for a key that W&B or rsotrain does not know, a method that is none, a parameter without
+    values and a command that does not hand the parameters on.
+    """
+    for key in sweep:
+        if key not in SWEEP_KEYS:
+            raise UserError(f"{path}: a sweep has no key {key}{did_you_mean(str(key), SWEEP_KEYS)}")
+    if sweep.get("method") not in METHODS:
+        raise UserError(f"{path}: method must be {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+    cap = sweep.get("run_cap")
+    if cap is not None and (not isinstance(cap, int) or cap < 1):
+        raise UserError(f"{path}: run_cap must be a number of runs")
+    parameters = sweep.get("parameters")
+    if not isinstance(parameters, Mapping) or not parameters:
+        raise UserError(f"{path} has no parameters to sweep over")
+    command = sweep.get("command")
+    if not isinstance(command, list) or ARGUMENTS not in command:
+        raise UserError(f'{path}: command must be ["${{env}}", rsotrain, "{ARGUMENTS}"]')
+    number = 1
+    for key, parameter in parameters.items():
+        _check_key(path, str(key))
+        if not isinstance(parameter, Mapping) or not (
+            {"value", "values", "distribution"} & parameter.keys() or {"min", "max"} <= parameter.keys()
+        ):
+            raise UserError(f"{path}: parameter {key} must have value, values or min and max")
+        if "values" in parameter:
+            if not isinstance(parameter["values"], list) or not parameter["values"]:
+                raise UserError(f"{path}: parameter {key} has no values; list them as values: [a, b]")
+            number *= len(parameter["values"])
+    return min(number, cap or number) if sweep["method"] == "grid" else cap
+
+
+def _is_sweep(override: str) -> bool:
+    """a=1,2 and the like; what Hydra cannot read it says itself when the run starts."""
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
+
+
+def _check_key(path: Path, key: str) -> None:
+    known = known_keys()
+    if key not in known and not key.startswith("hydra"):
+        raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
+
+
+def _split(place: str, line: str) -> list[str]:
+    """Words up to a comment, which begins a word: shlex's own would begin in the middle of one."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        return list(takewhile(lambda word: not word.startswith("#"), words))
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _item(path: Path, number: int, item: object) -> list[str]:
+    place = f"{path}, item {number}"
+    overrides: list[str] = []
+    if isinstance(item, str):
+        overrides = _split(place, item)
+    elif isinstance(item, Mapping):
+        overrides = [f"{key}={_value(value)}" for key, value in flatten(item)]
+    if not overrides:
+        raise UserError(f"{place}: write key: value pairs, or one string of key=value")
+    return overrides
+
+
+def _value(value: object) -> str:
+    """A YAML value as Hydra's command line takes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_value(item) for item in value)}]"
+    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in ("null", "true", "false")):
+        # Hydra takes a backslash literally unless a quote, or the end, follows.
+        return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'") + "'"
+    return str(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """0, or 2 for a mistake, said in one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m rsotrain.sweep_file", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("index", type=int, nargs="?", help="of a configuration, from 0")
+    given = parser.parse_args(arguments)
+    try:
+        if given.index is not None:
+            sys.stdout.write("".join(f"{override}\0" for override in configuration(given.file, given.index)))
+            return
+        content = _parse(given.file, _read(given.file)) if given.file.suffix in (".yaml", ".yml") else None
+        if isinstance(content, Mapping):
+            number = check_sweep(given.file, content)
+        else:
+            number = len(read_list(given.file))
+        print(f"{given.file}: {'runs without end' if number is None else f'{number} runs'}, all keys exist")
+    except UserError as error:
+        print(f"rsotrain: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

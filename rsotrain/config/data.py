@@ -1,0 +1,223 @@
+"""The typed configuration of data, tokenizers and modes; part of ``config.py``, which names them all."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+# --- data --------------------------------------------------------------------------------------
+
+
+class Packing(Enum):
+    """packed: documents joined by separators and cut, nothing wasted. padded: a document a sequence."""
+
+    packed = "packed"
+    padded = "padded"
+
+
+class SampleBy(Enum):
+    """What one document of a text file is: the file, what stands between blank lines, or a line."""
+
+    document = "document"
+    paragraph = "paragraph"
+    line = "line"
+
+
+@dataclass
+class DataConfig:
+    """What every data set has.
+
+    ``document_mask``: in packed sequences a token attends to its own document only. ``shuffle``: false is
+    the order of the files. ``streaming``: tokenise in background processes while training, instead of
+    once into the cache; ``lanes`` streams of documents then supply fixed places of each batch, whatever
+    the number of processes, and ``shuffle_buffer`` documents of a lane are shuffled together.
+    ``workers``: tokenising processes a rank (streaming) or threads; null: by the number of cores.
+    ``max_bad_rows``: malformed rows that are skipped before a run stops (streaming: in each lane).
+    """
+
+    name: str = MISSING
+    packing: Packing = Packing.packed
+    document_mask: bool = False
+    shuffle: bool = True
+    streaming: bool = False
+    lanes: int = 8
+    shuffle_buffer: int = 1000
+    workers: int | None = None
+    max_bad_rows: int = 0
+
+
+@dataclass
+class EmbeddedDataConfig(DataConfig):
+    """The corpus that ships with the package."""
+
+
+@dataclass
+class SyntheticDataConfig(DataConfig):
+    """Documents of invented words drawn by Zipf's law from a seed, for tests and benchmarks."""
+
+    num_documents: int = 2000
+    num_validation_documents: int = 100
+    words_per_document: int = 200
+    num_words: int = 5000
+    corpus_seed: int = 0
+
+
+@dataclass
+class FilesDataConfig(DataConfig):
+    """JSON lines, Parquet, Arrow and text, plain or compressed (gz, xz, zst).
+
+    ``path``: a file, a folder, or a glob such as ``'data/*.jsonl.gz'``. Validation is ``validation_path``,
+    or the ``validation_fraction`` of the documents that a hash of their text picks. ``sample_by`` is for
+    text files; null: a file is a document.
+    """
+
+    path: str = MISSING
+    validation_path: str | None = None
+    validation_fraction: float | None = None
+    text_field: str = "text"
+    sample_by: SampleBy | None = None
+
+
+@dataclass
+class InstructionsDataConfig(DataConfig):
+    """Prompts and responses for fine-tuning; the loss is that of the responses.
+
+    ``prompt_template`` takes the fields of a row in braces; the response follows it at once.
+    """
+
+    path: str = MISSING
+    validation_path: str | None = None
+    validation_fraction: float | None = None
+    prompt_template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    response_field: str = "output"
+
+
+@dataclass
+class HubDataConfig(DataConfig):
+    """A data set of the Hugging Face hub, or a local folder laid out like one, through ``datasets``.
+
+    ``name``: of the repository. ``config``: one of its configurations. Validation is
+    ``validation_split``, or the ``validation_fraction`` of the training documents by a hash of their text.
+    """
+
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = "validation"
+    validation_fraction: float | None = None
+    text_field: str = "text"
+
+
+@dataclass
+class C4DataConfig(DataConfig):
+    """C4 (English): from the hub, or from its ``c4-train.*.json.gz`` shards where ``path`` says."""
+
+    path: str | None = None
+    validation_path: str | None = None
+    revision: str | None = None
+
+
+# --- tokenizer ---------------------------------------------------------------------------------
+
+
+class ModelType(Enum):
+    bpe = "bpe"
+    unigram = "unigram"
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = MISSING
+
+
+@dataclass
+class TrainedTokenizerConfig(TokenizerConfig):
+    """A SentencePiece model with byte fallback, trained once on the training documents."""
+
+    vocab_size: int = 4096
+    model_type: ModelType = ModelType.bpe
+    character_coverage: float = 0.9995
+    max_training_bytes: int = 20_000_000
+
+
+@dataclass
+class SentencePieceTokenizerConfig(TokenizerConfig):
+    """A SentencePiece model in a file, as LLaMA, T5 and Mistral have them."""
+
+    path: str = MISSING
+
+
+@dataclass
+class HubTokenizerConfig(TokenizerConfig):
+    """The SentencePiece model ``file`` of a repository on the Hugging Face hub."""
+
+    repository: str = MISSING
+    file: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class HuggingFaceTokenizerConfig(TokenizerConfig):
+    """The tokenizer of a Hugging Face folder: its tokenizer.json, else its tokenizer.model."""
+
+    path: str = MISSING
+
+
+# --- what the modes read -----------------------------------------------------------------------
+
+
+@dataclass
+class GenerateConfig:
+    """``temperature`` 0 takes the likeliest token; ``top_k`` null draws from the whole vocabulary.
+
+    An empty prompt starts a document.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["", "The "])
+    max_new_tokens: int = 48
+    temperature: float = 0.8
+    top_k: int | None = 50
+
+
+class ExportDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ExportConfig:
+    """``path``: the Hugging Face folder to write; ``dtype`` null: that of the checkpoint."""
+
+    path: str | None = None
+    dtype: ExportDtype | None = None
+
+
+@dataclass
+class EvaluationConfig:
+    """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation.
+
+    ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation.
+    ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of
+    the published tables, which depends on ``micro_batch_size``; ``rsotrain.training.evaluation`` says how.
+    The rest is for mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with
+    ``num_fewshot`` examples, the first ``task_limit`` questions of each.
+    """
+
+    max_tokens: int | None = 10_000_000
+    micro_batch_size: int | None = None  # null: the training micro-batch
+    samples: bool = True
+    legacy_divisor: bool = False
+    tasks: list[str] = field(default_factory=list)
+    tasks_path: str | None = None
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+
+
+@dataclass
+class BenchmarkConfig:
+    """``steps`` are timed after ``warmup_steps``. ``profile``: write a trace of ``profile_steps`` more."""
+
+    warmup_steps: int = 3
+    steps: int = 10
+    profile: bool = False
+    profile_steps: int = 2

@@ -1,0 +1,59 @@
+"""Live bytes of a training step, by part."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rsotrain.parallel.sharding import local
+
+
+@dataclass
+class SavedBytes:
+    total: int = 0
+
+
+def tensors_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the elements of ``tensors`` on this rank; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in (local(t) for t in tensors if t is not None))
+
+
+def memory_metrics(parts: dict[str, int], peak_bytes: int, device_kind: str) -> dict[str, float]:
+    """``parts`` and the peak as ``memory/…``; on a GPU also what of the peak is neither of these parts.
+
+    A CPU's peak is the whole process's, Python and libraries in it, so there is nothing to subtract from.
+    """
+    metrics: dict[str, float] = {**parts, "memory/peak_bytes": peak_bytes}
+    if device_kind == "cuda":
+        metrics["memory/gathered_and_temporaries_bytes"] = max(0, peak_bytes - sum(parts.values()))
+    return metrics
+
+
+@contextmanager
+def saved_activation_bytes(
+    model: nn.Module, note: Callable[[torch.Tensor], None] = lambda _: None
+) -> Iterator[SavedBytes]:
+    """Count what autograd keeps for the backward pass of the forward pass inside the block.
+
+    Each storage is counted once however many views of it are saved; parameters are not counted,
+    casts of parameters are. ``note`` gets each tensor that is kept and is no parameter.
+    """
+    saved = SavedBytes()
+    seen = {local(p).untyped_storage()._cdata for p in model.parameters()}
+    kept: list[torch.UntypedStorage] = []  # keeps addresses from being used again while we count
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):  # gathered by FSDP: its memory is not that of the shard
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(storage)
+            saved.total += storage.nbytes()
+            note(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

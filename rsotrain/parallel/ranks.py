@@ -1,0 +1,202 @@
+"""The ranks of a run: who they are, how they agree, and what happens when one is lost."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rsotrain.config.schema import Device, ParallelismConfig, Strategy
+from rsotrain.errors import LostRankError, TrainingError, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Result = TypeVar("Result")
+
+# What gloo and NCCL say when a peer has gone; gloo raises plain RuntimeErrors.
+_LOST = re.compile(
+    r"gloo|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL", re.IGNORECASE
+)
+_PASSED_ON = (UserError, TrainingError, OSError)
+# Set-up and saving may take as long as they like on one rank; a rank that dies is noticed all the same.
+_PATIENCE = timedelta(days=1)
+
+
+def resolve_device(device: Device, local_rank: int = 0) -> torch.device:
+    """The device of a process; UserError if there is none of the kind asked for."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no CUDA device here; use device=cpu or device=auto")
+    if device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of a run; by default the only one.
+
+    ``mesh``: of the device, dimension "shard" and, for ddp and hsdp, "replicate" before it; None for a
+    single process. ``cpu_mesh``: the same on the CPU. ``patient``: a gloo group of all ranks that waits long.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    mesh: "DeviceMesh | None" = None
+    cpu_mesh: "DeviceMesh | None" = None
+    patient: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float], *, on_device: bool = False) -> list[float]:
+        """Elementwise sums over ranks in float64: one small all-reduce."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device if on_device else "cpu")
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gathered(self, value: Result) -> list[Result]:
+        """What each rank has, plain values, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run ``action`` on every rank; where it fails on any, all raise what the first of them raised.
+
+        Only the errors that are nobody's programming mistake are passed on, as ``_PASSED_ON`` names them;
+        a rank with another error is a lost rank.
+        """
+        if self.size == 1:
+            return action()
+        error: Exception | None = None
+        try:
+            result = action()
+        except _PASSED_ON as raised:
+            error = raised
+        outcomes = self.gathered(None if error is None else (_kind(error), str(error)))
+        for rank, outcome in enumerate(outcomes):
+            if outcome is not None:
+                if error is not None and rank == self.rank:
+                    raise error
+                raise _PASSED_ON[outcome[0]](outcome[1]) from error
+        return result
+
+    def main_together(self, action: Callable[[], object]) -> None:
+        """``action`` on rank 0 while the others wait; where it fails, all raise."""
+        self.together(action if self.is_main else lambda: None)
+
+    def in_turn(self, action: Callable[[], Result]) -> Result:
+        """``action`` on the first rank of each node, then on the others, which find its files there."""
+        if self.size == 1:
+            return action()
+        first = self.together(action if self.local_rank == 0 else lambda: None)
+        rest = self.together(action if self.local_rank != 0 else lambda: None)
+        return first if self.local_rank == 0 else rest  # type: ignore[return-value]
+
+    def from_main(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns on rank 0, on every rank; it must be a plain value."""
+        result = self.together(action if self.is_main else lambda: None)
+        return self.gathered(result)[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def reporting_losses(self) -> Iterator[None]:
+        """Turn the loss of another rank into a LostRankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and not isinstance(error, TrainingError) and is_loss(error):
+                first = str(error).split("\n")[0]
+                raise LostRankError(
+                    f"rank {self.rank}: another rank has ended or cannot be reached ({first});"
+                    " the same command goes on from the last checkpoint"
+                ) from error
+            raise
+
+
+def _kind(error: Exception) -> int:
+    return next(i for i, kind in enumerate(_PASSED_ON) if isinstance(error, kind))
+
+
+def is_loss(error: BaseException) -> bool:
+    """Does ``error`` say that a peer is gone?"""
+    return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
+
+
+def start(parallelism: ParallelismConfig, device: Device) -> World:
+    """Join the other ranks, as torchrun's environment variables say; at once if there are none.
+
+    A second call in one process uses the connections of the first. Raises UserError where the number of
+    ranks does not suit ``parallelism``.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    where = resolve_device(device, local_rank)
+    if size == 1:
+        return World(where)
+    if parallelism.strategy is Strategy.single:
+        raise UserError(
+            f"parallelism=single is for one process, but {size} were started;"
+            " start one, or choose parallelism=fsdp, ddp or hsdp"
+        )
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        _connect("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", parallelism.timeout_seconds)
+    mesh = build_mesh(parallelism, where.type)
+    return World(
+        where,
+        rank=dist.get_rank(),
+        size=size,
+        local_rank=local_rank,
+        mesh=mesh,
+        cpu_mesh=mesh if where.type == "cpu" else build_mesh(parallelism, "cpu"),
+        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+
+
+def _connect(backend: str, timeout_seconds: float) -> None:
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over its restarts, with the addresses of those that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def build_mesh(parallelism: ParallelismConfig, device_type: str) -> "DeviceMesh":
+    """All ranks as (replicas, shards), or as (shards,) for fsdp. Replicating is sharding among one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = dist.get_world_size()
+    if parallelism.strategy is Strategy.fsdp:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shards = shards_of(parallelism, size)
+    if size % shards:
+        raise UserError(
+            f"parallelism=hsdp: groups of {shards} do not divide the {size} processes;"
+            " give parallelism.shard_size a divisor"
+        )
+    return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shards_of(parallelism: ParallelismConfig, size: int) -> int:
+    """Ranks, of ``size``, that share one copy of the model."""
+    match parallelism.strategy:
+        case Strategy.fsdp:
+            return size
+        case Strategy.hsdp:
+            return parallelism.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return 1

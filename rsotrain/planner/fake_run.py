@@ -1,0 +1,217 @@
+"""The real training step under fake tensors: one rank of a run, none of its memory.
+
+The Trainer, the model, the optimizer and FSDP are those that train; only the data are stand-ins, and a
+process group of the wanted size that sends nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rsotrain.config.schema import Config, Packing, TrainedTokenizerConfig
+from rsotrain.data.build import Data
+from rsotrain.data.build_tokenizer import read_tokenizer
+from rsotrain.data.order import FileOrder
+from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
+from rsotrain.instruments.phases import Phase, Watcher, planning
+from rsotrain.parallel.ranks import World, build_mesh
+from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
+from rsotrain.training.trainer import Trainer, model_without_memory
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what code asks of a value that a fake tensor does not have.
+
+    Conditions hold, counts are 0, numbers are 1: a loss that is finite, a decomposition that succeeded.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+
+
+class _PassesDone(Exception):  # noqa: N818 (it is no error)
+    """Ends a step before the optimizer's part."""
+
+
+class _Tokenizer:
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eos_id = 0
+
+
+class _Sequences:
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+
+    def order(self, seed: int) -> FileOrder:
+        return FileOrder(None)
+
+    def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.zeros(len(indices), self.seq_len, dtype=torch.int64)
+        return tokens, tokens.clone()
+
+
+class _Data:
+    """What a Trainer needs of ``Data`` to train."""
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.tokenizer = _Tokenizer(vocab_size)
+        self.train = _Sequences(seq_len)
+
+
+class _FakeTrainer(Trainer):
+    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Whether a sequence is padded is for the data to say: of those that may be, one is."""
+        padded = self.config.data.packing is Packing.padded
+        return torch.ones_like(targets, dtype=torch.bool) if padded else None
+
+
+def tokenizer_size(config: Config) -> int:
+    """Tokens of the run's tokenizer, without training one; UserError where a file of it is missing."""
+    given = config.tokenizer
+    if isinstance(given, TrainedTokenizerConfig):
+        return given.vocab_size
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    return read_tokenizer(given).vocab_size
+
+
+def with_micro_batches(config: Config, size: int | None = None) -> Config:
+    """With steps of at most two micro-batches, of ``size`` sequences or of the run's own size."""
+    of_rank = config.batch_size // world_size(config)
+    micro = config.micro_batch_size or of_rank
+    number = min(2, of_rank // micro)
+    size = size or micro
+    return replace(config, batch_size=number * size * world_size(config), micro_batch_size=size)
+
+
+def world_size(config: Config) -> int:
+    return config.parallelism.world_size or 1
+
+
+@contextmanager
+def fake_world(config: Config) -> Iterator[World]:
+    """Rank 0 of as many as ``parallelism.world_size`` says, on the CPU; the others do not exist.
+
+    Rank 0 has the largest pieces of everything. The process must not be a rank of a run.
+    """
+    size = world_size(config)
+    device = torch.device("cpu")
+    if size == 1:
+        yield World(device)
+        return
+    from torch.distributed._tools import fake_collectives  # noqa: F401 (lets fake tensors through collectives)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a rank of a run cannot pretend to be another"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        mesh = build_mesh(config.parallelism, device.type)
+        yield World(device, rank=0, size=size, mesh=mesh, cpu_mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+class FakeRun:
+    """A Trainer whose tensors are fake. ``kind``: of the device to plan for. A context manager.
+
+    Micro-batches after the second add nothing, so there are at most two in a step.
+    """
+
+    def __init__(self, config: Config, kind: str) -> None:
+        self.config = config
+        self.kind = kind
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "FakeRun":
+        try:
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _build(self) -> None:
+        # compiled code is not traced here, and the values of the first weights do not matter
+        config = replace(self.config, compile=False, model=replace(self.config.model, init_from=None))
+        config = with_micro_batches(config)
+        world = self._stack.enter_context(fake_world(config))
+        data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
+        model = model_without_memory(config, data.tokenizer)  # real: fake tensors cannot leave "meta"
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake, _Answers():
+            self.trainer = _FakeTrainer(config, data, world, model)
+        self.saved_activations_bytes = 0
+        self.gradients_bytes: list[int] = []  # of each part of the optimizer
+
+    def use_micro_batch(self, size: int) -> None:
+        """From now on micro-batches have ``size`` sequences."""
+        self.trainer.config = with_micro_batches(self.trainer.config, size)
+
+    def step(self, number: int) -> MemoryTracker:
+        """Train step ``number`` (1-based), in which the same bases are drawn as in a run; what it took."""
+        return self._step(number, whole=True)
+
+    def passes(self, number: int) -> MemoryTracker:
+        """Of the same step its forward and backward passes only."""
+        return self._step(number, whole=False)
+
+    def _step(self, number: int, *, whole: bool) -> MemoryTracker:
+        trainer = self.trainer
+        tracker = MemoryTracker(CUDA_BLOCK_BYTES if self.kind == "cuda" else 1)
+        with self._fake, _Answers():
+            trainer.step = trainer.optimizer.steps_done = number - 1
+            if number > 1:
+                for part in trainer.optimizer.parts:
+                    part.resume()
+            trainer.saved_activations_bytes = 0  # measured here
+            with tracker, planning(self.kind, self._watcher(tracker, whole)), suppress(_PassesDone):
+                tracker.mark(trainer.model.parameters(), Kind.parameters)
+                states = (s for part in trainer.optimizer.parts for s in part.state.values())
+                tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)
+                trainer.train_step()
+            trainer.optimizer.zero_grad()
+        return tracker
+
+    def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
+        optimizer, model = self.trainer.optimizer, self.trainer.model
+
+        def keep(tensor: torch.Tensor) -> None:
+            tracker.mark([tensor], Kind.activations)
+
+        @contextmanager
+        def watch(name: Phase) -> Iterator[None]:
+            if name is Phase.optimizer_step and not whole:
+                raise _PassesDone
+            with tracker.phase(name):
+                if name is Phase.forward:
+                    with saved_activation_bytes(model, keep) as saved:
+                        yield
+                    self.saved_activations_bytes = saved.total
+                    return
+                yield
+                if name is Phase.backward:
+                    tracker.mark((holder.grad for holder in optimizer.gradient_holders()), Kind.gradients)
+                elif name is Phase.optimizer_step:  # those that the optimizer has reduced itself
+                    tracker.mark(optimizer.gradients(), Kind.gradients)
+                    self.gradients_bytes = [
+                        tensors_bytes(part.gradients().values()) for part in optimizer.parts
+                    ]
+
+        return watch

@@ -1,0 +1,30 @@
+"""mode=plan: tables on the screen, ``plan.json`` and a picture in the folder that the run would have."""
+
+from typing import Any
+
+from rsotrain.config.schema import Config
+from rsotrain.errors import UserError
+from rsotrain.planner.plan import make_plan
+from rsotrain.planner.show import print_plan, write_picture
+from rsotrain.running.folder import run_folder_path
+from rsotrain.tracking.metrics import write_json_atomic
+
+PLAN = "plan.json"
+
+
+def plan_mode(config: Config) -> dict[str, Any]:
+    """Plan, print, write; what ``plan.json`` holds. Raises UserError where that cannot be written."""
+    plan = make_plan(config)
+    print_plan(plan)
+    if config.compile:
+        print("compile=true: planned as without it")
+    folder = run_folder_path(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / PLAN, plan.as_dict())
+        said = write_picture(plan.phases, folder / "plan.png")
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+    print(f"plan: {folder / PLAN}")
+    print(said)
+    return plan.as_dict()

@@ -1,0 +1,153 @@
+"""What to say when a run has no memory left: the largest part, and what would reduce the peak most."""
+
+import errno
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rsotrain.config import schema as c
+from rsotrain.errors import TrainingError, UserError
+from rsotrain.parallel.ranks import World
+from rsotrain.tracking.display import format_bytes
+
+# torch's CPU allocator, CUDA itself outside torch's allocator, and libraries that could not have a workspace
+_SAID = re.compile(
+    r"DefaultCPUAllocator: |CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUSOLVER_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc"
+)
+_SHOWN = 3
+_TIMEOUT_SECONDS = 600.0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch's CPU allocator, of Python itself, or of the kernel."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
+
+
+@contextmanager
+def explaining_out_of_memory(config: c.Config, world: World) -> Iterator[None]:
+    """Turn the end of memory into a TrainingError that says what would help.
+
+    The plan is made by a process of its own: this one has no memory left, and may be a rank of a group.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parallelism = replace(config.parallelism, world_size=world.size)
+        device = c.Device.cuda if world.device.type == "cuda" else c.Device.cpu
+        planned = replace(config, parallelism=parallelism, device=device)
+        said = f"out of memory{_wanted(error)}"
+        print(f"{said}: planning what would help, which may take minutes", file=sys.stderr, flush=True)
+        raise TrainingError(f"{said}; {_advice_of_process(planned)}") from error
+
+
+def _wanted(error: BaseException) -> str:
+    """What could not be had, where the error says so: ``2.00 GiB`` of a GPU's, bytes of a CPU's."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    size = format_bytes(int(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f" (no room for another {size})"
+
+
+def _advice_of_process(config: c.Config) -> str:
+    command = [sys.executable, "-m", "rsotrain.planner.out_of_memory"]
+    try:
+        done = subprocess.run(
+            command, input=pickle.dumps(config), capture_output=True, timeout=_TIMEOUT_SECONDS, check=True
+        )
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "a smaller micro_batch_size or activation_checkpointing=block may help; see mode=plan"
+
+
+@dataclass(frozen=True)
+class Option:
+    """``change``: what to write on the command line."""
+
+    change: str
+    config: c.Config
+
+
+def options(config: c.Config) -> Iterator[Option]:
+    """What may reduce the memory of a run, among other settings than it has."""
+    optimizer = config.optimizer
+    size = config.parallelism.world_size or 1
+    of_rank = config.batch_size // size
+    micro = config.micro_batch_size or of_rank
+    smaller = [n for n in range(1, micro // 2 + 1) if of_rank % n == 0]
+    if smaller:
+        yield Option(f"micro_batch_size={smaller[-1]}", replace(config, micro_batch_size=smaller[-1]))
+    if config.activation_checkpointing is not c.ActivationCheckpointing.block:
+        block = c.ActivationCheckpointing.block
+        yield Option("activation_checkpointing=block", replace(config, activation_checkpointing=block))
+    if config.precision is not c.Precision.bf16:
+        yield Option("precision=bf16", replace(config, precision=c.Precision.bf16))
+
+    def with_optimizer(change: str, **settings: Any) -> Option:
+        return Option(change, replace(config, optimizer=replace(optimizer, **settings)))
+
+    if optimizer.state_dtype is c.StateDtype.float32:
+        yield with_optimizer("optimizer.state_dtype=bfloat16", state_dtype=c.StateDtype.bfloat16)
+    if isinstance(optimizer, c.SubspaceConfig):
+        rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
+        if rank:
+            yield with_optimizer(f"optimizer.rank={rank}", rank=rank)
+    haar = c.HaarConfig(name="haar")
+    if isinstance(optimizer, c.RSOConfig):
+        if optimizer.projection is c.BasisStorage.stored:
+            yield with_optimizer("optimizer.projection=regenerated", projection=c.BasisStorage.regenerated)
+        if not isinstance(
+            config.sampler, c.HaarConfig | c.GaussianConfig | c.CoordinateConfig | c.SRHTConfig
+        ):
+            yield Option("sampler=haar", replace(config, sampler=haar))
+    else:
+        rso = c.RSOConfig(name="rso", lr=optimizer.lr, state_dtype=optimizer.state_dtype)
+        yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
+    if config.batch_size % (2 * size) == 0:
+        strategy = config.parallelism.strategy
+        strategy = c.Strategy.fsdp if strategy in (c.Strategy.single, c.Strategy.ddp) else strategy
+        parallelism = replace(config.parallelism, strategy=strategy, world_size=2 * size)
+        yield Option(
+            f"parallelism={strategy.name} on {2 * size} processes",
+            replace(config, parallelism=parallelism, micro_batch_size=min(micro, of_rank // 2)),
+        )
+
+
+def advice(config: c.Config) -> str:
+    """The largest part of the planned peak and the options that reduce it most, in one sentence."""
+    from rsotrain.planner.plan import make_plan
+
+    plan = make_plan(config, gpus=False)
+    name, nbytes = plan.largest
+    saved: list[tuple[int, str]] = []
+    for option in options(config):
+        try:
+            saved.append((plan.peak - make_plan(option.config, gpus=False).peak, option.change))
+        except UserError:  # these settings do not go with the run's others
+            continue
+    best = [(gain, change) for gain, change in sorted(saved, reverse=True) if gain > 0][:_SHOWN]
+    said = (
+        f"of the planned peak of {format_bytes(plan.peak)} the largest part is {name}, {format_bytes(nbytes)}"
+    )
+    if not best:
+        return said
+    return f"{said}; {', '.join(f'{change} would save {format_bytes(gain)}' for gain, change in best)}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(advice(pickle.load(sys.stdin.buffer))))

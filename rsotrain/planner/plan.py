@@ -1,0 +1,209 @@
+"""The memory of a run before it starts: the real step under fake tensors, and which GPUs hold it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rsotrain.config.schema import Config, Device
+from rsotrain.instruments.memory import tensors_bytes
+from rsotrain.instruments.phases import Phase
+from rsotrain.optim.rso import RSO
+from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.planner.fake_run import FakeRun, world_size
+from rsotrain.planner.formulas import state_bytes
+from rsotrain.planner.gpus import Fit, fits
+from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
+from rsotrain.running.folder import plain
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes of one part on one rank. ``blocks``: of the matrices that the method updates."""
+
+    total: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on rank 0, the rank with the largest pieces.
+
+    ``phases``: by phase, then by kind, at the moment of the phase when most bytes are alive; ``peak`` is
+    their sum. ``formula_state``: the optimizer state by the closed formulas. ``traffic``: bytes that the
+    rank puts into collectives in a step, by kind of collective; ``refresh``: in one that draws bases.
+    """
+
+    settings: dict[str, Any]
+    parameters: Share
+    gradients: Share
+    optimizer_state: Share
+    formula_state: Share
+    saved_activations: int
+    phases: dict[str, dict[str, int]]
+    peak: int
+    flops_per_token: int
+    traffic: dict[str, dict[str, int]]
+    gpus: list[Fit] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``plan.json`` holds."""
+        return asdict(self)
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """The kind with most bytes at the peak, and these."""
+        worst = max(self.phases.values(), key=lambda phase: phase["peak"])
+        kinds = {name: nbytes for name, nbytes in worst.items() if name != "peak"}
+        name = max(kinds, key=kinds.__getitem__)
+        return name, kinds[name]
+
+
+def device_kind_of(config: Config) -> str:
+    """What is planned for: a GPU, unless ``device=cpu``."""
+    return "cpu" if config.device is Device.cpu else "cuda"
+
+
+def make_plan(config: Config, *, gpus: bool = True) -> Plan:
+    """Plan the run of ``config``; ``gpus``: and for each GPU the largest micro-batch, which takes longer.
+
+    Raises UserError where the settings do not fit together.
+    """
+    with FakeRun(config, device_kind_of(config)) as run:
+        trackers = {number: run.step(number) for number in _steps(run)}
+        of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
+        peaks = _merged(of_steps)
+        trainer, optimizer = run.trainer, run.trainer.optimizer
+        claimed = bool(optimizer.claims.blocks)
+        formula = state_bytes(config, trainer.vocab_size)
+        micro = trainer.config.micro_batch_size
+        assert micro is not None
+        return Plan(
+            settings=_settings(config, micro),
+            parameters=Share(
+                tensors_bytes(trainer.model.parameters()), tensors_bytes(optimizer.claims.blocks.values())
+            ),
+            gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if claimed else 0),
+            optimizer_state=Share(
+                optimizer.state_bytes(), optimizer.parts[0].state_bytes() if claimed else 0
+            ),
+            formula_state=Share(formula.total, formula.blocks),
+            saved_activations=run.saved_activations_bytes,
+            phases={
+                phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
+                | {"peak": peaks[phase].total}
+                for phase in Phase
+                if phase in peaks
+            },
+            peak=max(peak.total for peak in peaks.values()),
+            flops_per_token=trainer.flops_per_token,
+            traffic=_traffic(config, micro, trackers, of_steps),
+            gpus=fits(*_peak_of(run, of_steps, micro), config.seq_len, micro) if gpus else [],
+        )
+
+
+def _steps(run: FakeRun) -> list[int]:
+    """Numbers of steps that are unlike: an ordinary one, and one that replaces bases by others.
+
+    The first step draws the first bases: it is planned, too, where there is no such other, where the sampler
+    draws its first bases in another way, and where draws are staggered, since that step has all of them.
+    """
+    for part in run.trainer.optimizer.parts:
+        if isinstance(part, SubspacePart | RSO):
+            refresh = _refresh_step(part)
+            if refresh > run.config.steps:
+                return sorted({1, min(2, run.config.steps)})
+            first = part.bases.sampler.by_products or part.bases.schedule.staggered
+            return sorted({2, refresh} | ({1} if first else set()))
+    return [1]
+
+
+def _refresh_step(part: SubspacePart | RSO) -> int:
+    """Of the first round after the first draws the step that draws from most: the first of it, or staggered
+    any."""
+    bases, schedule = part.bases, part.bases.schedule
+    ahead = isinstance(part, RSO)  # it draws at the end of the step before
+
+    def drawn(step: int) -> int:
+        due = (n for n, i in bases.positions.items() if schedule.draw_index(i, step + ahead) is not None)
+        return sum(bases.sizes[name][0] ** 2 for name in due)
+
+    begin = schedule.gap + 1 - ahead
+    return max(range(begin, begin + schedule.gap), key=drawn) if schedule.staggered else begin
+
+
+def _merged(of_steps: dict[int, dict[Phase, Peak]]) -> dict[Phase, Peak]:
+    """Of each phase the step in which it has the highest peak."""
+    result: dict[Phase, Peak] = {}
+    for peaks in of_steps.values():
+        for phase, peak in peaks.items():
+            if phase not in result or peak.total > result[phase].total:
+                result[phase] = peak
+    return result
+
+
+_PASSES = (Phase.forward, Phase.backward)
+
+
+def _peak_of(
+    run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int
+) -> tuple[Callable[[int], int], int]:
+    """The peak of forward and backward passes by micro-batch, and that of all else."""
+
+    def of_passes(peaks: dict[Phase, Peak]) -> int:
+        return max(peaks[phase].total for phase in _PASSES)
+
+    worst = max(of_steps, key=lambda number: of_passes(of_steps[number]))
+
+    def peak_of(micro_batch: int) -> int:
+        if micro_batch == planned:
+            return of_passes(of_steps[worst])
+        run.use_micro_batch(micro_batch)
+        return of_passes(run.passes(worst).peaks())
+
+    others = [p.total for peaks in of_steps.values() for phase, p in peaks.items() if phase not in _PASSES]
+    return peak_of, max(others)
+
+
+def _traffic(
+    config: Config, micro: int, trackers: dict[int, MemoryTracker], of_steps: dict[int, dict[Phase, Peak]]
+) -> dict[str, dict[str, int]]:
+    """Of a step with all its micro-batches; the last of them differs from the others."""
+    number = config.batch_size // world_size(config) // micro
+
+    def of_step(step: int) -> dict[str, int]:
+        first, last = trackers[step].traffic[0], trackers[step].traffic[-1]
+        return {kind: last[kind] + (number - 1) * first[kind] for kind in sorted(first.keys() | last.keys())}
+
+    draws = [step for step in of_steps if Phase.refresh in of_steps[step]]
+    quiet = [step for step in of_steps if step not in draws]
+    result = {"step": of_step((quiet or draws)[-1])}
+    if quiet and draws:
+        result["refresh"] = of_step(draws[-1])
+    return result
+
+
+def _settings(config: Config, micro: int) -> dict[str, Any]:
+    """What tells plans apart."""
+    values = plain(config)
+    return {
+        "model": config.model.name,
+        "hidden_size": config.model.hidden_size,
+        "num_hidden_layers": config.model.num_hidden_layers,
+        "optimizer": config.optimizer.name,
+        "sampler": config.sampler.name,
+        "rank": values["optimizer"].get("rank"),
+        "update_proj_gap": values["optimizer"].get("update_proj_gap"),
+        "staggered": values["optimizer"].get("staggered"),
+        "state_dtype": values["optimizer"]["state_dtype"],
+        "precision": values["precision"],
+        "activation_checkpointing": values["activation_checkpointing"],
+        "parallelism": values["parallelism"]["strategy"],
+        "world_size": world_size(config),
+        "shard_size": config.parallelism.shard_size,
+        "batch_size": config.batch_size,
+        "micro_batch_size": micro,
+        "seq_len": config.seq_len,
+        "packing": values["data"]["packing"],
+        "document_mask": config.data.document_mask,
+        "device": device_kind_of(config),
+    }

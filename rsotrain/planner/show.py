@@ -1,0 +1,179 @@
+"""Plans as tables on the screen and as pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsotrain.errors import UserError
+from rsotrain.planner.gpus import GIB
+from rsotrain.planner.plan import Plan
+from rsotrain.planner.tracker import Kind
+from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.tracking.metrics import write_json_atomic
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADINGS = {
+    Kind.parameters: "weights",
+    Kind.gradients: "grads",
+    Kind.optimizer_state: "state",
+    Kind.activations: "activ.",
+    Kind.gathered: "gather",
+    Kind.temporaries: "temp.",
+}
+_MIB = 2**20
+PLANS = "plans.json"
+
+
+def print_plan(plan: Plan) -> None:
+    """All that a plan says, in tables of 80 columns."""
+    tables = [_phases(plan), _parts(plan), _gpus(plan)]
+    for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
+        print_table(table)
+    print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
+
+
+def _phases(plan: Plan) -> "Table":
+    size, unit = (GIB, "GiB") if plan.peak >= GIB else (_MIB, "MiB")
+    settings = plan.settings
+    ranks = "" if settings["world_size"] == 1 else f", rank 0 of {settings['world_size']}"
+    table = titled_table(
+        f"{settings['model']}, {settings['optimizer']}: memory by phase, {unit}"
+        f" ({settings['micro_batch_size']} × {settings['seq_len']} tokens{ranks})"
+    )
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in (*_HEADINGS.values(), "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for phase, kinds in plan.phases.items():
+        cells = [f"{kinds[kind.value] / size:.2f}" for kind in _HEADINGS]
+        peak = f"{kinds['peak'] / size:.2f}"
+        table.add_row(phase, *cells, f"[bold]{peak}[/bold]" if kinds["peak"] == plan.peak else peak)
+    return table
+
+
+def _parts(plan: Plan) -> "Table":
+    table = titled_table("Exact bytes of the parts")
+    table.add_column("", style="bold", no_wrap=True)
+    binary, decimal = (("GiB", GIB), ("GB", 1e9)) if plan.peak >= GIB else (("MiB", _MIB), ("MB", 1e6))
+    units = (binary, decimal)
+    for heading in ("{}", "blocks, {}"):
+        for unit, _ in units:
+            table.add_column(heading.format(unit), justify="right", no_wrap=True)
+    for name, share in (
+        ("weights", plan.parameters),
+        ("gradients", plan.gradients),
+        ("optimizer state", plan.optimizer_state),
+        ("  by its formula", plan.formula_state),
+    ):
+        cells = [nbytes / size for nbytes in (share.total, share.blocks) for _, size in units]
+        table.add_row(name, *(f"{cell:.3f}" for cell in cells))
+    saved = [plan.saved_activations / size for _, size in units]
+    table.add_row("saved activations", *(f"{cell:.3f}" for cell in saved), "", "")
+    return table
+
+
+def _gpus(plan: Plan) -> "Table":
+    table = titled_table("Which GPUs hold it")
+    table.add_column("GPU", style="bold", no_wrap=True)
+    table.add_column("such as", no_wrap=True)
+    table.add_column("usable", justify="right", no_wrap=True)
+    table.add_column(f"micro-batch {plan.settings['micro_batch_size']}", no_wrap=True)
+    table.add_column("largest micro-batch", justify="right", no_wrap=True)
+    for fit in plan.gpus:
+        table.add_row(
+            fit.gpu,
+            fit.examples,
+            format_bytes(fit.usable),
+            "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]",
+            f"{fit.micro_batch:,}" if fit.micro_batch else "none",
+        )
+    return table
+
+
+def _traffic(plan: Plan) -> "Table":
+    columns = {"step": "a step", "refresh": "one that draws new bases"}
+    columns = {key: heading for key, heading in columns.items() if key in plan.traffic}
+    table = titled_table("Bytes that a rank sends")
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    kinds = sorted({kind for key in columns for kind, nbytes in plan.traffic[key].items() if nbytes})
+    for kind in kinds:
+        table.add_row(kind, *(format_bytes(plan.traffic[key].get(kind, 0)) for key in columns))
+    table.add_section()
+    table.add_row("all", *(format_bytes(sum(plan.traffic[key].values())) for key in columns))
+    return table
+
+
+def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
+    """Draw bytes by kind, a bar for each name; what to tell the user of it."""
+    from rsotrain.report.bars import stacked_bytes
+    from rsotrain.report.plots import write_png
+
+    parts = {
+        kind.value: [float(kinds[kind.value]) for kinds in bars.values()]
+        for kind in Kind
+        if any(kinds[kind.value] for kinds in bars.values())
+    }
+    try:
+        write_png(stacked_bytes(list(bars), parts), path)
+    except UserError as error:  # without matplotlib a plan is no less true
+        return f"no picture: {error}"
+    return f"picture: {path}"
+
+
+# What a choice brings with it, so that it need not be named beside it.
+_BROUGHT = {
+    "model": ("hidden_size", "num_hidden_layers"),
+    "optimizer": ("sampler", "rank", "update_proj_gap", "staggered"),
+    "world_size": ("batch_size",),
+}
+_ABSENT = (None, "none", False)
+_BY_ITSELF = ("model", "optimizer", "sampler", "precision", "parallelism")  # its values say what they are
+
+
+def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each plan from the others."""
+
+    def named(keys: Sequence[str]) -> list[str]:
+        return [
+            " ".join(str(s[k]) if k in _BY_ITSELF else f"{k}={s[k]}" for k in keys if s[k] not in _ABSENT)
+            for s in settings
+        ]
+
+    varying = [key for key in settings[0] if any(s[key] != settings[0][key] for s in settings)]
+    brought = [key for choice in varying for key in _BROUGHT.get(choice, ())]
+    for keys in ([key for key in varying if key not in brought], varying):
+        found = named(keys)
+        if len(set(found)) == len(found):
+            return [name or "as given" for name in found]
+    return [f"{n} {name}".rstrip() for n, name in enumerate(found, 1)]
+
+
+def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Several plans, as ``plan.json`` holds them, side by side; also in a file and a picture in ``folder``.
+
+    Runs that differ in parallelism or micro-batch alone have one folder, and that the plan of the last.
+    """
+    names = labels([plan["settings"] for plan in plans])
+    table = titled_table("Memory of one rank, GiB")
+    table.add_column("", style="bold", overflow="fold")
+    for heading in ("weights", "grads", "state", "activ.", "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fits on", no_wrap=True)
+    for name, plan in zip(names, plans, strict=True):
+        nbytes = [plan[part]["total"] for part in ("parameters", "gradients", "optimizer_state")]
+        nbytes += [plan["saved_activations"], plan["peak"]]
+        smallest = next((fit["gpu"] for fit in plan["gpus"] if fit["fits"]), "none")
+        table.add_row(name, *(f"{n / GIB:.2f}" for n in nbytes), smallest)
+    print_table(table)
+    bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
+    write_json_atomic(folder / PLANS, dict(zip(names, plans, strict=True)))
+    print(f"plans: {folder / PLANS}")
+    print(write_picture(bars, folder / "plans.png"))
+
+
+def peak_of(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """Bytes by kind in the phase with the highest peak."""
+    return max(phases.values(), key=lambda kinds: kinds["peak"])

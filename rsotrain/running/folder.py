@@ -1,0 +1,214 @@
+"""A run is a folder with a deterministic name: the same command again resumes it."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rsotrain.cli.overrides import flatten
+from rsotrain.config.schema import Config, NoSamplerConfig
+from rsotrain.errors import Interrupted, StoppedEarly, UserError
+from rsotrain.tracking.metrics import write_atomic, write_json_atomic
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+RUN_RECORD = "run.json"
+
+# What can change between two starts of one run, since the weights do not depend on it.
+OPERATIONAL_KEYS = (
+    "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
+    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export", "benchmark",
+    "report", "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
+    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
+    "evaluation.legacy_divisor",
+)  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums and tuples as what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of the settings that make a run what it is."""
+    return _identity(plain(config))
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flatten(settings)
+        if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
+    }
+
+
+def run_folder_path(config: Config) -> Path:
+    """Where the run of these settings lies, or would."""
+    return Path(config.output_dir).expanduser() / run_name(config)
+
+
+def run_name(config: Config) -> str:
+    """``run_name``, or model-optimizer-sampler-seed and a hash of the settings.
+
+    A member of a W&B sweep adds its run's id: the sweep may try the same settings twice, and wants to hear
+    of both.
+    """
+    member = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return "-".join([_name_of_settings(config), *([member] if member else [])])
+
+
+def _name_of_settings(config: Config) -> str:
+    if config.run_name is not None:
+        return config.run_name
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    parts = [config.model.name, config.optimizer.name]
+    if not isinstance(config.sampler, NoSamplerConfig):
+        parts.append(config.sampler.name)
+    return "-".join([*parts, f"seed{config.seed}", digest])
+
+
+class RunState(Enum):
+    """What a run folder says of its run. lost: it was running and nobody hears of it any more."""
+
+    running = "running"
+    stopped = "stopped"  # before the last step, everything saved
+    failed = "failed"
+    finished = "finished"
+    lost = "lost"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    run_id: str  # stable over restarts; W&B's id
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / SUMMARY
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that reached its last step, else None."""
+        summary = _read_json(self.summary)
+        return summary if summary.get("finished") else None
+
+    def record(self, **facts: str | int) -> None:
+        """Add ``facts`` to ``run.json``, what others may know of the run."""
+        file = self.path / RUN_RECORD
+        write_json_atomic(file, _read_json(file) | facts)
+
+
+def _clear(path: Path) -> None:
+    """Forget an earlier run in ``path``, and nothing else that may lie there."""
+    import shutil
+
+    for name in ("checkpoints", "wandb"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in (CONFIG, METRICS, SUMMARY, "train.log", RUN_RECORD):
+        (path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFolder]:
+    """Create or re-open the run's folder and hold its lock.
+
+    Raises UserError if it cannot be written, if another process is at work in it, or if it holds a
+    run with other settings and ``overwrite`` is not set.
+    """
+    path = run_folder_path(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115 (opened here for its error, closed below)
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work in {path}; give this one a run_name") from error
+        if config.overwrite:
+            _clear(path)
+        _settle_config(config, path)
+        known = _read_json(path / RUN_RECORD).get("run_id")
+        folder = RunFolder(path, run_id or known or secrets.token_hex(6))
+        if folder.finished_summary() is not None:
+            yield folder
+            return
+        with _recording_state(folder):
+            yield folder
+
+
+@contextmanager
+def _recording_state(folder: RunFolder) -> Iterator[None]:
+    """Keep the run's state, and where it runs, in ``run.json``."""
+    state = RunState.failed
+    folder.record(
+        run_id=folder.run_id, state=RunState.running.value, host=socket.gethostname(), pid=os.getpid()
+    )
+    try:
+        yield
+        state = RunState.finished
+    except (StoppedEarly, Interrupted):
+        state = RunState.stopped
+        raise
+    finally:
+        with suppress(OSError):  # a full disk has been reported, or the error that ends the run is on its way
+            folder.record(state=state.value)
+
+
+def _settle_config(config: Config, path: Path) -> None:
+    file = path / CONFIG
+    # A start that was refused, or ended before its first step, leaves nothing to protect.
+    if file.is_file() and any((path / name).exists() for name in ("checkpoints", METRICS)):
+        try:
+            saved = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(
+                f"{file} is damaged, so the run there cannot be compared with these settings;"
+                " choose another run_name, or overwrite=true to discard it"
+            )
+        old = _identity(saved)
+        new = identity(config)
+        differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if differing:
+            shown = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in differing[:3])
+            raise UserError(
+                f"{path} holds a run with other settings ({shown});"
+                " choose another run_name, or overwrite=true to discard it"
+            )
+    write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; empty if the file is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,121 @@
+"""Where a run goes on: at its own newest checkpoint, or at another run's that it begins from."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
+from rsotrain.config.schema import LoadWhat
+from rsotrain.errors import UserError, require
+from rsotrain.tracking.metrics import finite
+from rsotrain.training.trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself over all its starts, beside the trainer's state.
+
+    ``seconds``: of training, evaluation and saving, of the earlier starts; ``validation``: the last
+    evaluation, and its step; ``record``: the last of each metric.
+    """
+
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    validation: dict[str, float] = field(default_factory=dict)
+    record: dict[str, float | int | str] = field(default_factory=dict)
+
+    def to_json(self, fingerprint: str) -> dict[str, Any]:
+        """For a checkpoint; ``fingerprint``: of the data."""
+        own = asdict(self) | {"record": finite(self.record), "data": fingerprint}
+        return {key: value for key, value in own.items() if value != math.inf}
+
+
+def resume(trainer: Trainer, checkpoints: Path, notify: Callable[[str], None]) -> Progress | None:
+    """Load the newest of ``checkpoints`` that is whole, else what ``checkpoint.path`` names.
+
+    Returns the progress of the run that goes on; None where a new one begins, be it with loaded weights.
+    Raises UserError where nothing of what there is can be read, or where it belongs to other data or
+    another model.
+    """
+    return _Resumption(trainer, notify).own(checkpoints)
+
+
+class _Resumption:
+    def __init__(self, trainer: Trainer, notify: Callable[[str], None]) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.notify = notify
+
+    def own(self, checkpoints: Path) -> Progress | None:
+        paths = self._listed(checkpoints)
+        for path in reversed(paths):
+            if (found := self._read(path)) is not None:
+                return self._take_up(
+                    *found,
+                    path,
+                    f"the data or the tokenizer have changed since {path} was written;"
+                    " bring the old files back, choose another run_name, or overwrite=true to start again",
+                )
+        # the first checkpoint of a new start would remove them, and they may be whole again tomorrow
+        require(
+            not paths,
+            f"no checkpoint in {checkpoints} can be read; bring one back, choose another"
+            " run_name, or overwrite=true to start again",
+        )
+        if self.config.checkpoint.path is not None:
+            return self._others(Path(self.config.checkpoint.path).expanduser())
+        return None
+
+    def _others(self, given: Path) -> Progress | None:
+        """Start from another run's checkpoint, or from its weights alone."""
+        weights_only = self.config.checkpoint.load is LoadWhat.weights
+        inside = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        for path in reversed(self._listed(inside) or [given]):
+            found = self._read(path, KINDS[:1] if weights_only else KINDS)
+            if found is None:
+                continue
+            if weights_only:
+                self.trainer.load_weights(found[0]["model"])
+                self.notify(f"begins with the weights of {path}")
+                return None
+            return self._take_up(
+                *found,
+                path,
+                f"checkpoint.path={path} was trained on other data or with another tokenizer;"
+                " take the weights alone with checkpoint.load=weights",
+            )
+        raise UserError(f"checkpoint.path={given} holds no checkpoint that can be read")
+
+    def _listed(self, folder: Path) -> list[Path]:
+        """As rank 0 sees them."""
+        return [Path(p) for p in self.world.from_main(lambda: [str(p) for p in list_checkpoints(folder)])]
+
+    def _read(self, path: Path, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What ``load_state_dict`` takes, and the run's own record; None, said aloud, if it is damaged."""
+
+        def read() -> tuple[dict[str, Any], dict[str, Any]]:
+            try:
+                return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+                raise OSError(str(error)) from error
+
+        try:
+            return self.world.together(read)
+        except OSError as error:
+            self.notify(f"warning: {path.name} cannot be read and is passed over: {error}")
+            return None
+
+    def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path, other_data: str) -> Progress:
+        require(run.pop("data") == self.trainer.data.fingerprint, other_data)
+        done = state["trainer"]["step"]
+        require(
+            done <= self.config.steps,
+            f"{path} is of step {done}, but steps={self.config.steps};"
+            " raise steps, or take the weights alone with checkpoint.load=weights",
+        )
+        self.trainer.load_state_dict(state)
+        self.notify(f"resumed from {path}")
+        return Progress(**run)

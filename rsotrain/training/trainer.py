@@ -1,0 +1,354 @@
+"""The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rsotrain.config.schema import Config
+from rsotrain.data.build import Data
+from rsotrain.data.sequences import merged_states
+from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.errors import TrainingError, UserError
+from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
+from rsotrain.instruments.phases import Phase, phase
+from rsotrain.models.build import build_model, materialize, model_vocab_size
+from rsotrain.models.compiling import compile_blocks
+from rsotrain.models.generation import generate_texts
+from rsotrain.models.llama import Llama
+from rsotrain.models.loss import IGNORE_INDEX
+from rsotrain.optim.build import build_optimizer
+from rsotrain.parallel.ranks import World, resolve_device
+from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
+from rsotrain.training.evaluation import evaluate
+from rsotrain.training.flops import training_flops_per_token
+from rsotrain.training.lr_scheduler import lr_factor
+
+NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
+
+
+class NonFiniteError(TrainingError):
+    """Loss or gradient norm is not a number; the weights are still those before the update."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss``: mean nats per valid token of the batch. ``grad_norm``: before clipping. Of all ranks, as are
+    ``tokens``; ``signals``: the sums over ranks of what ``train_step`` was given to pass around."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    signals: tuple[float, ...] = ()
+
+
+Signals = Callable[[], tuple[float, ...]]
+
+
+def no_signals() -> tuple[float, ...]:
+    return ()
+
+
+def check_composition(config: Config) -> None:
+    """Refuse, before any data is read, what cannot be composed: device, model, optimizer and sampler.
+
+    Builds model and optimizer on the meta device, which takes no memory. Raises UserError.
+    """
+    resolve_device(config.device)
+    model = build_model(
+        config.model,
+        vocab_size=config.model.vocab_size or 1,
+        precision=config.precision,
+        device=torch.device("meta"),
+        seed=config.seed,
+    )
+    build_optimizer(
+        model,
+        config.optimizer,
+        config.sampler,
+        precision=config.precision,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+
+
+def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
+    """The model of a run on the meta device."""
+    return build_model(
+        config.model,
+        vocab_size=model_vocab_size(config.model, tokenizer.vocab_size),
+        precision=config.precision,
+        device=torch.device("meta"),
+        seed=config.seed,
+        activation_checkpointing=config.activation_checkpointing,
+        separator_id=tokenizer.eos_id if config.data.document_mask else None,
+    )
+
+
+def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
+    wide = gradient.dtype.itemsize >= torch.float32.itemsize
+    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
+
+
+def share_of_batch(batch_size: int, world: World) -> range:
+    """The places of a batch that are this rank's."""
+    own = batch_size // world.size
+    return range(world.rank * own, (world.rank + 1) * own)
+
+
+def reached_positions(targets: torch.Tensor) -> torch.Tensor | None:
+    """Which positions (batch, seq_len) the loss depends on, those up to the last target; None: all.
+
+    Attention looks back only, so nothing behind a sequence's last target, such as padding, has a gradient.
+    """
+    last = (targets != IGNORE_INDEX).flip(1).cumsum(1).flip(1)
+    return None if bool((last > 0).all()) else last > 0
+
+
+class Trainer:
+    """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
+
+    ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs. With
+    several ranks each has a Trainer; all call its methods together, and each batch is divided among them.
+    ``model``: that of ``model_without_memory``, where it is there already.
+    """
+
+    def __init__(
+        self, config: Config, data: Data, world: World | None = None, model: Llama | None = None
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.world = world or World(resolve_device(config.device))
+        self.device = self.world.device
+        self.model = model or model_without_memory(config, data.tokenizer)
+        self.vocab_size = self.model.lm_head.weight.shape[0]
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optimizer,
+            config.sampler,
+            precision=config.precision,
+            seed=config.seed,
+            total_steps=config.steps,
+            place=self._place,
+        )
+        if config.compile:
+            compile_blocks(self.model)
+        self.order = data.train.order(config.seed)
+        self.step = 0
+        self.tokens = 0  # predicted so far, ignored positions not counted
+        self.gradients_bytes = 0
+        self.saved_activations_bytes: int | None = None
+
+    def _place(self, model: nn.Module) -> None:
+        """Shard a model that has no memory yet, then give it memory and weights."""
+        assert isinstance(model, Llama)
+        if self.world.mesh is not None:
+            shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
+        materialize(model, self.device, self.config.seed)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update, for the parameters outside the blocks."""
+        return self.config.optimizer.lr * self._lr_factor()
+
+    def _lr_factor(self) -> float:
+        return lr_factor(self.config.lr_scheduler, self.step, self.config.steps)
+
+    @property
+    def flops_per_token(self) -> int:
+        return training_flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
+
+    @property
+    def _batch_size_of_rank(self) -> int:
+        return self.config.batch_size // self.world.size
+
+    def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
+        share = share_of_batch(self.config.batch_size, self.world)
+        indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
+        size = self.config.micro_batch_size or len(share)
+        batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
+        if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
+            return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+        return batches
+
+    def train_step(self, signals: Signals = no_signals) -> StepResult:
+        """One optimizer update.
+
+        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens,
+        so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
+        update, and what the ranks answer is summed. Raises NonFiniteError before the update.
+        """
+        batches = self.micro_batches()
+        tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
+        tokens = int(self.world.sum([tokens])[0])
+        total = torch.zeros((), device=self.device)
+        for i, (inputs, targets) in enumerate(batches):
+            if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
+                self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
+            with phase(Phase.forward):
+                loss = self.forward(inputs, targets) / tokens
+            with phase(Phase.backward):
+                loss.backward()
+                total += loss.detach()
+        with phase(Phase.optimizer_step):
+            self.optimizer.reduce_gradients()
+            finished = self._finish_gradients(total, signals)
+        loss_value, norm_value, *answers = finished.tolist()  # one host sync
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self.optimizer.zero_grad()
+            raise NonFiniteError(
+                f"step {self.step + 1}: the loss is {loss_value} and the gradient norm {norm_value}"
+            )
+        self.optimizer.set_lr_factor(self._lr_factor())
+        with phase(Phase.optimizer_step):
+            self.optimizer.step()
+        if self.gradients_bytes == 0:
+            self.gradients_bytes = tensors_bytes(self.optimizer.gradients())
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += tokens
+        return StepResult(loss_value, norm_value, tokens, tuple(answers))
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of one micro-batch of the step, on the device."""
+        reached = self.reached(targets)
+        if reached is not None:
+            reached = reached.to(self.device, non_blocking=True)
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with self.optimizer.observing(reached):
+            if self.saved_activations_bytes is not None:
+                return self.model(inputs, targets)
+            with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
+                loss = self.model(inputs, targets)
+            self.saved_activations_bytes = saved.total
+            return loss
+
+    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """``reached_positions`` of one micro-batch."""
+        return reached_positions(targets)
+
+    def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
+        """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.
+
+        The norm is fp32, and that before they are scaled down.
+        """
+        gradients = self.optimizer.gradients()
+        pieces = gradients
+        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
+            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.world.size == 1:
+            result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
+        else:
+            mesh = self.world.mesh
+            assert mesh is not None
+            replicas = self.world.size // mesh["shard"].size()  # each piece is on so many ranks
+            own = torch.stack([loss.double(), norm.double().square() / replicas])
+            result = torch.cat([own, *(own.new_full((1,), s) for s in signals())])
+            dist.all_reduce(result)
+            result[1].sqrt_()
+            norm = result[1].to(norm.dtype)
+        if self.config.grad_clip is not None:
+            factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        return result
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics at the present weights."""
+        config, validation = self.config, self.data.validation
+        size = config.evaluation.micro_batch_size or config.micro_batch_size or self._batch_size_of_rank
+        metrics = evaluate(
+            self.model,
+            validation.evaluation_batches(size, config.evaluation.max_tokens),
+            self.world,
+            bytes_per_token=self._validation_bytes_per_token,
+            legacy_divisor=config.evaluation.legacy_divisor,
+        )
+        if self.world.mesh is not None:
+            self.model.reshard()  # type: ignore[operator]
+        return metrics
+
+    def generate(self) -> list[tuple[str, str]]:
+        """(prompt, continuation) for each of ``generate.prompts``."""
+        config = self.config
+        texts = generate_texts(
+            self.model,
+            self.data.tokenizer,
+            config.generate,
+            max_context=config.model.max_position_embeddings,
+            device=self.device,
+            seed=config.seed,
+        )
+        if self.world.mesh is not None:
+            self.model.reshard()  # type: ignore[operator]
+        return texts
+
+    @cached_property
+    def _validation_bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
+        validation, limit = self.data.validation, self.config.evaluation.max_tokens
+        num_bytes = validation.num_target_bytes(self.data.tokenizer.decode, limit)
+        return num_bytes / validation.num_targets(limit)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank by part; peak memory is the process's and is measured by whoever logs it."""
+        return {
+            "memory/parameters_bytes": tensors_bytes(self.model.parameters()),
+            "memory/gradients_bytes": self.gradients_bytes,
+            "memory/optimizer_state_bytes": self.optimizer.state_bytes(),
+            "memory/saved_activations_bytes": self.saved_activations_bytes or 0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """``model`` and ``optimizer``: flat name -> tensor, of which this rank's piece, as ``shards`` says.
+
+        ``trainer``: what JSON can hold, the same on every rank.
+        """
+        data = merged_states(self.world.gathered(self.data.train.state_dict()))
+        named = self.model.named_parameters()  # tied weights once
+        return {
+            "model": {name: local(p).detach() for name, p in named},
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": {"step": self.step, "tokens": self.tokens, "data": data},
+        }
+
+    def shards(self) -> dict[str, Shard]:
+        """Which piece of each tensor ``state_dict`` has, by name; what is absent is whole."""
+        shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+        return {name: s for name, s in (shards | self.optimizer.shards()).items() if s.dim is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError, changing nothing, if ``state`` is not of this model and optimizer."""
+        self._check_weights(state["model"], same_dtype=True)
+        self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
+        self._copy_weights(state["model"])
+        self.data.train.load_state_dict(state["trainer"].get("data", {}))
+        self.step = state["trainer"]["step"]
+        self.tokens = state["trainer"]["tokens"]
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """The weights alone, of any dtype, for a new run; UserError if they are another model's."""
+        self._check_weights(weights, same_dtype=False)
+        self._copy_weights(weights)
+
+    def _check_weights(self, saved: Mapping[str, torch.Tensor], *, same_dtype: bool) -> None:
+        parameters = {name: local(p) for name, p in self.model.named_parameters()}
+        for name in sorted(parameters.keys() | saved.keys()):
+            here, there = parameters.get(name), saved.get(name)
+            same = here is not None and there is not None and here.shape == there.shape
+            if not same or (same_dtype and parameters[name].dtype != saved[name].dtype):
+                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+
+    @torch.no_grad()
+    def _copy_weights(self, saved: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            local(parameter).copy_(saved[name])

@@ -1,0 +1,121 @@
+"""The tokenizer loses nothing, is the same every time, and refuses what it cannot do."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rsotrain.config.schema import TrainedTokenizerConfig
+from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
+from rsotrain.errors import UserError
+
+SENTENCES = [
+    "The whale swam under the ship, and the captain saw it.\n",
+    "Call me Ishmael. Some years ago - never mind how long - I went to sea.\n\n",
+    "In 1851 it cost 3 shillings;\tnow it costs 1234567 pounds.",
+    "Gentlemen of the Senate and House of Representatives: the state of the union is strong.",
+]
+CONFIG = TrainedTokenizerConfig(vocab_size=340)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer(SENTENCES * 5, CONFIG))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *SENTENCES,
+        "",
+        " ",
+        "   two  spaces   around   ",
+        "\n\n\t tabs\tand\r\nline breaks\x0b\x0c\n",
+        "é e\u0301 ﬁ ＡＢＣ ① İ ß",  # nothing is composed, folded or compatibility-mapped
+        "日本語 🙂 👩\u200d👩\u200d👧 \U0010ffff",
+        "\ufeffbyte order mark, \u2028line\x85separators\u2029, no\xa0break, zero\u200bwidth",
+        "a\x00b\x1b\x7f\ufffd",
+        "<s></s><unk><0x0A><pad>",  # the names of control pieces are text like any other
+        "▁", "▁▁a ▁b▁ ", " ▁",  # the character that SentencePiece uses for a space
+        "⁇ \u2047",  # what it writes for an unknown piece
+    ],
+)  # fmt: skip
+def test_decode_undoes_encode(tokenizer: SentencePieceTokenizer, text: str) -> None:
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids) == text
+    assert not {0, tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+
+
+def test_decode_undoes_encode_of_random_text(tokenizer: SentencePieceTokenizer) -> None:
+    rng = random.Random(0)
+    alphabet = "ab the\n\t ▁é日🙂\x00<>0"
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(300)]
+    ids = tokenizer.encode(texts)
+    assert [tokenizer.decode(i) for i in ids] == texts
+    assert all(np.array_equal(tokenizer.encode([text])[0], i) for text, i in zip(texts, ids, strict=True))
+
+
+def test_bos_and_eos_are_not_text(tokenizer: SentencePieceTokenizer) -> None:
+    (ids,) = tokenizer.encode(["the ship"])
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, CONFIG.vocab_size)
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "the ship"
+
+
+def test_training_is_deterministic_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    models = [train_tokenizer(SENTENCES * 5, CONFIG) for _ in range(2)]
+    assert models[0] == models[1]
+    assert SentencePieceTokenizer(models[0]).fingerprint == SentencePieceTokenizer(models[1]).fingerprint
+    other = train_tokenizer(SENTENCES * 5, TrainedTokenizerConfig(vocab_size=320))
+    assert SentencePieceTokenizer(other).fingerprint != SentencePieceTokenizer(models[0]).fingerprint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_learns_words_and_splits_digits(tokenizer: SentencePieceTokenizer) -> None:
+    assert len(tokenizer.encode([" the"])[0]) == 1
+    assert len(tokenizer.encode(["1851"])[0]) == 4
+
+
+def test_a_long_line_is_used_and_not_dropped() -> None:
+    word = "zyzzyva"
+    line = f"{word} " * PIECE_CHARACTERS  # eight times the longest piece
+    model = SentencePieceTokenizer(train_tokenizer([line], TrainedTokenizerConfig(vocab_size=270)))
+    assert len(model.encode([f" {word}"])[0]) == 1
+
+
+def test_training_reads_no_more_than_asked() -> None:
+    read = []
+
+    def texts() -> Iterator[str]:
+        for i in range(1000):
+            read.append(i)
+            yield "é" * 50  # 100 bytes
+
+    assert sum(len(piece.encode()) for piece in _pieces(texts(), max_bytes=1050)) == 1000
+    assert len(read) == 11
+
+
+def test_too_many_pieces_for_the_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size=4096 is more than .* \(at most \d+\)"):
+        train_tokenizer(SENTENCES, TrainedTokenizerConfig(vocab_size=4096))
+
+
+def test_too_few_pieces_for_the_characters_are_refused() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(500))
+    with pytest.raises(UserError, match=r"vocab_size=300 is too small .*character_coverage"):
+        train_tokenizer([text], TrainedTokenizerConfig(vocab_size=300, character_coverage=1.0))
+
+
+@pytest.mark.parametrize(("texts", "max_bytes"), [(["\n\n", "\n"], 100), (SENTENCES, 3)])
+def test_nothing_to_train_on_is_refused(texts: list[str], max_bytes: int) -> None:
+    with pytest.raises(UserError, match=f"tokenizer.max_training_bytes={max_bytes} leaves no text"):
+        train_tokenizer(texts, TrainedTokenizerConfig(vocab_size=300, max_training_bytes=max_bytes))
+
+
+def test_the_embedded_corpus_survives(tokenizer: SentencePieceTokenizer) -> None:
+    from rsotrain.data.readers import FileShard
+    from rsotrain.data.sources import CORPUS
+
+    texts = [row["text"] for _, row in FileShard(CORPUS / "validation.json.gz", ("text",)).rows()]
+    assert len(texts) == 190
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts

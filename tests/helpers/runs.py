@@ -1,0 +1,32 @@
+"""From a command line to a configuration, its data and its trainer."""
+
+from pathlib import Path
+
+from helpers.command import ROOT
+
+from rsotrain.cli.entry import conf_dir, register_schemas, to_config
+from rsotrain.config.schema import Config
+from rsotrain.data.build import Data, build_data
+from rsotrain.training.trainer import Trainer
+
+OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+
+
+def compose(overrides: list[str]) -> Config:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return to_config(hydra_compose("config", overrides))
+
+
+def load_data(config: Config, cache_dir: Path) -> Data:
+    return build_data(
+        config.data, config.tokenizer, seq_len=config.seq_len, cache_dir=cache_dir, notify=lambda _: None
+    )
+
+
+def trainer(overrides: list[str], cache_dir: Path) -> Trainer:
+    config = compose(overrides)
+    return Trainer(config, load_data(config, cache_dir))

@@ -1,0 +1,80 @@
+"""The live breakdown of a run, and README's tables of the plan."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.command import ROOT
+from helpers.runs import compose
+
+from rsotrain.running.run import train
+
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import memory_tables
+
+PARTS = ("parameters", "gradients", "optimizer_state", "saved_activations", "peak")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "gap", "between"),
+    [("galore", 3, [7]), ("rso_pca", 3, [7]), ("galore", 1, []), ("adam", None, [])],
+)
+def test_memory_is_logged_when_bases_are_new(
+    optimizer: str,
+    gap: int | None,
+    between: list[int],
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At steps 1, 4, 7 for a gap of 3; step 4 has a line anyway, and a gap below log_every adds none."""
+    given = [o for o in tiny if not o.startswith(("steps=", "log_every=", "save_every="))]
+    gaps = [] if gap is None else [f"optimizer.update_proj_gap={gap}"]
+    own = ["steps=8", "log_every=2", f"optimizer={optimizer}", f"output_dir={tmp_path}"]
+    train(compose([*given, *own, *gaps]))
+    (file,) = tmp_path.glob("*/metrics.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = [record for record in records if "memory/peak_bytes" in record]
+    assert [record["step"] for record in records] == sorted([1, 2, 4, 6, 8, *between])
+    for record in records:
+        assert all(record[f"memory/{part}_bytes"] > 0 for part in PARTS)
+    shown = capsys.readouterr().out
+    assert shown.count("memory: weights") == len(between)
+    assert "saved activations" in shown  # of the closing table
+
+
+# --- README ------------------------------------------------------------------------------------------
+
+
+def table(name: str) -> list[str]:
+    return memory_tables.table_in((ROOT / "README.md").read_text(), name)
+
+
+@pytest.mark.parametrize(("model", "optimizer", "ranks"), [("60m", "adam", 1), ("60m", "rso", 8)])
+def test_some_of_readmes_cells_are_the_plans(model: str, optimizer: str, ranks: int) -> None:
+    (row,) = (
+        line for line in table("one GPU" if ranks == 1 else f"{ranks} GPUs") if f"`{optimizer}`" in line
+    )
+    cells = [cell.strip() for cell in row.split("|")[2:]]
+    assert cells[memory_tables.MODELS.index(model)] == memory_tables.cell(model, optimizer, ranks)
+
+
+def test_readmes_tables_are_whole_and_rso_is_first() -> None:
+    for name in ("one GPU", "8 GPUs"):
+        head, _, *rows = table(name)
+        assert head == f"| {name} | {' | '.join(memory_tables.MODELS)} |"
+        assert [line.split("|")[1].strip(" `") for line in rows] == list(memory_tables.OPTIMIZERS)
+    largest = [line.split("|") for line in table("largest")[2:]]
+    assert largest[0][1].strip() == "`rso`"
+    assert {row[1].strip(" `") for row in largest} == set(memory_tables.LARGEST_OPTIMIZERS)
+    parameters = [float(row[3].split()[0]) for row in largest]
+    assert parameters == sorted(parameters, reverse=True)
+    assert parameters[0] > parameters[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", memory_tables.TABLES)
+def test_readmes_tables_are_the_plans(name: str) -> None:
+    assert memory_tables.made(name) == table(name)

@@ -1,0 +1,269 @@
+"""Limits in which a method must equal another, known one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsotrain.config import schema as c
+from rsotrain.optim.build import build_optimizer
+from rsotrain.optim.functional import limited_growth_, subset_sums
+from rsotrain.optim.residuals import Apollo
+
+FULL, STEPS = 8, 15
+SHAPES = [(12, FULL), (FULL, 12), (FULL, FULL)]
+SVD = c.SvdConfig(name="svd")
+NONE = c.NoSamplerConfig(name="none")
+
+
+def run(
+    config: c.OptimizerConfig,
+    sampler: c.SamplerConfig,
+    shape: tuple[int, int],
+    steps: int = STEPS,
+) -> Tensor:
+    """The weight after ``steps`` random gradients, float32."""
+    random = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(shape, generator=random))
+    optimizer = build_optimizer([("w", parameter)], config, sampler, seed=1, total_steps=steps)
+    for _ in range(steps):
+        parameter.grad = torch.randn(shape, generator=random)
+        optimizer.step()
+    return parameter.data
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    # Entries move by about 0.1. Products of 8 to 12 terms err by some 1e-7 of a row's size; divided by the
+    # second moment of an entry a hundredth of that size this is 1e-5 of a step's 0.01, in 15 steps; the
+    # smallest of 12·8·15 gradient entries is about a thousandth.
+    return bool((first - second).abs().max() < 1e-4)
+
+
+def low(kind: type[c.SubspaceConfig], **own: object) -> c.SubspaceConfig:
+    settings = {"name": "x", "lr": 0.01, "rank": FULL, "update_proj_gap": 1000, "block_parameters": ["w"]}
+    return kind(**(settings | own))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subspace_momentum_at_full_rank_is_momentum_at_full_rank(shape: tuple[int, int]) -> None:
+    own = {"subset_size": 1, "betas": (0.9, 0.99)}
+    full = c.SNConfig(name="sn", lr=0.01, block_parameters=["w"], **own)
+    kept = low(c.SNSMConfig, **own)
+    assert close(run(kept, SVD, shape), run(full, NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_momentum_at_full_rank_survives_transport_to_any_basis(shape: tuple[int, int]) -> None:
+    own = {"subset_size": None, "betas": (0.9, 0.99)}
+    full = c.SNConfig(name="sn", lr=0.1, block_parameters=["w"], **own)
+    moved = low(c.SNSMConfig, lr=0.1, update_proj_gap=4, on_refresh=c.OnRefresh.transport, **own)
+    assert close(run(moved, c.HaarConfig(name="haar"), shape), run(full, NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subset_size_one_has_adams_denominator(shape: tuple[int, int]) -> None:
+    # Its ε is inside the bias correction, Adam's outside: with ε = 1e-30 that is no difference.
+    own = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "block_parameters": ["w"]}
+    sn = c.SNConfig(name="sn", subset_size=1, **own)
+    assert close(run(sn, NONE, shape), run(c.AdamConfig(name="adam", **own), NONE, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_galore_on_all_axes_is_adam(shape: tuple[int, int]) -> None:
+    adam = c.AdamConfig(name="adam", lr=0.01, block_parameters=["w"])
+    for gap in (1000, 4):
+        galore = low(c.GaLoreConfig, update_proj_gap=gap)
+        assert close(run(galore, c.CoordinateConfig(name="coordinate"), shape), run(adam, NONE, shape))
+
+
+@pytest.mark.parametrize("kind", [c.FiraConfig, c.FrugalConfig])
+def test_nothing_is_outside_a_full_subspace(kind: type[c.SubspaceConfig]) -> None:
+    shape = (12, FULL)
+    assert torch.equal(run(low(kind), SVD, shape), run(low(c.GaLoreConfig), SVD, shape))
+
+
+def test_momentum_free_subspace_is_plain_sgd() -> None:
+    """β₁ = 0 and one subset whose V is the sum of squares: normalised SGD of every row, in any basis."""
+    own = {"betas": (0.0, 0.0), "eps": 1e-30}
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, FULL, generator=random)
+    for _ in range(STEPS):
+        gradient = torch.randn(12, FULL, generator=random)
+        weight = weight - 0.01 * gradient / gradient.norm(dim=1, keepdim=True)
+    for rank in (3, FULL):
+        assert close(run(low(c.SNSMConfig, rank=rank, **own), SVD, (12, FULL)), weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_osd_that_never_steps_its_basis_is_galore_that_never_refreshes(shape: tuple[int, int]) -> None:
+    frozen = run(
+        low(c.GaLoreConfig, rank=3, update_proj_gap=1),
+        c.OnlinePCAConfig(name="online_pca", lr=0.0),
+        shape,
+    )
+    assert torch.equal(frozen, run(low(c.GaLoreConfig, rank=3), SVD, shape))
+
+
+def test_i3s_at_full_rank_is_galore_at_full_rank() -> None:
+    i3s = run(low(c.GaLoreConfig, update_proj_gap=5), c.ImportanceConfig(name="importance"), (12, FULL))
+    assert close(i3s, run(low(c.GaLoreConfig, update_proj_gap=5), SVD, (12, FULL)))
+
+
+def test_transport_at_a_full_basis_change_and_back_restores_the_moments() -> None:
+    from rsotrain.optim.functional import transport_momentum_
+
+    random = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=random))[0]
+    momentum = torch.randn(4, 6, generator=random)
+    moved = momentum.clone()
+    transport_momentum_(moved, basis)
+    transport_momentum_(moved, basis.T)
+    assert bool((moved - momentum).abs().max() < 1e-5)
+
+
+def test_apollo_scales_rows_as_full_rank_adam_would() -> None:
+    """On all axes with one gradient, N is ±1 everywhere: each row gets length √k."""
+    weight = nn.Parameter(torch.zeros(12, FULL))
+    config = low(c.ApolloConfig, lr=1.0)
+    optimizer = build_optimizer(
+        [("w", weight)], config, c.CoordinateConfig(name="coordinate"), seed=0, total_steps=1
+    )
+    weight.grad = torch.randn(12, FULL, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert torch.allclose(weight.data.norm(dim=1), torch.full((12,), FULL**0.5), rtol=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(-weight.data, weight.grad, dim=1)
+    assert torch.allclose(cosine, torch.ones(12))
+
+
+def test_norm_growth_is_limited_after_the_first_update() -> None:
+    previous = torch.zeros(())
+    factors = [float(limited_growth_(torch.tensor(norm), previous, 1.01)) for norm in (3.0, 6.0, 1.5)]
+    assert factors[0] == 1.0
+    assert factors[1] == pytest.approx(1.01 / 2)
+    assert factors[2] == 1.0  # shrinking is free
+    assert float(previous) == pytest.approx(1.5)
+
+
+def test_subset_sums_add_up_to_the_squared_norm() -> None:
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).T  # a transposed view
+    assert torch.allclose(subset_sums(gradient, 6), gradient.square().sum(1, keepdim=True))
+    assert torch.allclose(subset_sums(gradient, 2).sum(), gradient.square().sum())
+    assert torch.allclose(subset_sums(gradient, 1), gradient.square())
+
+
+def inside(shape: tuple[int, int], rank: int, random: torch.Generator) -> Tensor:
+    """A gradient of rank ``rank``: nothing of it is outside its dominant subspace."""
+    rows, columns = shape
+    left = torch.randn(rows, rank, generator=random)
+    return left @ torch.randn(rank, columns, generator=random)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frugal_takes_no_signs_of_rounding_errors(shape: tuple[int, int]) -> None:
+    gradient = inside(shape, 3, torch.Generator().manual_seed(0))
+    weights = []
+    for kind in (c.FrugalConfig, c.GaLoreConfig):
+        parameter = nn.Parameter(torch.zeros(shape))
+        optimizer = build_optimizer([("w", parameter)], low(kind, rank=3), SVD, seed=1, total_steps=2)
+        parameter.grad = gradient
+        optimizer.step()
+        weights.append(parameter.data)
+    assert torch.allclose(*weights, rtol=0, atol=1e-6)  # a sign would be 0.01
+
+
+def test_firas_residual_is_not_held_at_the_size_of_rounding_errors() -> None:
+    random = torch.Generator().manual_seed(0)
+    shape = SHAPES[0]
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = build_optimizer([("w", parameter)], low(c.FiraConfig, rank=3), SVD, seed=1, total_steps=3)
+    parameter.grad = inside(shape, 3, random)
+    optimizer.step()
+    assert float(optimizer.state_dict()["w.residual_norm"]) < 1e-4
+    parameter.grad = torch.randn(shape, generator=random)
+    optimizer.step()
+    assert float(optimizer.state_dict()["w.residual_norm"]) > 0.1
+
+
+def test_a_missing_gradient_stops_the_step_before_anything_changes() -> None:
+    parameters = [nn.Parameter(torch.ones(12, FULL)) for _ in range(2)]
+    config = low(c.GaLoreConfig, rank=3, block_parameters=["a"])
+    optimizer = build_optimizer(list(zip("ab", parameters, strict=True)), config, SVD, seed=1, total_steps=3)
+    parameters[0].grad = torch.ones(12, FULL)
+    before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="b has no gradient"):
+        optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_dict().items())
+    assert torch.equal(parameters[0].data, torch.ones(12, FULL))
+
+
+@pytest.mark.parametrize("kind", ["adam", "galore", "apollo", "fira", "frugal", "sn", "sn_sm", "muon"])
+def test_weight_decay_reaches_bfloat16_weights(kind: str) -> None:
+    """0.1 % a step is less than half a unit of bfloat16: lost if rounded before the update is added."""
+    own = {"lr": 0.02, "weight_decay": 0.05, "block_parameters": ["w"], "name": kind}
+    low_rank = own | {"rank": FULL // 2, "update_proj_gap": 1000}
+    config, sampler = {
+        "adam": (c.AdamConfig(**own), NONE),
+        "muon": (c.MuonConfig(**own), NONE),
+        "sn": (c.SNConfig(**own), NONE),
+        "galore": (c.GaLoreConfig(**low_rank), SVD),
+        "fira": (c.FiraConfig(**low_rank), SVD),
+        "frugal": (c.FrugalConfig(**low_rank), SVD),
+        "apollo": (c.ApolloConfig(**low_rank), c.GaussianConfig(name="gaussian")),
+        "sn_sm": (c.SNSMConfig(**low_rank), SVD),
+    }[kind]
+    random = torch.Generator().manual_seed(0)
+    start = 1.05 + 0.9 * torch.rand(32, FULL, generator=random)
+    moved = []
+    for decay in (0.05, 0.0):
+        config.weight_decay = decay
+        parameter = nn.Parameter(start.bfloat16())
+        optimizer = build_optimizer(
+            [("w", parameter)], config, sampler, precision=c.Precision.bf16, seed=1, total_steps=60
+        )
+        noise = torch.Generator().manual_seed(1)
+        for _ in range(60):
+            parameter.grad = torch.randn(32, FULL, generator=noise).bfloat16()
+            optimizer.step()
+        moved.append(parameter.data.float().mean())
+    # 60 steps of 0.1 % of 1.5 are 0.09; rounding to nearest keeps what the updates' own size lets through
+    assert float(moved[1] - moved[0]) > 0.03
+
+
+@pytest.mark.parametrize("kind", [c.GaLoreConfig, c.SNSMConfig])
+def test_bfloat16_second_moment_decays_as_in_float32(kind: type[c.SubspaceConfig]) -> None:
+    """Rounded to nearest, V·0.999 is V in bfloat16 and a large first V would stay for ever."""
+    moments = {}
+    for dtype in c.StateDtype:
+        parameter = nn.Parameter(torch.zeros(12, FULL))
+        config = low(kind, rank=FULL // 2, state_dtype=dtype)
+        optimizer = build_optimizer([("w", parameter)], config, SVD, seed=1, total_steps=1500)
+        random = torch.Generator().manual_seed(0)
+        for step in range(1500):
+            parameter.grad = torch.randn(12, FULL, generator=random) * (100.0 if step == 0 else 1.0)
+            optimizer.step()
+        key = "w.exp_avg_sq" if kind is c.GaLoreConfig else "w.subset_sq"
+        moments[dtype] = optimizer.state_dict()[key].double()
+    full, reduced = moments[c.StateDtype.float32], moments[c.StateDtype.bfloat16]
+    # each write errs by up to 2⁻⁸, about 1000 of them count: 2⁻⁸ √1000 / √3 = 7 %, twice that at most here
+    assert float((reduced / full).log().abs().mean()) < 0.14
+    assert abs(float((reduced / full).mean()) - 1.0) < 0.05
+
+
+def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rounded once, when they are added to the weight; also where one factor scales the whole."""
+    dtypes: list[torch.dtype] = []
+    apply = Apollo.apply_
+
+    def seen(self: Apollo, weight: Tensor, update: Tensor, lr: float) -> None:
+        dtypes.append(update.dtype)
+        apply(self, weight, update, lr)
+
+    monkeypatch.setattr(Apollo, "apply_", seen)
+    for per_tensor in (False, True):
+        parameter = nn.Parameter(torch.randn(12, FULL).bfloat16())
+        config = low(c.ApolloConfig, rank=1, per_tensor=per_tensor)
+        optimizer = build_optimizer(
+            [("w", parameter)], config, c.GaussianConfig(name="gaussian"), seed=1, total_steps=1
+        )
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert dtypes == [torch.float32, torch.float32]

@@ -1,0 +1,198 @@
+"""Matrices of several shapes, in one bucket or in several, are updated as each of them alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsotrain.config import schema as c
+from rsotrain.models.llama import Linear
+from rsotrain.optim import adamw, base, rso, subspace_part
+from rsotrain.optim.build import build_optimizer
+from rsotrain.subspace.seeding import generator
+
+BASE = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
+LOW = {"rank": 3, "update_proj_gap": 5}
+SVD, HAAR, NONE = c.SvdConfig(name="svd"), c.HaarConfig(name="haar"), c.NoSamplerConfig(name="none")
+
+
+def noise(shape: tuple[int, int], *labels: str | int) -> Tensor:
+    return torch.randn(shape, generator=generator(1, *labels))
+
+
+# several of a shape, all orientations, mixed: whatever a bucket holds, they lie side by side in it
+MATRICES = {
+    "w0": (24, 10), "w1": (10, 24), "w2": (12, 12), "w3": (24, 10), "w4": (6, 40), "w5": (12, 12),
+    "w6": (16, 6),
+}  # fmt: skip
+RESET, TRANSPORT = c.OnRefresh.reset, c.OnRefresh.transport
+METHODS: dict[str, tuple[c.OptimizerConfig, c.SamplerConfig]] = {
+    "adam": (c.AdamConfig(**BASE), NONE),
+    "muon": (c.MuonConfig(**BASE), NONE),
+    "sn": (c.SNConfig(**BASE), NONE),
+    "galore": (c.GaLoreConfig(**BASE, **LOW), SVD),
+    "galore-fraction": (c.GaLoreConfig(**BASE, **(LOW | {"rank": 0.25})), SVD),
+    "galore-reset": (c.GaLoreConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "galore-transport": (c.GaLoreConfig(on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "i3s": (c.GaLoreConfig(**BASE, **LOW), c.ImportanceConfig(name="importance")),
+    "osd": (c.GaLoreConfig(**BASE, **(LOW | {"update_proj_gap": 1})), c.OnlinePCAConfig(name="online_pca")),
+    "sn_sm": (c.SNSMConfig(on_refresh=RESET, **BASE, **LOW), SVD),
+    "sm": (c.SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "fira": (c.FiraConfig(**BASE, **LOW), SVD),
+    "frugal": (c.FrugalConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "apollo": (c.ApolloConfig(**BASE, **LOW), c.GaussianConfig(name="gaussian")),
+    "apollo-haar": (c.ApolloConfig(**BASE, **(LOW | {"rank": 0.25})), HAAR),
+    "apollo_mini": (
+        c.ApolloConfig(per_tensor=True, **BASE, **(LOW | {"rank": 1})),
+        c.GaussianConfig(name="gaussian"),
+    ),
+    "ldadam": (
+        c.LDAdamConfig(on_refresh=TRANSPORT, **BASE, **(LOW | {"update_proj_gap": 1})),
+        c.RandomizedSvdConfig(name="randomized_svd"),
+    ),
+}
+KINDS = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
+
+
+def trained(method: str, names: Sequence[str], precision: str, state: c.StateDtype) -> dict[str, Tensor]:
+    """The weights after 12 steps of these matrices together, and the optimizer's state, by name."""
+    config, sampler = METHODS[method]
+    dtype = KINDS[precision]
+    parameters = {n: nn.Parameter(noise(MATRICES[n], "start", n).to(dtype)) for n in names}
+    config = replace(config, name=method, block_parameters=["w"], state_dtype=state)
+    optimizer = build_optimizer(
+        parameters.items(), config, sampler, precision=c.Precision(precision), seed=0, total_steps=12
+    )
+    for step in range(1, 13):
+        for name, parameter in parameters.items():
+            parameter.grad = noise(MATRICES[name], "gradient", name, step).to(dtype)
+        optimizer.step()
+    state_dict = optimizer.state_dict()
+    del state_dict["step"]
+    return {name: p.data for name, p in parameters.items()} | state_dict
+
+
+def limit_buckets(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """At most ``limit`` elements a bucket; lists how many items the buckets that were made hold."""
+    counts: list[int] = []
+
+    def limited(items: Any, size: Any, largest: int = limit) -> list[list[Any]]:
+        made: list[list[Any]] = base.buckets(items, size, min(largest, limit))
+        counts.extend(len(bucket) for bucket in made)
+        return made
+
+    for module in (adamw, rso, subspace_part):
+        monkeypatch.setattr(module, "buckets", limited)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("precision", "state"),
+    [("fp32", "float32"), ("fp32", "bfloat16"), ("bf16_mixed", "float32"), ("bf16", "float32")],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_together_are_bitwise_what_they_are_alone(
+    method: str, precision: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one bucket, in several, and one matrix at a time: the same arithmetic on each."""
+    kept = c.StateDtype(state)
+    together = trained(method, list(MATRICES), precision, kept)
+    alone: dict[str, Tensor] = {}
+    for name in MATRICES:
+        alone |= trained(method, [name], precision, kept)
+    counts = limit_buckets(monkeypatch, 500 if method == "adam" else 150)
+    split = trained(method, list(MATRICES), precision, kept)
+    if counts:  # full-rank methods other than adam have none
+        assert len(counts) > 1
+        assert max(counts) > 1
+    assert together.keys() == alone.keys() == split.keys()
+    for key, expected in alone.items():
+        assert torch.equal(together[key], expected), key
+        assert torch.equal(split[key], expected), key
+    assert bool((together["w0"] != noise(MATRICES["w0"], "start", "w0").to(KINDS[precision])).any())
+    assert not torch.equal(together["w0"], together["w3"])  # of one shape
+
+
+def test_the_low_rank_methods_have_buckets_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in METHODS.keys() - {"adam", "muon", "sn"}:
+        counts = limit_buckets(monkeypatch, 150)
+        trained(method, list(MATRICES), "fp32", c.StateDtype.float32)
+        assert len(counts) > 1
+    counts = limit_buckets(monkeypatch, 150)
+    trained("galore", list(MATRICES), "fp32", c.StateDtype.float32)
+    # M·r: 72, 72 | 36, 72 | 120 | 36, 48
+    assert counts == [2, 2, 1, 2]
+
+
+def test_pieces_of_a_matrix_are_bitwise_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW widens bfloat16 weights a piece at a time; pieces of 64 are whole vectors of any CPU."""
+    whole = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", 64)
+    pieces = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    assert all(torch.equal(pieces[key], tensor) for key, tensor in whole.items())
+
+
+class Linears(nn.Module):
+    """Independent linears under RSO, each with an input of its own."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.shared_inputs = tuple((name,) for name in names)
+        for name in names:
+            out, size = MATRICES[name]
+            linear = Linear(size, out)
+            linear.weight.data = noise((out, size), "start", name)
+            self.add_module(name, linear)
+
+    def forward(self, step: int) -> Tensor:
+        losses = []
+        for name, linear in self.named_children():
+            out, size = MATRICES[name]
+            y = linear(noise((30, size), "input", name, step))
+            losses.append((y - noise((30, out), "target", name, step)).square().sum())
+        return torch.stack(losses).sum()
+
+
+def _rso(names: Sequence[str], config: c.RSOConfig, sampler: c.SamplerConfig) -> dict[str, Tensor]:
+    model = Linears(names)
+    optimizer = build_optimizer(model, config, sampler, seed=0, total_steps=12)
+    for step in range(1, 13):
+        with optimizer.observing():
+            loss = model(step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    del state["step"]
+    return {name: p.data for name, p in model.named_parameters()} | state
+
+
+@pytest.mark.parametrize("solver", c.InnerSolver)
+@pytest.mark.parametrize("sampler", [HAAR, SVD], ids=lambda sampler: sampler.name)
+def test_rso_of_linears_together_is_bitwise_that_of_each_alone(
+    sampler: c.SamplerConfig, solver: c.InnerSolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = c.RSOConfig(
+        name="rso",
+        on_refresh=TRANSPORT,
+        solver=solver,
+        proximal_eta=1.0,
+        block_parameters=["w"],
+        **BASE,
+        **LOW,
+    )
+    together = _rso(list(MATRICES), config, sampler)
+    alone: dict[str, Tensor] = {}
+    for name in MATRICES:
+        alone |= _rso([name], config, sampler)
+    counts = limit_buckets(monkeypatch, 120)
+    split = _rso(list(MATRICES), config, sampler)
+    assert len(counts) > 1
+    assert max(counts) > 1
+    assert together.keys() == alone.keys() == split.keys()
+    for key, expected in alone.items():
+        assert torch.equal(together[key], expected), key
+        assert torch.equal(split[key], expected), key

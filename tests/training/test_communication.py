@@ -1,0 +1,176 @@
+"""What travels between ranks in a step: collectives and bytes, counted on two ranks."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ranks
+from helpers.runs import compose, load_data
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rsotrain.config.schema import Config, Strategy
+from rsotrain.data.build import Data
+from rsotrain.parallel import exchange
+from rsotrain.parallel.ranks import World
+from rsotrain.training.trainer import Trainer
+
+GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
+METHODS = (
+    "adam", "galore", "i3s", "sn", "sm", "sn_sm", "frugal", "fira", "apollo", "apollo_mini", "osd", "ldadam",
+    "muon", "rso", "carry",
+)  # fmt: skip
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives by kind, and the bytes that a rank puts into them.
+
+    Those of ``exchange`` count as the collectives that they are, not as what they send.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "Traffic":
+        for kind in ("all_gather", "reduce_scatter"):
+            self.patch.setattr(exchange, kind, partial(self._count, kind, getattr(exchange, kind)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
+
+    def _count(self, kind: str, call: Any, out: torch.Tensor, given: torch.Tensor, group: Any) -> Any:
+        kind = kind.replace("all_gather", "allgather")
+        self.counts[kind] += 1
+        self.bytes[kind] += given.numel() * given.element_size()
+        return call(out, given, group)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = func._schema.name.removeprefix("c10d::").strip("_").replace("_base", "")
+            # inputs come second where there are outputs of their own
+            given = args[1] if kind in ("allgather", "reduce_scatter", "gather", "scatter") else args[0]
+            if kind not in ("send", "recv"):
+                self.counts[kind] += 1
+                self.bytes[kind] += sum(
+                    t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, torch.Tensor)
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def count(config: Config, data: Data, world: World) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
+    trainer = Trainer(config, data, world)
+    result = {}
+    for step in range(1, GAP + 2):
+        with Traffic() as traffic:
+            trainer.train_step()
+        if step in (3, GAP + 1):
+            result["quiet" if step == 3 else "refresh"] = (dict(traffic.counts), dict(traffic.bytes))
+    shapes = [tuple(p.shape) for n, p in trainer.model.named_parameters() if "_proj" in n]
+    return result | {"shapes": shapes}
+
+
+@pytest.fixture(scope="module", params=[Strategy.fsdp, Strategy.ddp], ids=["fsdp", "ddp"])
+def traffic(
+    request: pytest.FixtureRequest, tiny: list[str], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Strategy, dict[str, Any]]:
+    shared = [*tiny, "optimizer.rank=16", "steps=20"]
+    configs = {}
+    for name in METHODS:
+        gap = (
+            [f"optimizer.update_proj_gap={GAP}"]
+            if name not in ("adam", "sn", "muon", "osd", "ldadam")
+            else []
+        )
+        own = (
+            shared
+            if name not in ("adam", "sn", "muon", "apollo_mini")
+            else [o for o in shared if "rank" not in o]
+        )
+        configs[name] = compose([*own, f"optimizer={name}", *gap])
+    data = load_data(configs["adam"], cache_dir)
+    checks = {name: partial(count, config, data) for name, config in configs.items()}
+    found = ranks.run(2, checks, tmp_path_factory.mktemp("traffic"), request.param)
+    return request.param, {name: ranks.succeeded(outcomes)[0] for name, outcomes in found.items()}
+
+
+def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
+    _, found = traffic
+    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry"):
+        assert found[name]["quiet"] == found["adam"]["quiet"], name
+
+
+def test_rso_sends_no_gradient_of_a_weight(traffic: tuple[Strategy, dict[str, Any]]) -> None:
+    strategy, found = traffic
+    kind = "reduce_scatter" if strategy is Strategy.fsdp else "allreduce"
+    adam, rso = found["adam"], found["rso"]
+    blocks = sum(4 * rows * columns for rows, columns in adam["shapes"])
+    low_rank = sum(4 * rows * 16 for rows, _ in adam["shapes"])
+    assert adam["quiet"][1][kind] - rso["quiet"][1][kind] == blocks - low_rank
+    # nothing is gathered beyond the weights themselves: B is not, P comes from its seed
+    assert rso["quiet"][1].get("allgather") == adam["quiet"][1].get("allgather")
+    assert rso["refresh"] == rso["quiet"]
+
+
+def test_norms_of_whole_matrices_cost_scalars(traffic: tuple[Strategy, dict[str, Any]]) -> None:
+    strategy, found = traffic
+    matrices = len(found["adam"]["shapes"])
+    adam = found["adam"]["quiet"]
+    for name, scalars, reductions in (("fira", 2, 1), ("apollo", 1, 1), ("apollo_mini", 3, 2)):
+        counts, sizes = found[name]["quiet"]
+        if strategy is Strategy.ddp:  # each rank has the whole matrices
+            assert (counts, sizes) == adam
+            continue
+        assert counts["allreduce"] - adam[0]["allreduce"] == reductions * matrices, name
+        assert sizes["allreduce"] - adam[1]["allreduce"] == 4 * scalars * matrices, name
+
+
+def test_a_refresh_gathers_each_gradient_once_and_sends_each_basis_once(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    shapes = found["adam"]["shapes"]
+    for name in ("galore", "i3s", "sn_sm", "fira"):
+        (quiet, quiet_bytes), (counts, sizes) = found[name]["quiet"], found[name]["refresh"]
+        gathered = len(shapes) if strategy is Strategy.fsdp else 0
+        assert counts.get("gather", 0) == gathered, name
+        assert sizes.get("gather", 0) == (sum(4 * m * n for m, n in shapes) // 2 if gathered else 0)
+        assert counts["broadcast"] == 2  # one from each rank, of all that it has drawn
+        assert sizes["broadcast"] == sum(4 * 16 * min(shape) for shape in shapes)
+        assert counts["allreduce"] == quiet["allreduce"] + 1  # how each draw went
+        assert counts.get("reduce_scatter") == quiet.get("reduce_scatter")
+        assert sizes.get("allgather") == quiet_bytes.get("allgather")
+
+
+def test_bases_that_change_each_step_cost_products_of_their_size(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    shapes = found["adam"]["shapes"]
+    basis_bytes = sum(4 * 16 * min(shape) for shape in shapes)
+    for name in ("osd", "ldadam"):
+        extra = found[name]["quiet"][1]["allreduce"] - found["adam"]["quiet"][1]["allreduce"]
+        if strategy is Strategy.ddp:
+            assert extra == 0
+        else:  # one product with the Gram matrix; its largest entry and its energy are 12 bytes
+            assert basis_bytes < extra <= basis_bytes + 12 * len(shapes), name
+        assert "gather" not in found[name]["quiet"][0]
+
+
+def test_power_iterations_of_a_high_rank_reduce_each_gram_matrix_once(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    carry = found["carry"]
+    grams = sum(4 * min(shape) ** 2 for shape in carry["shapes"]) if strategy is Strategy.fsdp else 0
+    scalars = carry["refresh"][1]["allreduce"] - carry["quiet"][1]["allreduce"] - grams
+    assert 0 <= scalars <= 64 * len(carry["shapes"])
+    assert carry["refresh"][1].get("allgather") == carry["quiet"][1].get("allgather")

@@ -1,0 +1,55 @@
+"""Schedules: the values at the corners, and the shapes in between."""
+
+import itertools
+
+import pytest
+
+from rsotrain.config.schema import ConstantConfig, CosineConfig, LinearConfig, LRSchedulerConfig, WSDConfig
+from rsotrain.training.lr_scheduler import lr_factor
+
+ALL = [ConstantConfig, CosineConfig, LinearConfig, WSDConfig]
+
+
+def factors(config: LRSchedulerConfig, total: int) -> list[float]:
+    return [lr_factor(config, step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_warm_up_is_linear_and_the_rest_never_rises(schedule: type[LRSchedulerConfig]) -> None:
+    values = factors(schedule(warmup_fraction=0.1), 100)
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in itertools.pairwise(values[9:]))
+    assert all(0 <= v <= 1 for v in values)
+
+
+@pytest.mark.parametrize(
+    ("config", "last"),
+    [
+        (CosineConfig(min_ratio=0.1), 0.1),
+        (LinearConfig(min_ratio=0.2), 0.2),
+        (WSDConfig(min_ratio=0.0), 0.0),
+        (WSDConfig(min_ratio=0.3), 0.3),
+        (ConstantConfig(), 1.0),
+    ],
+)
+@pytest.mark.parametrize("total", [2, 7, 100])
+def test_the_last_update_has_the_minimum(config: LRSchedulerConfig, last: float, total: int) -> None:
+    config.warmup_steps = 0
+    config.warmup_fraction = 0.0
+    if isinstance(config, WSDConfig) and round(config.decay_fraction * total) == 0:
+        last = 1.0  # too short to decay
+    assert lr_factor(config, total - 1, total) == pytest.approx(last)
+
+
+def test_cosine_is_half_way_at_half_time_and_wsd_is_flat_until_it_decays() -> None:
+    cosine = CosineConfig(min_ratio=0.1, warmup_steps=0)
+    assert lr_factor(cosine, 49, 100) == pytest.approx((1 + 0.1) / 2)
+    values = factors(WSDConfig(warmup_steps=10, decay_fraction=0.2), 100)
+    assert values[10:80] == [1.0] * 70
+    assert values[80:] == pytest.approx([(19 - i) / 20 for i in range(20)])
+
+
+def test_warmup_steps_win_over_the_fraction_and_may_be_all() -> None:
+    assert factors(CosineConfig(warmup_fraction=0.5, warmup_steps=2), 4)[:2] == [0.5, 1.0]
+    assert factors(LinearConfig(warmup_steps=4), 4) == [0.25, 0.5, 0.75, 1.0]
+    assert factors(CosineConfig(), 1) == [pytest.approx(0.1)]

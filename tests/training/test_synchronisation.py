@@ -1,0 +1,89 @@
+"""Between the draws of bases a step makes the host wait for the device once, where the loss is read."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers.command import ROOT
+from helpers.runs import compose
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rsotrain.benchmark.synthetic import random_data
+from rsotrain.training.trainer import Trainer
+
+OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+EVERY_STEP = ("osd", "ldadam")  # draw their bases in each step, by decompositions that have to be checked
+SMALL = ["model=llama_tiny", "tokenizer.vocab_size=300", "seq_len=16", "batch_size=4", "micro_batch_size=2"]
+PRECISIONS = ("bf16_mixed", "bf16")
+
+
+class Reads(TorchDispatchMode):
+    """Counts values of tensors that Python asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def trainer(*overrides: str) -> Trainer:
+    config = compose([*SMALL, *overrides])
+    return Trainer(config, random_data(config))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in EVERY_STEP])
+def test_no_value_is_read_within_a_step(optimizer: str, precision: str) -> None:
+    """But of targets on the host: for each micro-batch how many there are, and whether some are ignored."""
+    here = trainer(f"optimizer={optimizer}", f"precision={precision}")
+    for _ in range(2):  # the first draws of all samplers
+        here.train_step()
+    with Reads() as reads:
+        here.train_step()
+    assert reads.number == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in EVERY_STEP])
+def test_the_host_waits_once_a_step(optimizer: str, compiled: str) -> None:
+    here = trainer(f"optimizer={optimizer}", f"compile={compiled}", "device=cuda")
+    for _ in range(3):
+        here.train_step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            here.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 1, waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_the_device_is_timed_by_phase() -> None:
+    from rsotrain.benchmark import PHASES, REFRESH
+    from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach
+
+    here = trainer("optimizer=rso_pca", "device=cuda")
+    clock = PhaseClock(here.device)
+    attach(clock, here)
+    here.train_step()
+    with all_bases_due(here):
+        seconds = clock.step(here.train_step)
+    assert all(seconds[phase] > 0 for phase in PHASES)
+    assert seconds[REFRESH] < sum(seconds.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_pinned() -> None:
+    here = trainer("device=cuda")
+    assert all(tensor.is_pinned() for batch in here.micro_batches() for tensor in batch)
