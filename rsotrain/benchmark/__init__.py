@@ -1,4 +1,7 @@
-"""How fast a configuration trains on this machine: ``mode=benchmark``."""
+"""``mode=benchmark``: how fast a configuration trains on this machine. Start at ``mode.py``.
+
+Imports training and what lies below it, none of the rooms beside it.
+"""
 
 # of a training step, in the order in which they are shown
 DATA, FORWARD, BACKWARD, OPTIMIZER, REFRESH, OTHER = PHASES = (

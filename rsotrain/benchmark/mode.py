@@ -18,22 +18,23 @@ from rsotrain.benchmark.phases import (
 )
 from rsotrain.benchmark.synthetic import random_data
 from rsotrain.benchmark.tables import print_benchmark
-from rsotrain.cli.overrides import flatten
+from rsotrain.config.identity import run_folder_path
+from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import Config
 from rsotrain.errors import UserError
+from rsotrain.files import write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
-from rsotrain.planner.out_of_memory import explaining_out_of_memory
-from rsotrain.running.folder import plain, run_folder_path
-from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes, write_json_atomic
+from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.trainer import Trainer, check_composition
 
 RESULT = "benchmark.json"
 MIN_REFRESHES = 2
 
 
-def benchmark_mode(config: Config) -> dict[str, Any]:
+def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
 
     Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
@@ -47,7 +48,7 @@ def benchmark_mode(config: Config) -> dict[str, Any]:
         folder = Path(world.from_main(lambda: str(_make_folder(config))))
         rate = _matmul_rate(config, world)  # of matrices that are larger than a small model
         forget_peak_memory(world.device)
-        with explaining_out_of_memory(config, world):
+        with guard(config, world):
             result = _measure(Trainer(config, data, world), folder, rate)
     result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:

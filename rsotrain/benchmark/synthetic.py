@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from rsotrain.config.schema import Config, Packing, TrainedTokenizerConfig
+from rsotrain.config.data import Packing, TrainedTokenizerConfig
+from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.sequences import PackedSequences, PaddedSequences

@@ -17,7 +17,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rsotrain.cli.overrides import did_you_mean, flatten, known_keys
+from rsotrain.config.keys import did_you_mean, flatten, known_keys
 from rsotrain.errors import UserError
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")

@@ -9,32 +9,27 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from rsotrain.config.data import (  # noqa: F401
+from rsotrain.config.data import (
     BenchmarkConfig,
     C4DataConfig,
     DataConfig,
     EmbeddedDataConfig,
     EvaluationConfig,
     ExportConfig,
-    ExportDtype,
     FilesDataConfig,
     GenerateConfig,
     HubDataConfig,
     HubTokenizerConfig,
     HuggingFaceTokenizerConfig,
     InstructionsDataConfig,
-    ModelType,
-    Packing,
-    SampleBy,
     SentencePieceTokenizerConfig,
     SyntheticDataConfig,
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.config.methods import (  # noqa: F401 (one module names the whole configuration)
+from rsotrain.config.methods import (
     AdamConfig,
     ApolloConfig,
-    BasisStorage,
     CoordinateConfig,
     FiraConfig,
     FrugalConfig,
@@ -43,25 +38,19 @@ from rsotrain.config.methods import (  # noqa: F401 (one module names the whole 
     GoLoreConfig,
     HaarConfig,
     ImportanceConfig,
-    InnerSolver,
     LDAdamConfig,
     MixtureConfig,
     MuonConfig,
     NoSamplerConfig,
     OnlinePCAConfig,
-    OnRefresh,
     OptimizerConfig,
-    PCASolver,
     RandomizedSvdConfig,
     RSOConfig,
     SamplerConfig,
     SNConfig,
     SNSMConfig,
     SRHTConfig,
-    StateDtype,
-    SubspaceConfig,
     SvdConfig,
-    SvdSolver,
     TopkNormConfig,
 )
 

@@ -4,20 +4,11 @@ import math
 import os
 from pathlib import Path
 
-from rsotrain.cli.overrides import flatten
-from rsotrain.config.schema import (
-    Config,
-    LoadWhat,
-    LRSchedulerConfig,
-    Mode,
-    ModelConfig,
-    OptimizerConfig,
-    Strategy,
-    SubspaceConfig,
-)
+from rsotrain.config.keys import flatten, plain
+from rsotrain.config.methods import OptimizerConfig, SubspaceConfig
+from rsotrain.config.schema import Config, LoadWhat, LRSchedulerConfig, Mode, ModelConfig, Strategy
 from rsotrain.config.validation_data import positive, validate_data, validate_modes, validate_tokenizer
 from rsotrain.errors import require
-from rsotrain.running.folder import plain
 
 
 def validate(config: Config) -> None:

@@ -4,24 +4,20 @@ import os
 import string
 from pathlib import Path
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     C4DataConfig,
-    Config,
     DataConfig,
     FilesDataConfig,
     HubDataConfig,
     HuggingFaceTokenizerConfig,
     InstructionsDataConfig,
-    LoadWhat,
-    Mode,
-    ModelConfig,
     Packing,
     SentencePieceTokenizerConfig,
     SyntheticDataConfig,
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.data.readers import TEXT_SUFFIXES, data_suffix, find_files
+from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig
 from rsotrain.errors import UserError, require
 
 
@@ -33,7 +29,7 @@ def positive(config: object, prefix: str, *names: str) -> None:
 
 
 def validate_data(config: Config) -> None:
-    """Raise UserError for data that is not there, or options that have no effect together."""
+    """Raise UserError for options that are out of range or have no effect together."""
     data = config.data
     positive(data, "data.", "lanes", "shuffle_buffer", "workers")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows={data.max_bad_rows} must not be negative")
@@ -49,16 +45,6 @@ def validate_data(config: Config) -> None:
     )
     if isinstance(data, FilesDataConfig | InstructionsDataConfig | HubDataConfig):
         _validate_held_out(data)
-    if isinstance(data, FilesDataConfig | InstructionsDataConfig):
-        files = find_files(data.path, "data.path")
-        if data.validation_path is not None:
-            files += find_files(data.validation_path, "data.validation_path")
-        if isinstance(data, FilesDataConfig):
-            require(
-                data.sample_by is None or any(data_suffix(f) in TEXT_SUFFIXES for f in files),
-                f"data.sample_by={data.sample_by and data.sample_by.name} is for text files"
-                f" ({', '.join(TEXT_SUFFIXES)}), and there is none; leave it out",
-            )
     if isinstance(data, InstructionsDataConfig):
         _validate_instructions(data)
     if isinstance(data, C4DataConfig):
@@ -70,9 +56,6 @@ def validate_data(config: Config) -> None:
             data.path is None or data.revision is None,
             f"data.revision={data.revision} is for the hub and has no effect on files; leave it out",
         )
-        if data.path is not None and data.validation_path is not None:
-            find_files(data.path, "data.path")
-            find_files(data.validation_path, "data.validation_path")
     if isinstance(data, SyntheticDataConfig):
         positive(
             data, "data.", "num_documents", "num_validation_documents", "words_per_document", "num_words"

@@ -1,1 +1,4 @@
-"""Documents -> tokens -> sequences -> their order. ``build.build_data`` puts the parts together."""
+"""From documents to batches of tokens, the same on every number of ranks. Start at ``build.py``.
+
+Imports the configuration alone.
+"""

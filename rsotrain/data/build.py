@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO
 
-from rsotrain.config.schema import DataConfig, InstructionsDataConfig, Packing, TokenizerConfig
+from rsotrain.config.data import DataConfig, InstructionsDataConfig, Packing, TokenizerConfig
 from rsotrain.data.build_tokenizer import build_tokenizer
 from rsotrain.data.cache import Facts, cached_file
 from rsotrain.data.documents import Corpus, Notify, Part, batches

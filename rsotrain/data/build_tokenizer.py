@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     HubTokenizerConfig,
     HuggingFaceTokenizerConfig,
     SentencePieceTokenizerConfig,

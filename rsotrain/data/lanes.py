@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rsotrain.config.schema import DataConfig, Packing
+from rsotrain.config.data import DataConfig, Packing
 from rsotrain.data.documents import BadRows, Corpus, Document, Notify
 from rsotrain.data.order import SequenceOrder
 from rsotrain.data.tokenizer import Tokenizer

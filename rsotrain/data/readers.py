@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rsotrain.config.schema import SampleBy
+from rsotrain.config.data import SampleBy
 from rsotrain.errors import UserError
 
 Row = Mapping[str, Any]

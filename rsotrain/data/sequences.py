@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from rsotrain.data.order import FileOrder, SequenceOrder
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Decode = Callable[[Sequence[int]], str]

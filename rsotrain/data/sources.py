@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     C4DataConfig,
     DataConfig,
     EmbeddedDataConfig,

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rsotrain.config.schema import DataConfig
+from rsotrain.config.data import DataConfig
 from rsotrain.data.background import BackgroundIterator
 from rsotrain.data.documents import Corpus, Notify
 from rsotrain.data.lanes import PAD, Lane, Mark, num_lanes
 from rsotrain.data.order import FileOrder
 from rsotrain.data.sequences import Batch
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 
 PREFETCHED_SEQUENCES = 2048  # each process works at most about this far ahead
 

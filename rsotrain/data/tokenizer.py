@@ -5,12 +5,13 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
-from rsotrain.config.schema import TrainedTokenizerConfig
+from rsotrain.config.data import TrainedTokenizerConfig
 from rsotrain.errors import UserError
 
 PIECE_CHARACTERS = 4096  # longest string shown to the trainer
@@ -185,3 +186,14 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
             ) from error
         raise
     return model.getvalue()
+
+
+TOKENIZER_FOLDER = "tokenizer"  # of a run
+
+
+def save_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
+    """Keep a run's tokenizer beside its checkpoints, so that these can be used without the data."""
+    folder = run_folder / TOKENIZER_FOLDER
+    folder.mkdir(exist_ok=True)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)

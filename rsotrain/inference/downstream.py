@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rsotrain.config.schema import EvaluationConfig
+from rsotrain.config.data import EvaluationConfig
 from rsotrain.errors import UserError
 from rsotrain.inference.export import export_huggingface
 from rsotrain.inference.trained_model import TrainedModel

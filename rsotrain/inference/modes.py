@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from rsotrain.config.schema import Config, ExportDtype, Precision
+from rsotrain.config.data import ExportDtype
+from rsotrain.config.identity import run_folder_path
+from rsotrain.config.schema import Config, Precision
 from rsotrain.data.build import build_validation
 from rsotrain.errors import UserError
+from rsotrain.files import finite
 from rsotrain.inference.export import export_huggingface
 from rsotrain.inference.trained_model import TrainedModel, open_trained
 from rsotrain.models.generation import generate_texts
 from rsotrain.parallel.ranks import World, resolve_device
-from rsotrain.running.folder import run_folder_path
 from rsotrain.tracking.display import print_result_table
-from rsotrain.tracking.metrics import finite
 from rsotrain.training.evaluation import evaluate
 
 

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from rsotrain.checkpoints.files import list_checkpoints, load_checkpoint
 from rsotrain.config.schema import Config, ModelConfig, Precision
-from rsotrain.data.tokenizer import Tokenizer
+from rsotrain.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.models.build import build_model
 from rsotrain.models.llama import Llama
 from rsotrain.models.pretrained import load_weights, read_huggingface
-
-TOKENIZER_FOLDER = "tokenizer"  # of a run
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,6 @@ class TrainedModel:
     @property
     def vocab_size(self) -> int:
         return self.model.lm_head.weight.shape[0]
-
-
-def save_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
-    """Keep a run's tokenizer beside its checkpoints, so that these can be used without the data."""
-    folder = run_folder / TOKENIZER_FOLDER
-    folder.mkdir(exist_ok=True)
-    for name, content in tokenizer.files.items():
-        (folder / name).write_bytes(content)
 
 
 def open_trained(

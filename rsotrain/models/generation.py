@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.schema import GenerateConfig
+from rsotrain.config.data import GenerateConfig
 from rsotrain.data.tokenizer import Tokenizer
 
 

@@ -206,6 +206,7 @@ class Llama(nn.Module):
     ``forward(tokens, targets)`` gives the sum of the cross-entropy over the targets (batch, seq_len) that
     are not −100, an fp32 scalar: position i is scored against ``targets[:, i]``, so targets are the
     tokens moved left by one. The caller divides by the number of scored tokens of the whole batch.
+    ``device_kind``: as of ``linear_cross_entropy``; a plan for a GPU is made with tensors on the CPU.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.device_kind: str | None = None
         self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing, separator_id)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         self.tie_weights()
@@ -234,4 +236,6 @@ class Llama(nn.Module):
         hidden = self.model(tokens)
         if targets is None:
             return self.lm_head(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.device_kind
+        )

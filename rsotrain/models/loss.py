@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rsotrain.instruments.phases import device_kind
-
-IGNORE_INDEX = -100  # of a target that does not count; the default of torch's cross-entropy
+from rsotrain.data.targets import IGNORE_INDEX
 
 # Tokens whose logits exist at a time. On two CPU cores (vocabulary 32000, width 512, bf16) the GEMMs
 # reach their full rate at 512 tokens (380 GFLOP/s; 350 at 256) and gain nothing beyond.
@@ -24,53 +22,57 @@ CHUNK_TOKENS = 512
 _CPU_BLOCK_BYTES = 2 * 2**20
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, device_kind: str | None = None
+) -> Tensor:
     """Sum over tokens of −log softmax(hidden weightᵀ)[target], as an fp32 scalar.
 
     hidden: (tokens, features); weight: (vocabulary, features), cast to hidden's dtype for the GEMMs;
-    targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. Softmax, loss and the sum of
+    targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. ``device_kind``: "cpu" or "cuda",
+    whose working buffers are to be used; None: that of hidden's device. Softmax, loss and the sum of
     the head's gradient over chunks are in fp32; gradients arrive in the dtype of their tensor.
     The gradients are scaled in place when backward runs, so it can run only once (torch raises the
     second time).
     """
     assert hidden.dim() == 2, hidden.shape
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
+    kind = device_kind or hidden.device.type
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets)
-    return _loss_and_gradients(hidden, weight, targets, False, False)[0]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, kind)
+    return _loss_and_gradients(hidden, weight, targets, kind, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kind: str) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss, *grads = _loss_and_gradients(hidden, weight, targets, need_hidden, need_weight)
+        loss, *grads = _loss_and_gradients(hidden, weight, targets, kind, need_hidden, need_weight)
         ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         # Not cast to the gradient's dtype first: 1/tokens in bf16 is off by up to 0.2 %, every entry with it.
         grad_hidden, grad_weight = (
             grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, kind: str, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The summed loss and its gradients with respect to hidden and weight (None where not needed)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype)
     chunk_size = min(CHUNK_TOKENS, num_tokens)
     logits = hidden.new_empty(chunk_size, vocab_size)
-    softmax = _Softmax(chunk_size, vocab_size, hidden.device)
+    softmax = _Softmax(chunk_size, vocab_size, hidden.device, kind)
     valid = (targets != IGNORE_INDEX).unsqueeze(1)
     loss = hidden.new_zeros((), dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    weight_sum = _WeightGradient(weight, hidden.dtype) if need_weight else None
+    weight_sum = _WeightGradient(weight, hidden.dtype, kind) if need_weight else None
     for start in range(0, num_tokens, CHUNK_TOKENS):
         chunk = hidden[start : start + CHUNK_TOKENS]
         chunk_logits = logits[: chunk.shape[0]]
@@ -86,9 +88,9 @@ def _loss_and_gradients(
     return loss, grad_hidden, weight_sum.sum().to(weight.dtype) if weight_sum is not None else None
 
 
-def _block_rows(num_rows: int, row_elements: int, device: torch.device) -> int:
+def _block_rows(num_rows: int, row_elements: int, kind: str) -> int:
     """How many rows of an fp32 working buffer to work on at a time."""
-    if device_kind(device) != "cpu":
+    if kind != "cpu":
         return num_rows
     return max(1, min(num_rows, _CPU_BLOCK_BYTES // (4 * row_elements)))
 
@@ -96,8 +98,8 @@ def _block_rows(num_rows: int, row_elements: int, device: torch.device) -> int:
 class _Softmax:
     """Cross-entropy of logits and its gradient, in fp32 through a reused block of rows."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        rows = _block_rows(num_rows, vocab_size, device)
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, kind: str) -> None:
+        rows = _block_rows(num_rows, vocab_size, kind)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.probabilities = torch.empty_like(self.logits)
 
@@ -130,12 +132,12 @@ class _WeightGradient:
     A sum in bf16 would round once more per chunk: with 64 chunks its error was four times as large.
     """
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, kind: str) -> None:
         self.total = torch.empty_like(weight, dtype=torch.float32)
         self.begun = False  # the first summand is written, not added to zeros
         self.direct = compute_dtype == torch.float32
         vocab_size, features = weight.shape
-        rows = 0 if self.direct else _block_rows(vocab_size, features, weight.device)
+        rows = 0 if self.direct else _block_rows(vocab_size, features, kind)
         self.partial = self.total.new_empty(rows, features, dtype=compute_dtype)
         self.partial_float = torch.empty_like(self.partial, dtype=torch.float32)
 

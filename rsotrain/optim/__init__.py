@@ -1,1 +1,4 @@
-"""Optimizers: compositions of a subspace, a moment rule and a rule for what lies outside the subspace."""
+"""The optimizers, each made of parts with one clock. Start at ``build.py``, then ``base.py``.
+
+Imports ``subspace``, the subspace linears of ``models`` and ``parallel``. Update rules are pure functions.
+"""

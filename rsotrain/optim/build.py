@@ -8,7 +8,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    BasisStorage,
+    CoordinateConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    GoLoreConfig,
+    HaarConfig,
+    ImportanceConfig,
+    InnerSolver,
+    LDAdamConfig,
+    MixtureConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    PCASolver,
+    RandomizedSvdConfig,
+    RSOConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    SRHTConfig,
+    StateDtype,
+    SubspaceConfig,
+    SvdConfig,
+    SvdSolver,
+    TopkNormConfig,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError, require
 from rsotrain.models.subspace_linear import Site, attach_subspace
 from rsotrain.optim import inner_solvers
@@ -25,70 +58,70 @@ from rsotrain.optim.subspace_part import Subspace, SubspacePart
 from rsotrain.subspace import online_pca, samplers
 from rsotrain.subspace.samplers import Sampler
 
-_FULL: dict[type[c.OptimizerConfig], type[Part]] = {
-    c.AdamConfig: AdamW,
-    c.SNConfig: SubsetNorm,
-    c.MuonConfig: Muon,
+_FULL: dict[type[OptimizerConfig], type[Part]] = {
+    AdamConfig: AdamW,
+    SNConfig: SubsetNorm,
+    MuonConfig: Muon,
 }
-_LOW_RANK: dict[type[c.OptimizerConfig], type[SubspacePart]] = {
-    c.GaLoreConfig: GaLore,
-    c.SNSMConfig: SubspaceMomentum,
-    c.FiraConfig: Fira,
-    c.FrugalConfig: Frugal,
-    c.ApolloConfig: Apollo,
-    c.LDAdamConfig: LDAdam,
+_LOW_RANK: dict[type[OptimizerConfig], type[SubspacePart]] = {
+    GaLoreConfig: GaLore,
+    SNSMConfig: SubspaceMomentum,
+    FiraConfig: Fira,
+    FrugalConfig: Frugal,
+    ApolloConfig: Apollo,
+    LDAdamConfig: LDAdam,
 }
 
 _INNER_SOLVERS = {
-    c.InnerSolver.adam: inner_solvers.ADAM,
-    c.InnerSolver.momentum: inner_solvers.MOMENTUM,
-    c.InnerSolver.adagrad: inner_solvers.ADAGRAD,
+    InnerSolver.adam: inner_solvers.ADAM,
+    InnerSolver.momentum: inner_solvers.MOMENTUM,
+    InnerSolver.adagrad: inner_solvers.ADAGRAD,
 }
 
 
-def build_sampler(config: c.SamplerConfig) -> Sampler:
+def build_sampler(config: SamplerConfig) -> Sampler:
     """Raises UserError for a setting out of range, and for NoSamplerConfig."""
     name = config.name
     match config:
-        case c.SvdConfig():
-            draw = samplers.full_svd if config.solver is c.SvdSolver.full else samplers.svd
+        case SvdConfig():
+            draw = samplers.full_svd if config.solver is SvdSolver.full else samplers.svd
             return Sampler(name, draw, informed=True)
-        case c.ImportanceConfig():
+        case ImportanceConfig():
             require(config.power > 0, f"sampler.power={config.power} must be positive")
             return Sampler(name, partial(samplers.importance, power=config.power), informed=True)
-        case c.RandomizedSvdConfig():
+        case RandomizedSvdConfig():
             require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
             draw = partial(samplers.randomized_svd, rounds=config.rounds)
             return Sampler(name, draw, informed=True, by_products=True)
-        case c.TopkNormConfig():
+        case TopkNormConfig():
             return Sampler(name, samplers.topk_norm, axes=True, informed=True, by_products=True)
-        case c.MixtureConfig():
+        case MixtureConfig():
             fraction = config.principal_fraction
             require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
             return Sampler(name, partial(samplers.mixture, principal_fraction=fraction), informed=True)
-        case c.HaarConfig():
+        case HaarConfig():
             return Sampler(name, samplers.haar)
-        case c.CoordinateConfig():
+        case CoordinateConfig():
             return Sampler(name, samplers.coordinate, axes=True)
-        case c.SRHTConfig():
+        case SRHTConfig():
             return Sampler(name, samplers.srht)
-        case c.GaussianConfig():
+        case GaussianConfig():
             hint = "use sampler=haar, which is its orthonormal form"
             return Sampler(name, samplers.gaussian, orthonormal=False, unit_columns=False, hint=hint)
-        case c.OnlinePCAConfig():
+        case OnlinePCAConfig():
             return _online_pca(config)
-        case c.GoLoreConfig():
+        case GoLoreConfig():
             fraction = config.random_fraction
             require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
             return Sampler(name, samplers.golore, informed=True, switch=1.0 - fraction)
     raise UserError(f"sampler={name} draws no basis")
 
 
-def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
+def _online_pca(config: OnlinePCAConfig) -> Sampler:
     for key in ("lr", "penalty"):
         value = getattr(config, key)
         require(value >= 0, f"sampler.{key}={value} must not be negative")
-    use_adam = config.solver is c.PCASolver.adam
+    use_adam = config.solver is PCASolver.adam
     return Sampler(
         config.name,
         partial(
@@ -107,9 +140,9 @@ def _online_pca(config: c.OnlinePCAConfig) -> Sampler:
     )
 
 
-def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal: bool) -> None:
+def _refuse_pairs(config: SubspaceConfig, sampler: Sampler, needs_orthonormal: bool) -> None:
     pair = f"optimizer={config.name} with sampler={sampler.name}"
-    transports = config.on_refresh is c.OnRefresh.transport
+    transports = config.on_refresh is OnRefresh.transport
     needs = needs_orthonormal or transports
     what = "optimizer.on_refresh=transport" if not needs_orthonormal else f"optimizer={config.name}"
     otherwise = "" if needs_orthonormal else ", or set optimizer.on_refresh=keep"
@@ -117,7 +150,7 @@ def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal:
         sampler.orthonormal or not needs,
         f"{pair}: {what} needs orthonormal bases, which this sampler's are not; {sampler.hint}{otherwise}",
     )
-    if isinstance(config, c.LDAdamConfig):
+    if isinstance(config, LDAdamConfig):
         require(
             transports,
             f"optimizer={config.name} is defined by transported moments; set optimizer.on_refresh=transport",
@@ -129,9 +162,9 @@ def _refuse_pairs(config: c.SubspaceConfig, sampler: Sampler, needs_orthonormal:
         )
 
 
-def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -> None:
+def _refuse_rso(config: RSOConfig, sampler: SamplerConfig, built: Sampler) -> None:
     pair = f"optimizer={config.name} with sampler={built.name}"
-    scaled = isinstance(sampler, c.GaussianConfig)
+    scaled = isinstance(sampler, GaussianConfig)
     require(
         built.orthonormal or scaled,
         f"{pair}: RSO needs bases of a known scale, which this sampler's are not; {built.hint}",
@@ -142,12 +175,12 @@ def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -
         " leave it true or use sampler=haar",
     )
     require(
-        not (isinstance(sampler, c.SvdConfig) and sampler.solver is c.SvdSolver.full),
+        not (isinstance(sampler, SvdConfig) and sampler.solver is SvdSolver.full),
         f"{pair}: sampler.solver=full decomposes the gradient, which RSO never forms;"
         " use sampler.solver=gram",
     )
     require(
-        config.projection is c.BasisStorage.stored or not built.informed,
+        config.projection is BasisStorage.stored or not built.informed,
         f"{pair}: these bases depend on data, which cannot be regenerated from a seed;"
         " use optimizer.projection=stored, or a random sampler such as haar",
     )
@@ -161,7 +194,7 @@ def _refuse_rso(config: c.RSOConfig, sampler: c.SamplerConfig, built: Sampler) -
 
 
 def _build_rso(
-    config: c.RSOConfig,
+    config: RSOConfig,
     parameters: dict[str, nn.Parameter],
     settings: Settings,
     subspace: Subspace,
@@ -178,24 +211,24 @@ def _build_rso(
         basis_scale=config.basis_scale,
         proximal_eta=config.proximal_eta,
         refresh_warmup_steps=config.refresh_warmup_steps,
-        stored=config.projection is c.BasisStorage.stored,
+        stored=config.projection is BasisStorage.stored,
     )
 
 
 def _choose_subspace(
-    config: c.OptimizerConfig, sampler: c.SamplerConfig, settings: dict[str, Any]
+    config: OptimizerConfig, sampler: SamplerConfig, settings: dict[str, Any]
 ) -> Subspace | None:
     """How the bases are chosen; None for a method without any. Refuses what makes no sense."""
     if type(config) in _FULL:
         require(
-            isinstance(sampler, c.NoSamplerConfig),
+            isinstance(sampler, NoSamplerConfig),
             f"optimizer={config.name} has no subspace, so sampler={sampler.name} would do nothing;"
             " leave it out",
         )
         return None
-    assert isinstance(config, c.SubspaceConfig), f"{type(config).__name__} is not in the tables of this file"
+    assert isinstance(config, SubspaceConfig), f"{type(config).__name__} is not in the tables of this file"
     require(
-        not isinstance(sampler, c.NoSamplerConfig),
+        not isinstance(sampler, NoSamplerConfig),
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
     )
     require(
@@ -203,7 +236,7 @@ def _choose_subspace(
         f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
     )
     built = build_sampler(sampler)
-    if isinstance(config, c.RSOConfig):
+    if isinstance(config, RSOConfig):
         _refuse_rso(config, sampler, built)
         needs_orthonormal = False
     else:
@@ -220,14 +253,14 @@ def _choose_subspace(
 
 
 def _build_blocks(
-    config: c.OptimizerConfig,
+    config: OptimizerConfig,
     parameters: dict[str, nn.Parameter],
     settings: Settings,
     subspace: Subspace | None,
     sites: list[Site],
 ) -> Part:
     peak_lr = config.lr * config.scale
-    if isinstance(config, c.RSOConfig):
+    if isinstance(config, RSOConfig):
         assert subspace is not None
         return _build_rso(config, parameters, settings, subspace, sites)
     if subspace is None:
@@ -238,16 +271,16 @@ def _build_blocks(
     return low_rank(config.name, parameters, peak_lr, settings, subspace, **own)
 
 
-def _own_settings(method: type[Part], config: c.OptimizerConfig) -> dict[str, Any]:
+def _own_settings(method: type[Part], config: OptimizerConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in method.own_settings}
 
 
 def build_optimizer(
     model: nn.Module | Iterable[tuple[str, nn.Parameter]],
-    config: c.OptimizerConfig,
-    sampler: c.SamplerConfig,
+    config: OptimizerConfig,
+    sampler: SamplerConfig,
     *,
-    precision: c.Precision = c.Precision.fp32,
+    precision: Precision = Precision.fp32,
     seed: int,
     total_steps: int,
     place: Callable[[nn.Module], None] | None = None,
@@ -262,22 +295,22 @@ def build_optimizer(
     """
     require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
     require(
-        config.betas[1] < 1.0 or isinstance(config, c.SNConfig | c.SNSMConfig),
+        config.betas[1] < 1.0 or isinstance(config, SNConfig | SNSMConfig),
         f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
     )
     claims = claim_parameters(model, config.block_parameters)
-    reduced = config.state_dtype is c.StateDtype.bfloat16
+    reduced = config.state_dtype is StateDtype.bfloat16
     settings = Settings(
         keeper=StateKeeper(torch.bfloat16 if reduced else torch.float32, seed),
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    compute_dtype = None if precision is c.Precision.fp32 else torch.bfloat16
+    compute_dtype = None if precision is Precision.fp32 else torch.bfloat16
     subspace = {"seed": seed, "total_steps": total_steps, "compute_dtype": compute_dtype}
     chosen = _choose_subspace(config, sampler, subspace) if claims.blocks else None
     sites = []
-    if isinstance(config, c.RSOConfig) and claims.blocks:
+    if isinstance(config, RSOConfig) and claims.blocks:
         assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
         sites = attach_subspace(model, list(claims.blocks), config.rank)
     if place is not None:

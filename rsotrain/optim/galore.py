@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.optim.functional import adam_descent, transport_adam_
 from rsotrain.optim.subspace_part import Matrix, SubspacePart
 from rsotrain.subspace.bases import BasisChange

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.models.subspace_linear import Site
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.inner_solvers import Solver

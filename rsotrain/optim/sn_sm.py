@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
 from rsotrain.optim.functional import scaled_subsets, subset_norm_factors_, transport_momentum_

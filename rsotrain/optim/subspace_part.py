@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
 from rsotrain.optim.functional import row_norms, subset_sums
 from rsotrain.parallel.sharding import Shard, local, shard_of

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsotrain.config.schema import Config, Packing, TrainedTokenizerConfig
+from rsotrain.config.data import Packing, TrainedTokenizerConfig
+from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
-from rsotrain.instruments.phases import Phase, Watcher, planning
+from rsotrain.instruments.phases import Phase, Watcher, watching
 from rsotrain.parallel.ranks import World, build_mesh
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.training.trainer import Trainer, model_without_memory
@@ -154,6 +155,7 @@ class FakeRun:
         world = self._stack.enter_context(fake_world(config))
         data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
         model = model_without_memory(config, data.tokenizer)  # real: fake tensors cannot leave "meta"
+        model.device_kind = self.kind
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake, _Answers():
             self.trainer = _FakeTrainer(config, data, world, model)
@@ -181,7 +183,7 @@ class FakeRun:
                 for part in trainer.optimizer.parts:
                     part.resume()
             trainer.saved_activations_bytes = 0  # measured here
-            with tracker, planning(self.kind, self._watcher(tracker, whole)), suppress(_PassesDone):
+            with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
                 states = (s for part in trainer.optimizer.parts for s in part.state.values())
                 tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)

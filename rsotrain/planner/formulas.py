@@ -10,7 +10,23 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    BasisStorage,
+    FiraConfig,
+    InnerSolver,
+    LDAdamConfig,
+    MuonConfig,
+    OnlinePCAConfig,
+    PCASolver,
+    RSOConfig,
+    SNConfig,
+    SNSMConfig,
+    StateDtype,
+    SubspaceConfig,
+)
+from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.parallel.ranks import shards_of
 from rsotrain.parallel.sharding import preferred_dim
 from rsotrain.subspace.projection import resolve_rank
@@ -28,7 +44,7 @@ class Weight:
     site: str = ""
 
 
-def weights_of(model: c.ModelConfig, vocab_size: int) -> Iterator[Weight]:
+def weights_of(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
     """Every parameter of a LLaMA; tied ones once."""
     hidden, ffn = model.hidden_size, model.intermediate_size
     yield Weight("model.embed_tokens.weight", (vocab_size, hidden))
@@ -61,7 +77,7 @@ class StateBytes:
         return self.blocks + self.rest
 
 
-def state_bytes(config: c.Config, vocab_size: int) -> StateBytes:
+def state_bytes(config: Config, vocab_size: int) -> StateBytes:
     """Of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
     formula = _Formula(config)
     claimed = [re.compile(pattern) for pattern in config.optimizer.block_parameters]
@@ -76,12 +92,12 @@ def state_bytes(config: c.Config, vocab_size: int) -> StateBytes:
 
 
 class _Formula:
-    def __init__(self, config: c.Config) -> None:
+    def __init__(self, config: Config) -> None:
         self.optimizer, self.sampler = config.optimizer, config.sampler
         self.pieces = shards_of(config.parallelism, config.parallelism.world_size or 1)
-        self.moment = 2 if self.optimizer.state_dtype is c.StateDtype.bfloat16 else 4
-        lagged = isinstance(self.sampler, c.OnlinePCAConfig) and not isinstance(self.optimizer, c.RSOConfig)
-        self.basis = 4 if lagged or config.precision is c.Precision.fp32 else 2
+        self.moment = 2 if self.optimizer.state_dtype is StateDtype.bfloat16 else 4
+        lagged = isinstance(self.sampler, OnlinePCAConfig) and not isinstance(self.optimizer, RSOConfig)
+        self.basis = 4 if lagged or config.precision is Precision.fp32 else 2
 
     def piece(self, shape: tuple[int, ...], rows: bool = False) -> int:
         """Elements of the largest piece."""
@@ -90,7 +106,7 @@ class _Formula:
         return -(-shape[dim] // self.pieces) * others
 
     def blocks(self, weights: list[Weight]) -> int:
-        if isinstance(self.optimizer, c.RSOConfig):
+        if isinstance(self.optimizer, RSOConfig):
             return self._rso(self.optimizer, weights)
         return sum(self._matrix(weight) for weight in weights)
 
@@ -102,40 +118,40 @@ class _Formula:
         projected_is_sharded = preferred_dim(shape, self.pieces, rows=False) == (1 if right else 0)
         rows = max(shape) if projected_is_sharded else -(-max(shape) // self.pieces)
         match optimizer:
-            case c.AdamConfig():
+            case AdamConfig():
                 return 2 * whole
-            case c.MuonConfig():
+            case MuonConfig():
                 return whole
-            case c.SNConfig():
+            case SNConfig():
                 return whole + self.moment * rows * (size // (optimizer.subset_size or size))
-        assert isinstance(optimizer, c.SubspaceConfig)
+        assert isinstance(optimizer, SubspaceConfig)
         rank = resolve_rank(optimizer.rank, size, weight.name)
         basis = self._bases(size, rank)
         low_rank = self.moment * rows * rank
         match optimizer:
-            case c.SNSMConfig():
+            case SNSMConfig():
                 return basis + low_rank + self.moment * rows * (size // (optimizer.subset_size or size))
-            case c.FiraConfig() | c.ApolloConfig():
+            case FiraConfig() | ApolloConfig():
                 return basis + 2 * low_rank + 2 * _COUNT
-            case c.LDAdamConfig():
+            case LDAdamConfig():
                 return basis + 2 * low_rank + _COUNT + 4 * self.piece(shape)
         return basis + 2 * low_rank + _COUNT
 
     def _bases(self, size: int, rank: int) -> int:
         result = self.basis * size * rank
-        if isinstance(self.sampler, c.OnlinePCAConfig) and self.sampler.solver is c.PCASolver.adam:
+        if isinstance(self.sampler, OnlinePCAConfig) and self.sampler.solver is PCASolver.adam:
             result += 2 * 4 * size * rank + _COUNT
         return result
 
-    def _rso(self, optimizer: c.RSOConfig, weights: list[Weight]) -> int:
+    def _rso(self, optimizer: RSOConfig, weights: list[Weight]) -> int:
         sites: dict[str, list[Weight]] = {}
         for weight in weights:
             sites.setdefault(weight.site, []).append(weight)
-        moments = 2 if optimizer.solver is c.InnerSolver.adam else 1
+        moments = 2 if optimizer.solver is InnerSolver.adam else 1
         total = 0
         for name, members in sites.items():
             rank = resolve_rank(optimizer.rank, max(min(w.shape) for w in members), name)
-            if optimizer.projection is c.BasisStorage.stored:
+            if optimizer.projection is BasisStorage.stored:
                 total += self._bases(members[0].shape[1], rank)
             else:
                 total += _SEED

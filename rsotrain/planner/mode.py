@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Config
 from rsotrain.errors import UserError
+from rsotrain.files import write_json_atomic
 from rsotrain.planner.plan import make_plan
 from rsotrain.planner.show import print_plan, write_picture
-from rsotrain.running.folder import run_folder_path
-from rsotrain.tracking.metrics import write_json_atomic
 
 PLAN = "plan.json"
 

@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    BasisStorage,
+    CoordinateConfig,
+    GaussianConfig,
+    HaarConfig,
+    RSOConfig,
+    SRHTConfig,
+    StateDtype,
+    SubspaceConfig,
+)
+from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
 from rsotrain.tracking.display import format_bytes
@@ -37,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explaining_out_of_memory(config: c.Config, world: World) -> Iterator[None]:
+def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
     """Turn the end of memory into a TrainingError that says what would help.
 
     The plan is made by a process of its own: this one has no memory left, and may be a rank of a group.
@@ -48,7 +58,7 @@ def explaining_out_of_memory(config: c.Config, world: World) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         parallelism = replace(config.parallelism, world_size=world.size)
-        device = c.Device.cuda if world.device.type == "cuda" else c.Device.cpu
+        device = Device.cuda if world.device.type == "cuda" else Device.cpu
         planned = replace(config, parallelism=parallelism, device=device)
         said = f"out of memory{_wanted(error)}"
         print(f"{said}: planning what would help, which may take minutes", file=sys.stderr, flush=True)
@@ -64,7 +74,7 @@ def _wanted(error: BaseException) -> str:
     return f" (no room for another {size})"
 
 
-def _advice_of_process(config: c.Config) -> str:
+def _advice_of_process(config: Config) -> str:
     command = [sys.executable, "-m", "rsotrain.planner.out_of_memory"]
     try:
         done = subprocess.run(
@@ -80,10 +90,10 @@ class Option:
     """``change``: what to write on the command line."""
 
     change: str
-    config: c.Config
+    config: Config
 
 
-def options(config: c.Config) -> Iterator[Option]:
+def options(config: Config) -> Iterator[Option]:
     """What may reduce the memory of a run, among other settings than it has."""
     optimizer = config.optimizer
     size = config.parallelism.world_size or 1
@@ -92,35 +102,33 @@ def options(config: c.Config) -> Iterator[Option]:
     smaller = [n for n in range(1, micro // 2 + 1) if of_rank % n == 0]
     if smaller:
         yield Option(f"micro_batch_size={smaller[-1]}", replace(config, micro_batch_size=smaller[-1]))
-    if config.activation_checkpointing is not c.ActivationCheckpointing.block:
-        block = c.ActivationCheckpointing.block
+    if config.activation_checkpointing is not ActivationCheckpointing.block:
+        block = ActivationCheckpointing.block
         yield Option("activation_checkpointing=block", replace(config, activation_checkpointing=block))
-    if config.precision is not c.Precision.bf16:
-        yield Option("precision=bf16", replace(config, precision=c.Precision.bf16))
+    if config.precision is not Precision.bf16:
+        yield Option("precision=bf16", replace(config, precision=Precision.bf16))
 
     def with_optimizer(change: str, **settings: Any) -> Option:
         return Option(change, replace(config, optimizer=replace(optimizer, **settings)))
 
-    if optimizer.state_dtype is c.StateDtype.float32:
-        yield with_optimizer("optimizer.state_dtype=bfloat16", state_dtype=c.StateDtype.bfloat16)
-    if isinstance(optimizer, c.SubspaceConfig):
+    if optimizer.state_dtype is StateDtype.float32:
+        yield with_optimizer("optimizer.state_dtype=bfloat16", state_dtype=StateDtype.bfloat16)
+    if isinstance(optimizer, SubspaceConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
             yield with_optimizer(f"optimizer.rank={rank}", rank=rank)
-    haar = c.HaarConfig(name="haar")
-    if isinstance(optimizer, c.RSOConfig):
-        if optimizer.projection is c.BasisStorage.stored:
-            yield with_optimizer("optimizer.projection=regenerated", projection=c.BasisStorage.regenerated)
-        if not isinstance(
-            config.sampler, c.HaarConfig | c.GaussianConfig | c.CoordinateConfig | c.SRHTConfig
-        ):
+    haar = HaarConfig(name="haar")
+    if isinstance(optimizer, RSOConfig):
+        if optimizer.projection is BasisStorage.stored:
+            yield with_optimizer("optimizer.projection=regenerated", projection=BasisStorage.regenerated)
+        if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
-        rso = c.RSOConfig(name="rso", lr=optimizer.lr, state_dtype=optimizer.state_dtype)
+        rso = RSOConfig(name="rso", lr=optimizer.lr, state_dtype=optimizer.state_dtype)
         yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
     if config.batch_size % (2 * size) == 0:
         strategy = config.parallelism.strategy
-        strategy = c.Strategy.fsdp if strategy in (c.Strategy.single, c.Strategy.ddp) else strategy
+        strategy = Strategy.fsdp if strategy in (Strategy.single, Strategy.ddp) else strategy
         parallelism = replace(config.parallelism, strategy=strategy, world_size=2 * size)
         yield Option(
             f"parallelism={strategy.name} on {2 * size} processes",
@@ -128,7 +136,7 @@ def options(config: c.Config) -> Iterator[Option]:
         )
 
 
-def advice(config: c.Config) -> str:
+def advice(config: Config) -> str:
     """The largest part of the planned peak and the options that reduce it most, in one sentence."""
     from rsotrain.planner.plan import make_plan
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config, Device
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
@@ -13,7 +14,6 @@ from rsotrain.planner.fake_run import FakeRun, world_size
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
-from rsotrain.running.folder import plain
 
 
 @dataclass(frozen=True)

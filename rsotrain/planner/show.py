@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
+from rsotrain.files import write_json_atomic
 from rsotrain.planner.gpus import GIB
 from rsotrain.planner.plan import Plan
 from rsotrain.planner.tracker import Kind
 from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
-from rsotrain.tracking.metrics import write_json_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,8 +108,7 @@ def _traffic(plan: Plan) -> "Table":
 
 def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
     """Draw bytes by kind, a bar for each name; what to tell the user of it."""
-    from rsotrain.report.bars import stacked_bytes
-    from rsotrain.report.plots import write_png
+    from rsotrain.tracking.drawing import stacked_bytes, write_png
 
     parts = {
         kind.value: [float(kinds[kind.value]) for kinds in bars.values()]

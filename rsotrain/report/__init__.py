@@ -1,1 +1,4 @@
-"""Tables, pictures and one page from run folders. Imports neither torch nor Hydra."""
+"""Tables, pictures and pages from run folders: ``rsotrain-report``. Start at ``writing.py``.
+
+It reads files alone: of the other rooms it imports the names of these files and the ways to show numbers.
+"""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rsotrain.cli.overrides import did_you_mean
+from rsotrain.config.identity import OPERATIONAL_KEYS
+from rsotrain.config.keys import did_you_mean
 from rsotrain.errors import UserError
 from rsotrain.report.runs import Run
-from rsotrain.running.folder import OPERATIONAL_KEYS, RunState
 from rsotrain.tracking.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.run_files import RunState
 
 REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of each other
 # What a validation loss depends on besides weights and documents: how these are laid out in sequences.

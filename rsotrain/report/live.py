@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rsotrain.report.comparison import LOSS, compare, label_runs
 from rsotrain.report.runs import Run, looks, read_runs
 from rsotrain.report.tables import screen
-from rsotrain.running.folder import RunState
 from rsotrain.tracking.display import format_count, format_seconds
+from rsotrain.tracking.run_files import RunState
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsotrain.report.bars import mean_of, memory_bars, throughput_bars
@@ -56,9 +55,3 @@ def svg_text(name: str, figure: "Figure") -> str:
         figure.savefig(buffer, format="svg", facecolor=LIGHT.surface, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def write_png(figure: "Figure", path: Path, palette: Palette = LIGHT) -> None:
-    """``palette``: the one it was drawn in."""
-    with drawing_in(palette):
-        figure.savefig(path, dpi=160, facecolor=palette.surface)

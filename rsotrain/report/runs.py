@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from rsotrain.cli.overrides import flatten
+from rsotrain.config.keys import flatten
 from rsotrain.errors import INTERRUPTED_STATUS, UserError
 from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
-from rsotrain.running.folder import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
+from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
 

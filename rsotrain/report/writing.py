@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
+from rsotrain.files import write_atomic
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
-from rsotrain.tracking.metrics import write_atomic
 from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
@@ -68,7 +68,8 @@ def write_report(
     Raises UserError where it cannot be written, or matplotlib is missing.
     """
     from rsotrain.report.page import page
-    from rsotrain.report.plots import draw, svg_text, write_png
+    from rsotrain.report.plots import draw, svg_text
+    from rsotrain.tracking.drawing import write_png
 
     figures = draw(groups, LIGHT)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}

@@ -1,0 +1,4 @@
+"""``mode=train``: the run around the trainer, its folder, resuming, signals. Start at ``run.py``.
+
+Imports the rooms below it (training, checkpoints, tracking, …), none beside it.
+"""

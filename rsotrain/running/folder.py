@@ -2,96 +2,23 @@
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rsotrain.cli.overrides import flatten
-from rsotrain.config.schema import Config, NoSamplerConfig
+from rsotrain.config.identity import identity, identity_of, run_folder_path
+from rsotrain.config.keys import plain
+from rsotrain.config.schema import Config
 from rsotrain.errors import Interrupted, StoppedEarly, UserError
-from rsotrain.tracking.metrics import write_atomic, write_json_atomic
-
-CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-RUN_RECORD = "run.json"
-
-# What can change between two starts of one run, since the weights do not depend on it.
-OPERATIONAL_KEYS = (
-    "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export", "benchmark",
-    "report", "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
-    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
-    "evaluation.legacy_divisor",
-)  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, enums and tuples as what YAML and JSON can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of the settings that make a run what it is."""
-    return _identity(plain(config))
-
-
-def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in flatten(settings)
-        if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
-    }
-
-
-def run_folder_path(config: Config) -> Path:
-    """Where the run of these settings lies, or would."""
-    return Path(config.output_dir).expanduser() / run_name(config)
-
-
-def run_name(config: Config) -> str:
-    """``run_name``, or model-optimizer-sampler-seed and a hash of the settings.
-
-    A member of a W&B sweep adds its run's id: the sweep may try the same settings twice, and wants to hear
-    of both.
-    """
-    member = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return "-".join([_name_of_settings(config), *([member] if member else [])])
-
-
-def _name_of_settings(config: Config) -> str:
-    if config.run_name is not None:
-        return config.run_name
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    parts = [config.model.name, config.optimizer.name]
-    if not isinstance(config.sampler, NoSamplerConfig):
-        parts.append(config.sampler.name)
-    return "-".join([*parts, f"seed{config.seed}", digest])
-
-
-class RunState(Enum):
-    """What a run folder says of its run. lost: it was running and nobody hears of it any more."""
-
-    running = "running"
-    stopped = "stopped"  # before the last step, everything saved
-    failed = "failed"
-    finished = "finished"
-    lost = "lost"
+from rsotrain.files import write_atomic, write_json_atomic
+from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +120,7 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{file} is damaged, so the run there cannot be compared with these settings;"
                 " choose another run_name, or overwrite=true to discard it"
             )
-        old = _identity(saved)
+        old = identity_of(saved)
         new = identity(config)
         differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if differing:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config.schema import LoadWhat
 from rsotrain.errors import UserError, require
-from rsotrain.tracking.metrics import finite
+from rsotrain.files import finite
 from rsotrain.training.trainer import Trainer
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rsotrain.benchmark.mode import benchmark_mode
 from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.checkpoints.saving import BackgroundSaver
-from rsotrain.cli.overrides import flatten
-from rsotrain.config.schema import Config, Mode, SubspaceConfig
+from rsotrain.config.identity import cache_dir, identity
+from rsotrain.config.keys import flatten, plain
+from rsotrain.config.methods import SubspaceConfig
+from rsotrain.config.schema import Config
 from rsotrain.data.build import build_data
+from rsotrain.data.tokenizer import save_tokenizer
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
@@ -20,58 +22,24 @@ from rsotrain.errors import (
     StoppedEarly,
     TrainingError,
 )
-from rsotrain.inference import modes
-from rsotrain.inference.trained_model import save_tokenizer
+from rsotrain.files import finite, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
-from rsotrain.planner.out_of_memory import explaining_out_of_memory
-from rsotrain.running.folder import RunFolder, identity, open_run_folder, plain
+from rsotrain.running.folder import RunFolder, open_run_folder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.tracking.loggers import Loggers, build_loggers
-from rsotrain.tracking.metrics import (
-    StepTimer,
-    finite,
-    forget_peak_memory,
-    peak_memory_bytes,
-    write_json_atomic,
-)
+from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
 from rsotrain.tracking.wandb_logger import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.trainer import NonFiniteError, StepResult, Trainer, check_composition, share_of_batch
 
 
-def run_mode(config: Config) -> dict[str, Any]:
-    """Do what ``config.mode`` says and return the run's summary."""
-    match config.mode:
-        case Mode.train:
-            return train(config)
-        case Mode.plan:
-            from rsotrain.planner.mode import plan_mode  # fake tensors take a second to import
-
-            return plan_mode(config)
-        case Mode.benchmark:
-            return benchmark_mode(config)
-        case Mode.evaluate:
-            return modes.evaluate_mode(config, cache_dir(config))
-        case Mode.generate:
-            return modes.generate_mode(config)
-        case Mode.export:
-            return modes.export_mode(config)
-
-
-def cache_dir(config: Config) -> Path:
-    """Where tokenizers and tokens are kept between runs."""
-    given = config.cache_dir or os.environ.get("RSOTRAIN_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsotrain"
-
-
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """Train to ``config.steps``, or on from the newest checkpoint of the same run.
 
     Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
@@ -99,7 +67,7 @@ def train(config: Config) -> dict[str, Any]:
             config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
         )
         try:
-            with explaining_out_of_memory(config, world):
+            with guard(config, world):
                 run = TrainingRun(config, folder, display, world)
                 summary = run.run()
         finally:

@@ -1,1 +1,4 @@
-"""Low-rank subspaces: which side is projected, and how a basis is drawn."""
+"""Low-rank bases: how they are sampled, refreshed and projected on. Start at ``samplers.py``.
+
+Imports ``parallel`` and ``instruments`` alone.
+"""

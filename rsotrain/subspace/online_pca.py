@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from rsotrain.optim.functional import adam_descent
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Draw, orthonormalised, svd
 
@@ -43,8 +42,16 @@ def online_pca(draw: Draw, *, lr: float, penalty: float, use_adam: bool, orthono
         state = draw.state
         state["basis_step"] += 1.0
         moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
-        (descent,) = adam_descent(
-            [-descent], [moments[0]], [moments[1]], [state["basis_step"]], betas=BETAS, eps=EPS
-        )
+        descent = _adam_descent(-descent, *moments, state["basis_step"])
     basis = torch.add(basis, descent, alpha=lr * draw.lr_factor)
     return orthonormalised(basis) if orthonormalize else basis
+
+
+def _adam_descent(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> Tensor:
+    """−M̂ / (√V̂ + ε), the moments updated: torch's fused AdamW on zeros with a rate of 1."""
+    descent = torch.zeros_like(gradient)
+    torch._fused_adamw_(
+        [descent], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=1.0, beta1=BETAS[0], beta2=BETAS[1],
+        weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return descent

@@ -1,15 +1,18 @@
 """What all pictures of a report share: matplotlib, its style in a palette, the looks of groups, ticks."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
 from rsotrain.tracking.display import format_bytes, format_count, format_seconds
-from rsotrain.tracking.theme import Palette
+from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 9.6  # inches
@@ -88,3 +91,54 @@ def seconds_tick(seconds: float, _: float = 0) -> str:
 def _without_zeros(text: str) -> str:
     """``1.50k`` as ``1.5k``, ``20.0 MiB`` as ``20 MiB``."""
     return re.sub(r"\.(\d*?)0+(?=\D|$)", lambda match: f".{match[1]}" if match[1] else "", text)
+
+
+def write_png(figure: "Figure", path: Path, palette: Palette = LIGHT) -> None:
+    """``palette``: the one it was drawn in."""
+    with drawing_in(palette):
+        figure.savefig(path, dpi=160, facecolor=palette.surface)
+
+
+def stacked_bytes(
+    names: Sequence[str], parts: Mapping[str, Sequence[float]], palette: Palette = LIGHT
+) -> "Figure":
+    """A horizontal bar of bytes for each name, the first on top, made of ``parts``; at least one byte."""
+    import_matplotlib()
+    from matplotlib.ticker import MultipleLocator
+
+    with drawing_in(palette):
+        figure, panel, places = horizontal_bars(names, palette)
+        left = [0.0] * len(names)
+        for (part, widths), color in zip(parts.items(), palette.parts, strict=False):
+            panel.barh(
+                places, widths, left=left, height=0.62, color=color, edgecolor=palette.surface, linewidth=1.2,
+                label=part,
+            )  # fmt: skip
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for place, total in zip(places, left, strict=True):
+            panel.annotate(
+                format_bytes(total), (total, place), (5, 0), textcoords="offset points", va="center"
+            )
+        panel.set_xlim(right=1.12 * max(left))
+        unit = 1024 ** min(4, int(math.log(max(left), 1024)))
+        panel.xaxis.set_major_locator(MultipleLocator(_round_step(max(left) / unit) * unit))
+        panel.xaxis.set_major_formatter(bytes_tick)
+        figure.legend(loc="outside upper left", ncols=len(parts), handlelength=1.0, handleheight=1.0)
+    return figure
+
+
+def horizontal_bars(names: Sequence[str], palette: Palette) -> tuple["Figure", "Axes", list[int]]:
+    """An empty picture of horizontal bars, the first name on top."""
+    figure = new_figure(0.36 * len(names) + 1.25)
+    panel = figure.subplots()
+    places = list(range(len(names)))
+    panel.set_yticks(places, names, color=palette.ink)
+    panel.invert_yaxis()
+    panel.grid(visible=False, axis="y")
+    return figure, panel, places
+
+
+def _round_step(length: float) -> float:
+    """1, 2 or 5 times a power of ten, so that at most ten steps fill ``length``."""
+    power = 10.0 ** math.floor(math.log10(length / 10))
+    return next(factor * power for factor in (1, 2, 5, 10) if 10 * factor * power >= length)

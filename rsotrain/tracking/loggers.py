@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rsotrain.config.schema import LoggerConfig
-from rsotrain.tracking.metrics import finite, write_atomic
+from rsotrain.files import finite, write_atomic
 from rsotrain.tracking.wandb_logger import Table, WandbLogger, resolve_mode
 
 Record = Mapping[str, float | int | str]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from rsotrain.models.loss import IGNORE_INDEX
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -13,6 +13,7 @@ from torch import nn
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.sequences import merged_states
+from rsotrain.data.targets import IGNORE_INDEX, reached_positions
 from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
@@ -21,7 +22,6 @@ from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.generation import generate_texts
 from rsotrain.models.llama import Llama
-from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
@@ -100,15 +100,6 @@ def share_of_batch(batch_size: int, world: World) -> range:
     """The places of a batch that are this rank's."""
     own = batch_size // world.size
     return range(world.rank * own, (world.rank + 1) * own)
-
-
-def reached_positions(targets: torch.Tensor) -> torch.Tensor | None:
-    """Which positions (batch, seq_len) the loss depends on, those up to the last target; None: all.
-
-    Attention looks back only, so nothing behind a sequence's last target, such as padding, has a gradient.
-    """
-    last = (targets != IGNORE_INDEX).flip(1).cumsum(1).flip(1)
-    return None if bool((last > 0).all()) else last > 0
 
 
 class Trainer:

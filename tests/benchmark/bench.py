@@ -125,7 +125,7 @@ def composing() -> Any:
     """Inside, ``compose`` reads the configuration."""
     from hydra import initialize_config_dir
 
-    from rsotrain.cli.entry import conf_dir, register_schemas
+    from rsotrain.cli.compose import conf_dir, register_schemas
 
     register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -136,7 +136,7 @@ def configuration(*overrides: str) -> Any:
     """The typed configuration of a command line."""
     from hydra import compose
 
-    from rsotrain.cli.entry import to_config
+    from rsotrain.cli.compose import to_config
 
     with composing():
         return to_config(compose("config", ["logger=jsonl", "steps=1000000", *overrides]))

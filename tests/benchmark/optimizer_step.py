@@ -15,44 +15,60 @@ import torch
 from bench import galore_torch_module
 from torch import nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    HaarConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    StateDtype,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 
 VOCAB, RANK, GAP = 32000, 0.25, 10**9
 MODELS = {"llama_60m": (512, 1376, 8), "llama_130m": (768, 2048, 12), "llama_350m": (1024, 2736, 24)}
 LOW = {"rank": RANK, "update_proj_gap": GAP}
-METHODS: dict[str, tuple[c.OptimizerConfig, c.SamplerConfig, c.Precision]] = {
-    "adam": (c.AdamConfig("adam", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
-    "galore": (c.GaLoreConfig("galore", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.fp32),
+METHODS: dict[str, tuple[OptimizerConfig, SamplerConfig, Precision]] = {
+    "adam": (AdamConfig("adam", 1e-3), NoSamplerConfig("none"), Precision.fp32),
+    "galore": (GaLoreConfig("galore", 1e-3, **LOW), HaarConfig("haar"), Precision.fp32),
     "galore (bf16 products)": (
-        c.GaLoreConfig("galore", 1e-3, **LOW),
-        c.HaarConfig("haar"),
-        c.Precision.bf16_mixed,
+        GaLoreConfig("galore", 1e-3, **LOW),
+        HaarConfig("haar"),
+        Precision.bf16_mixed,
     ),
     "osd (bf16 products)": (
-        c.GaLoreConfig("osd", 1e-3, rank=RANK, update_proj_gap=1),
-        c.OnlinePCAConfig("online_pca"),
-        c.Precision.bf16_mixed,
+        GaLoreConfig("osd", 1e-3, rank=RANK, update_proj_gap=1),
+        OnlinePCAConfig("online_pca"),
+        Precision.bf16_mixed,
     ),
-    "sn": (c.SNConfig("sn", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
+    "sn": (SNConfig("sn", 1e-3), NoSamplerConfig("none"), Precision.fp32),
     "sn_sm (bf16 products)": (
-        c.SNSMConfig("sn_sm", 1e-3, **LOW),
-        c.HaarConfig("haar"),
-        c.Precision.bf16_mixed,
+        SNSMConfig("sn_sm", 1e-3, **LOW),
+        HaarConfig("haar"),
+        Precision.bf16_mixed,
     ),
-    "fira (bf16 products)": (c.FiraConfig("fira", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.bf16_mixed),
+    "fira (bf16 products)": (FiraConfig("fira", 1e-3, **LOW), HaarConfig("haar"), Precision.bf16_mixed),
     "apollo (bf16 products)": (
-        c.ApolloConfig("apollo", 1e-3, **LOW),
-        c.HaarConfig("haar"),
-        c.Precision.bf16_mixed,
+        ApolloConfig("apollo", 1e-3, **LOW),
+        HaarConfig("haar"),
+        Precision.bf16_mixed,
     ),
-    "frugal": (c.FrugalConfig("frugal", 1e-3, **LOW), c.HaarConfig("haar"), c.Precision.bf16_mixed),
-    "muon": (c.MuonConfig("muon", 1e-3), c.NoSamplerConfig("none"), c.Precision.fp32),
-    "adam (bf16 weights)": (c.AdamConfig("adam", 1e-3), c.NoSamplerConfig("none"), c.Precision.bf16),
+    "frugal": (FrugalConfig("frugal", 1e-3, **LOW), HaarConfig("haar"), Precision.bf16_mixed),
+    "muon": (MuonConfig("muon", 1e-3), NoSamplerConfig("none"), Precision.fp32),
+    "adam (bf16 weights)": (AdamConfig("adam", 1e-3), NoSamplerConfig("none"), Precision.bf16),
     "adam (bf16 state)": (
-        c.AdamConfig("adam", 1e-3, state_dtype=c.StateDtype.bfloat16),
-        c.NoSamplerConfig("none"),
-        c.Precision.fp32,
+        AdamConfig("adam", 1e-3, state_dtype=StateDtype.bfloat16),
+        NoSamplerConfig("none"),
+        Precision.fp32,
     ),
 }
 
@@ -107,7 +123,7 @@ def main() -> None:
     steps["torch.optim.AdamW(fused)"] = torch_adamw.step
     for name in arguments.methods:
         config, sampler, precision = METHODS[name]
-        named = narrow if precision is c.Precision.bf16 else wide
+        named = narrow if precision is Precision.bf16 else wide
         built = build_optimizer(named.items(), config, sampler, precision=precision, seed=0, total_steps=GAP)
         steps[name] = built.step
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -18,8 +18,8 @@ from rsotrain.benchmark.synthetic import NUM_BATCHES, random_data, vocabulary_si
 from rsotrain.benchmark.tables import labels
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.config.validation import validate
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
 from rsotrain.training.trainer import Trainer
 

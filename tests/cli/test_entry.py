@@ -11,8 +11,9 @@ import pytest
 import yaml
 from helpers.command import ROOT, Cli, call_main
 
-from rsotrain.cli.entry import print_comparison
-from rsotrain.cli.overrides import did_you_mean, known_keys, normalise
+from rsotrain.cli.multirun import print_comparison
+from rsotrain.cli.overrides import normalise
+from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import ReportConfig
 
 

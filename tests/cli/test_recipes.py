@@ -12,12 +12,12 @@ from helpers.command import ROOT, call_main
 from helpers.runs import compose, load_data
 
 from rsotrain.cli import entry as cli
-from rsotrain.cli.overrides import flatten
-from rsotrain.config.schema import Config, Mode, SubspaceConfig
+from rsotrain.config.keys import flatten, plain
+from rsotrain.config.methods import SubspaceConfig
+from rsotrain.config.schema import Config, Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.build import Data
 from rsotrain.planner.plan import make_plan
-from rsotrain.running.folder import plain
 from rsotrain.training.trainer import Trainer, check_composition
 
 # What all the papers' tables share (arXiv 2403.03507), then by size.

@@ -11,10 +11,10 @@ from helpers.runs import compose
 
 from rsotrain.cli import entry as command_line
 from rsotrain.cli.sweep_file import check_sweep, read_list
+from rsotrain.config.identity import identity
 from rsotrain.config.schema import Config
 from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
-from rsotrain.running.folder import identity
 from rsotrain.training.trainer import check_composition
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsotrain.config.schema import EmbeddedDataConfig, FilesDataConfig, TrainedTokenizerConfig
+from rsotrain.config.data import EmbeddedDataConfig, FilesDataConfig, TrainedTokenizerConfig
 from rsotrain.data import cache
 from rsotrain.data.build import Data, build_data
 from rsotrain.data.sequences import PackedSequences

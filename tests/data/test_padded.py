@@ -10,25 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     FilesDataConfig,
     HubTokenizerConfig,
     InstructionsDataConfig,
-    ModelConfig,
     Packing,
-    Precision,
     SyntheticDataConfig,
     TrainedTokenizerConfig,
 )
+from rsotrain.config.schema import ModelConfig, Precision
 from rsotrain.data.build import Data, build_data
 from rsotrain.data.build_tokenizer import build_tokenizer
 from rsotrain.data.sequences import PaddedSequences
 from rsotrain.data.sources import open_corpora
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.data.tokenizer import train_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.models.build import build_model
 from rsotrain.models.llama import document_mask
-from rsotrain.models.loss import IGNORE_INDEX
 
 L = 24
 EOS = 2

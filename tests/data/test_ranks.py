@@ -13,10 +13,11 @@ from helpers.run_folders import assert_near, stopping, weights
 from helpers.runs import compose, load_data
 
 from rsotrain.checkpoints.files import list_checkpoints
+from rsotrain.cli.dispatch import run_mode
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import local, shard_of
-from rsotrain.running.run import run_mode, train
+from rsotrain.running.run import train
 from rsotrain.training.trainer import Trainer
 
 BATCH = 8

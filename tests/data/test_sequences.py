@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rsotrain.data.sequences import PackedSequences
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 
 L = 8
 VOCAB = 50

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.corpora import TEXTS, json_lines, write_c4
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     C4DataConfig,
     DataConfig,
     FilesDataConfig,

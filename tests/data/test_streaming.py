@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.corpora import write_c4
 
-from rsotrain.config.schema import (
+from rsotrain.config.data import (
     C4DataConfig,
     DataConfig,
     FilesDataConfig,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rsotrain.config.schema import TrainedTokenizerConfig
+from rsotrain.config.data import TrainedTokenizerConfig
 from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
 from rsotrain.errors import UserError
 

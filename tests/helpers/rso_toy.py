@@ -3,7 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    CoordinateConfig,
+    GaussianConfig,
+    GoLoreConfig,
+    HaarConfig,
+    ImportanceConfig,
+    MixtureConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    RandomizedSvdConfig,
+    RSOConfig,
+    SamplerConfig,
+    SRHTConfig,
+    SvdConfig,
+    TopkNormConfig,
+)
 from rsotrain.models.llama import Linear, apply_shared
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -12,7 +28,7 @@ IN, OUT, MIDDLE, TOKENS = 12, 16, 10, 40
 RANK, GAP, STEPS, LR = 4, 7, 30, 0.01
 BETAS, EPS = (0.9, 0.99), 1e-8
 SCALE = (IN / RANK) ** 0.5
-HAAR, SVD = c.HaarConfig(name="haar"), c.SvdConfig(name="svd")
+HAAR, SVD = HaarConfig(name="haar"), SvdConfig(name="svd")
 
 
 class Toy(nn.Module):
@@ -36,16 +52,16 @@ class Toy(nn.Module):
 BLOCKS = ["^(first|second|third)"]
 
 
-def config(**own: object) -> c.RSOConfig:
+def config(**own: object) -> RSOConfig:
     settings = {
         "name": "rso", "lr": LR, "betas": BETAS, "eps": EPS, "block_parameters": BLOCKS, "rank": RANK,
-        "update_proj_gap": GAP, "on_refresh": c.OnRefresh.reset,
+        "update_proj_gap": GAP, "on_refresh": OnRefresh.reset,
     }  # fmt: skip
-    return c.RSOConfig(**(settings | own))  # type: ignore[arg-type]
+    return RSOConfig(**(settings | own))  # type: ignore[arg-type]
 
 
 def build(
-    model: nn.Module, settings: c.OptimizerConfig, sampler: c.SamplerConfig = HAAR, **own: object
+    model: nn.Module, settings: OptimizerConfig, sampler: SamplerConfig = HAAR, **own: object
 ) -> CompositeOptimizer:
     arguments = {"seed": 0, "total_steps": STEPS} | own
     return build_optimizer(model, settings, sampler, **arguments)  # type: ignore[arg-type]
@@ -76,16 +92,16 @@ def train(
     return losses
 
 
-SAMPLERS: dict[str, c.SamplerConfig] = {
+SAMPLERS: dict[str, SamplerConfig] = {
     "haar": HAAR,
-    "gaussian": c.GaussianConfig(name="gaussian"),
-    "coordinate": c.CoordinateConfig(name="coordinate"),
-    "srht": c.SRHTConfig(name="srht"),
+    "gaussian": GaussianConfig(name="gaussian"),
+    "coordinate": CoordinateConfig(name="coordinate"),
+    "srht": SRHTConfig(name="srht"),
     "svd": SVD,
-    "importance": c.ImportanceConfig(name="importance"),
-    "randomized_svd": c.RandomizedSvdConfig(name="randomized_svd"),
-    "topk_norm": c.TopkNormConfig(name="topk_norm"),
-    "mixture": c.MixtureConfig(name="mixture"),
-    "golore": c.GoLoreConfig(name="golore"),
-    "online_pca": c.OnlinePCAConfig(name="online_pca", orthonormalize=True),
+    "importance": ImportanceConfig(name="importance"),
+    "randomized_svd": RandomizedSvdConfig(name="randomized_svd"),
+    "topk_norm": TopkNormConfig(name="topk_norm"),
+    "mixture": MixtureConfig(name="mixture"),
+    "golore": GoLoreConfig(name="golore"),
+    "online_pca": OnlinePCAConfig(name="online_pca", orthonormalize=True),
 }

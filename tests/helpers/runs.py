@@ -4,7 +4,7 @@ from pathlib import Path
 
 from helpers.command import ROOT
 
-from rsotrain.cli.entry import conf_dir, register_schemas, to_config
+from rsotrain.cli.compose import conf_dir, register_schemas, to_config
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data, build_data
 from rsotrain.training.trainer import Trainer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.huggingface import trained, write_folder
 
-from rsotrain.config.schema import EvaluationConfig, TrainedTokenizerConfig
+from rsotrain.config.data import EvaluationConfig, TrainedTokenizerConfig
 from rsotrain.data.tokenizer import train_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.inference.downstream import evaluate_tasks

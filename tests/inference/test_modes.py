@@ -12,13 +12,13 @@ from helpers.huggingface import write_folder
 from helpers.runs import compose, load_data
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.entry import explain
-from rsotrain.config.schema import GenerateConfig
+from rsotrain.cli.dispatch import run_mode
+from rsotrain.cli.mistakes import explain
+from rsotrain.config.data import GenerateConfig
 from rsotrain.config.validation import validate
 from rsotrain.data.tokenizer import SentencePieceTokenizer
 from rsotrain.errors import UserError
 from rsotrain.models.generation import generate_tokens
-from rsotrain.running.run import run_mode
 from rsotrain.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaMA with a tokenizer, as a Hugging Face folder."""
     from helpers.huggingface import trained
 
-    from rsotrain.config.schema import TrainedTokenizerConfig
+    from rsotrain.config.data import TrainedTokenizerConfig
     from rsotrain.data.tokenizer import train_tokenizer
     from rsotrain.inference.export import export_huggingface
 

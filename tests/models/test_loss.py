@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.models import loss as loss_module
-from rsotrain.models.loss import IGNORE_INDEX, linear_cross_entropy
+from rsotrain.models.loss import linear_cross_entropy
 
 VOCAB, FEATURES = 211, 24
 

@@ -10,7 +10,8 @@ import torch
 from helpers.huggingface import CPU, VOCAB, tensors, trained, write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rsotrain.config.schema import EmbeddedDataConfig, ModelType, Precision, TrainedTokenizerConfig
+from rsotrain.config.data import EmbeddedDataConfig, ModelType, TrainedTokenizerConfig
+from rsotrain.config.schema import Precision
 from rsotrain.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
 from rsotrain.errors import UserError

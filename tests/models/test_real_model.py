@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsotrain.config.schema import CheckpointConfig, Config, EmbeddedDataConfig, Precision
+from rsotrain.config.data import EmbeddedDataConfig
+from rsotrain.config.schema import CheckpointConfig, Config, Precision
 from rsotrain.data.build import build_validation
 from rsotrain.inference.trained_model import open_trained
 from rsotrain.parallel.ranks import World

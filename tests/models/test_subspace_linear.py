@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import BasisStorage, HaarConfig, OnRefresh, RSOConfig, SamplerConfig, SvdConfig
+from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model
 from rsotrain.models.functional import rotary_tables, shared_input_linear
@@ -19,16 +20,16 @@ from rsotrain.optim.composite import CompositeOptimizer
 
 HIDDEN, FFN, HEADS, LAYERS, VOCAB = 32, 56, 4, 2, 50
 BATCH, SEQ, RANK = 2, 24, 8
-HAAR = c.HaarConfig(name="haar")
+HAAR = HaarConfig(name="haar")
 CPU = torch.device("cpu")
 
 
 def model_of(
     kv_heads: int | None = None,
-    precision: c.Precision = c.Precision.fp32,
-    checkpointing: c.ActivationCheckpointing = c.ActivationCheckpointing.none,
+    precision: Precision = Precision.fp32,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
 ) -> Llama:
-    sizes = c.ModelConfig(
+    sizes = ModelConfig(
         name="x", hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=kv_heads, initializer_range=0.1,
     )  # fmt: skip
@@ -43,10 +44,10 @@ def model_of(
 
 
 def rso_for(
-    model: nn.Module, sampler: c.SamplerConfig = HAAR, precision: c.Precision = c.Precision.fp32, **own: Any
+    model: nn.Module, sampler: SamplerConfig = HAAR, precision: Precision = Precision.fp32, **own: Any
 ) -> CompositeOptimizer:
     settings = {"name": "rso", "lr": 0.01, "eps": 1e-4, "rank": 0.25, "update_proj_gap": 2} | own
-    config = c.RSOConfig(**settings)
+    config = RSOConfig(**settings)
     return build_optimizer(model, config, sampler, precision=precision, seed=0, total_steps=10)
 
 
@@ -173,9 +174,9 @@ def test_what_is_kept_equals_the_formula(kv_heads: int | None) -> None:
     """Per token and block: the two norms' inputs, q k v, attention's output, gate, up and four Z."""
     kept = {}
     for method in ("rso", "plain"):
-        model = model_of(kv_heads, c.Precision.bf16_mixed)
+        model = model_of(kv_heads, Precision.bf16_mixed)
         if method == "rso":
-            rso_for(model, precision=c.Precision.bf16_mixed)
+            rso_for(model, precision=Precision.bf16_mixed)
         with saved_activation_bytes(model) as saved:
             model(*tokens())
         kept[method] = saved.total
@@ -226,13 +227,13 @@ def test_evaluation_projects_nothing_and_agrees(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(model(*tokens()), training)
 
 
-SAMPLERS: dict[str, c.SamplerConfig] = {"haar": HAAR, "svd": c.SvdConfig(name="svd")}
+SAMPLERS: dict[str, SamplerConfig] = {"haar": HAAR, "svd": SvdConfig(name="svd")}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("what", ["mlp", "block"])
 def test_activation_checkpointing_changes_nothing_but_memory(what: str, sampler: str) -> None:
-    checkpointing = c.ActivationCheckpointing(what)
+    checkpointing = ActivationCheckpointing(what)
     kept, recomputed = model_of(), model_of(checkpointing=checkpointing)
     first, second = rso_for(kept, SAMPLERS[sampler]), rso_for(recomputed, SAMPLERS[sampler])
     for seed in range(5):
@@ -242,7 +243,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(what: str, sampler:
 
 
 def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> None:
-    model = model_of(checkpointing=c.ActivationCheckpointing.block)
+    model = model_of(checkpointing=ActivationCheckpointing.block)
     optimizer = rso_for(model, SAMPLERS["svd"])
     inputs: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
@@ -267,9 +268,9 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     [
         ("haar", {}, {}),
         # drawing is left to eager code
-        ("haar", {"projection": c.BasisStorage.regenerated}, {"backend": "aot_eager"}),
+        ("haar", {"projection": BasisStorage.regenerated}, {"backend": "aot_eager"}),
         # transported, since singular vectors may come with another sign
-        ("svd", {"on_refresh": c.OnRefresh.transport}, {"backend": "aot_eager"}),
+        ("svd", {"on_refresh": OnRefresh.transport}, {"backend": "aot_eager"}),
     ],
     ids=["stored", "regenerated", "informed"],
 )
@@ -300,8 +301,8 @@ def test_compiled_blocks_share_one_graph_without_a_break() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("precision", c.Precision)
-def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision: c.Precision) -> None:
+@pytest.mark.parametrize("precision", Precision)
+def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision: Precision) -> None:
     model = model_of(precision=precision)
     rso_for(model, precision=precision)
     model(*tokens()).backward()
@@ -312,9 +313,9 @@ def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision:
         assert layer.coefficients.untyped_storage().nbytes() == layer.weight.element_size()
 
 
-@pytest.mark.parametrize("precision", c.Precision)
+@pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_it_learns_in_every_precision(sampler: str, precision: c.Precision) -> None:
+def test_it_learns_in_every_precision(sampler: str, precision: Precision) -> None:
     model = model_of(precision=precision)
     optimizer = rso_for(model, SAMPLERS[sampler], precision, lr=0.02, update_proj_gap=10)
     losses = [step(model, optimizer, 0) for _ in range(25)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import MuonConfig, NoSamplerConfig
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import BUCKET_ELEMENTS, Settings, StateKeeper, buckets
 from rsotrain.optim.build import build_optimizer
@@ -48,8 +48,8 @@ def test_muon_is_bitwise_torch_muon() -> None:
     start = [torch.randn(s, generator=random) for s in shapes]
     ours = {f"p{i}": nn.Parameter(w.clone()) for i, w in enumerate(start)}
     theirs = [nn.Parameter(w.clone()) for w in start]
-    config = c.MuonConfig(name="muon", lr=0.02, scale=0.5, weight_decay=0.1, block_parameters=["p"])
-    optimizer = build_optimizer(ours.items(), config, c.NoSamplerConfig(name="none"), seed=0, total_steps=5)
+    config = MuonConfig(name="muon", lr=0.02, scale=0.5, weight_decay=0.1, block_parameters=["p"])
+    optimizer = build_optimizer(ours.items(), config, NoSamplerConfig(name="none"), seed=0, total_steps=5)
     expected = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(5):
         for p, q in zip(ours.values(), theirs, strict=True):

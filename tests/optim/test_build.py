@@ -9,7 +9,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    CoordinateConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    GoLoreConfig,
+    HaarConfig,
+    ImportanceConfig,
+    LDAdamConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    RandomizedSvdConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    SRHTConfig,
+    StateDtype,
+    SvdConfig,
+    SvdSolver,
+    TopkNormConfig,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -35,35 +62,35 @@ class Tiny(nn.Module):
 BLOCKS = [r"^(up|down)\.weight$", r"^square\.weight$"]
 RANK, GAP, STEPS = 3, 10, 50
 LOW = {"rank": RANK, "update_proj_gap": GAP}
-TRANSPORT = c.OnRefresh.transport
-OPTIMIZERS: dict[str, c.OptimizerConfig] = {
-    "adam": c.AdamConfig(lr=0.01),
-    "muon": c.MuonConfig(lr=0.01),
-    "sn": c.SNConfig(lr=0.01, scale=4.0),
-    "galore": c.GaLoreConfig(lr=0.01, **LOW),
-    "sn_sm": c.SNSMConfig(lr=0.01, scale=4.0, on_refresh=c.OnRefresh.reset, **LOW),
-    "sm": c.SNSMConfig(lr=0.01, subset_size=1, **LOW),
-    "fira": c.FiraConfig(lr=0.01, **LOW),
-    "frugal": c.FrugalConfig(lr=0.01, scale=0.5, on_refresh=c.OnRefresh.reset, **LOW),
-    "apollo": c.ApolloConfig(lr=0.01, **LOW),
-    "apollo_mini": c.ApolloConfig(lr=0.01, per_tensor=True, **LOW),
-    "ldadam": c.LDAdamConfig(lr=0.01, rank=RANK, update_proj_gap=1, on_refresh=TRANSPORT),
-    "galore-transport": c.GaLoreConfig(lr=0.01, on_refresh=TRANSPORT, staggered=True, **LOW),
+TRANSPORT = OnRefresh.transport
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "adam": AdamConfig(lr=0.01),
+    "muon": MuonConfig(lr=0.01),
+    "sn": SNConfig(lr=0.01, scale=4.0),
+    "galore": GaLoreConfig(lr=0.01, **LOW),
+    "sn_sm": SNSMConfig(lr=0.01, scale=4.0, on_refresh=OnRefresh.reset, **LOW),
+    "sm": SNSMConfig(lr=0.01, subset_size=1, **LOW),
+    "fira": FiraConfig(lr=0.01, **LOW),
+    "frugal": FrugalConfig(lr=0.01, scale=0.5, on_refresh=OnRefresh.reset, **LOW),
+    "apollo": ApolloConfig(lr=0.01, **LOW),
+    "apollo_mini": ApolloConfig(lr=0.01, per_tensor=True, **LOW),
+    "ldadam": LDAdamConfig(lr=0.01, rank=RANK, update_proj_gap=1, on_refresh=TRANSPORT),
+    "galore-transport": GaLoreConfig(lr=0.01, on_refresh=TRANSPORT, staggered=True, **LOW),
 }
-SAMPLERS: dict[str, c.SamplerConfig] = {
-    "none": c.NoSamplerConfig(),
-    "svd": c.SvdConfig(),
-    "full_svd": c.SvdConfig(solver=c.SvdSolver.full),
-    "importance": c.ImportanceConfig(),
-    "randomized_svd": c.RandomizedSvdConfig(),
-    "haar": c.HaarConfig(),
-    "gaussian": c.GaussianConfig(),
-    "coordinate": c.CoordinateConfig(),
-    "topk_norm": c.TopkNormConfig(),
-    "srht": c.SRHTConfig(),
-    "online_pca": c.OnlinePCAConfig(),
-    "online_pca-orthonormal": c.OnlinePCAConfig(orthonormalize=True),
-    "golore": c.GoLoreConfig(),
+SAMPLERS: dict[str, SamplerConfig] = {
+    "none": NoSamplerConfig(),
+    "svd": SvdConfig(),
+    "full_svd": SvdConfig(solver=SvdSolver.full),
+    "importance": ImportanceConfig(),
+    "randomized_svd": RandomizedSvdConfig(),
+    "haar": HaarConfig(),
+    "gaussian": GaussianConfig(),
+    "coordinate": CoordinateConfig(),
+    "topk_norm": TopkNormConfig(),
+    "srht": SRHTConfig(),
+    "online_pca": OnlinePCAConfig(),
+    "online_pca-orthonormal": OnlinePCAConfig(orthonormalize=True),
+    "golore": GoLoreConfig(),
 }
 for configs in (OPTIMIZERS, SAMPLERS):
     for key, value in configs.items():
@@ -77,12 +104,12 @@ DEFAULT_SAMPLER = {
 }
 
 
-def sampler_of(name: str) -> c.SamplerConfig:
+def sampler_of(name: str) -> SamplerConfig:
     return SAMPLERS[DEFAULT_SAMPLER.get(name, "svd")]
 
 
 def build(
-    model: nn.Module, optimizer: c.OptimizerConfig, sampler: c.SamplerConfig, **own: object
+    model: nn.Module, optimizer: OptimizerConfig, sampler: SamplerConfig, **own: object
 ) -> CompositeOptimizer:
     arguments = {"seed": 3, "total_steps": STEPS} | own
     return build_optimizer(model, replace(optimizer, block_parameters=BLOCKS), sampler, **arguments)  # type: ignore[arg-type]
@@ -144,9 +171,9 @@ def test_every_pair_trains_or_is_refused(optimizer: str, sampler: str) -> None:
         assert not torch.equal(now, before), f"{name} did not move"
 
 
-@pytest.mark.parametrize("state_dtype", c.StateDtype)
+@pytest.mark.parametrize("state_dtype", StateDtype)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_is_the_uninterrupted_run_bitwise(name: str, state_dtype: c.StateDtype) -> None:
+def test_a_resumed_run_is_the_uninterrupted_run_bitwise(name: str, state_dtype: StateDtype) -> None:
     config = replace(OPTIMIZERS[name], state_dtype=state_dtype)
     for sampler in (sampler_of(name), SAMPLERS["online_pca"] if name == "galore" else sampler_of(name)):
         model = tiny()
@@ -223,7 +250,7 @@ def test_state_bytes_equal_the_formula(name: str) -> None:
 
 def test_state_bytes_of_reduced_state_and_of_online_pca() -> None:
     galore = OPTIMIZERS["galore"]
-    reduced = build(tiny(), replace(galore, state_dtype=c.StateDtype.bfloat16), SAMPLERS["svd"])
+    reduced = build(tiny(), replace(galore, state_dtype=StateDtype.bfloat16), SAMPLERS["svd"])
     full = build(tiny(), galore, SAMPLERS["svd"])
     moments = sum(2 * max(s) * RANK for s in MATRICES) + 2 * (2 * IN + 5 * IN)
     assert full.state_bytes() - reduced.state_bytes() == 2 * moments
@@ -270,7 +297,7 @@ def test_weight_decay_is_decoupled_for_every_method() -> None:
 def test_bfloat16_state_tracks_float32_state() -> None:
     for name in ("adam", "galore", "sn_sm"):
         finals = []
-        for state_dtype in c.StateDtype:
+        for state_dtype in StateDtype:
             model = tiny()
             optimizer = build(model, replace(OPTIMIZERS[name], state_dtype=state_dtype), sampler_of(name))
             finals.append(train(model, optimizer, 60)[-1])
@@ -322,13 +349,13 @@ def test_tied_weights_count_once_and_fractions_of_the_rank_vary() -> None:
         (replace(OPTIMIZERS["galore"], betas=(0.9,), block_parameters=["up"]), "svd", "two numbers"),  # type: ignore[arg-type]
         (replace(OPTIMIZERS["sn"], subset_size=5, block_parameters=["up"]), "none", "subset_size=5"),
         (
-            replace(OPTIMIZERS["ldadam"], on_refresh=c.OnRefresh.keep, block_parameters=["up"]),
+            replace(OPTIMIZERS["ldadam"], on_refresh=OnRefresh.keep, block_parameters=["up"]),
             "svd",
             "transport",
         ),
     ],
 )
-def test_mistakes_get_a_sentence(config: c.OptimizerConfig, sampler: str, message: str) -> None:
+def test_mistakes_get_a_sentence(config: OptimizerConfig, sampler: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         build_optimizer(tiny(), config, SAMPLERS[sampler], seed=0, total_steps=1)
 
@@ -336,13 +363,13 @@ def test_mistakes_get_a_sentence(config: c.OptimizerConfig, sampler: str, messag
 @pytest.mark.parametrize(
     "sampler",
     [
-        c.ImportanceConfig(name="importance", power=0.0),
-        c.RandomizedSvdConfig(name="randomized_svd", rounds=0),
-        c.OnlinePCAConfig(name="online_pca", lr=-1.0),
-        c.GoLoreConfig(name="golore", random_fraction=1.5),
+        ImportanceConfig(name="importance", power=0.0),
+        RandomizedSvdConfig(name="randomized_svd", rounds=0),
+        OnlinePCAConfig(name="online_pca", lr=-1.0),
+        GoLoreConfig(name="golore", random_fraction=1.5),
     ],
 )
-def test_sampler_settings_out_of_range(sampler: c.SamplerConfig) -> None:
+def test_sampler_settings_out_of_range(sampler: SamplerConfig) -> None:
     with pytest.raises(UserError, match=r"sampler\.\w+="):
         build(tiny(), OPTIMIZERS["galore"], sampler)
 
@@ -351,7 +378,7 @@ def test_loading_another_optimizers_state_is_refused_and_changes_nothing() -> No
     optimizer = build(tiny(), OPTIMIZERS["galore"], SAMPLERS["svd"])
     before = {key: value.clone() for key, value in optimizer.state_dict().items()}
     other_rank = build(tiny(), replace(OPTIMIZERS["galore"], rank=2), SAMPLERS["svd"]).state_dict()
-    reduced = replace(OPTIMIZERS["galore"], state_dtype=c.StateDtype.bfloat16)
+    reduced = replace(OPTIMIZERS["galore"], state_dtype=StateDtype.bfloat16)
     wrong = {
         "has no optimizer state": build(tiny(), OPTIMIZERS["adam"], SAMPLERS["none"]).state_dict(),
         "unexpected": build(tiny(), OPTIMIZERS["fira"], SAMPLERS["svd"]).state_dict(),
@@ -374,10 +401,10 @@ def test_same_run_twice_is_bitwise_the_same_and_another_seed_is_not() -> None:
     assert not torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("precision", [c.Precision.bf16_mixed, c.Precision.bf16])
+@pytest.mark.parametrize("precision", [Precision.bf16_mixed, Precision.bf16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_trains_in_reduced_precision(name: str, precision: c.Precision) -> None:
-    dtype = torch.bfloat16 if precision is c.Precision.bf16 else torch.float32
+def test_trains_in_reduced_precision(name: str, precision: Precision) -> None:
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     model = tiny().to(dtype)
     optimizer = build(model, OPTIMIZERS[name], sampler_of(name), precision=precision)
     x, y = task()

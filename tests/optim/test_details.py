@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    ApolloConfig,
+    CoordinateConfig,
+    GaLoreConfig,
+    GoLoreConfig,
+    HaarConfig,
+    SamplerConfig,
+    SRHTConfig,
+    SvdConfig,
+)
 from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace import samplers
@@ -22,7 +31,7 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 SHAPES = {"right": (24, 10), "left": (10, 24), "square": (12, 12)}
 BASE = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.1}
 LOW = {"rank": RANK, "update_proj_gap": GAP}
-SVD, HAAR = c.SvdConfig(name="svd"), c.HaarConfig(name="haar")
+SVD, HAAR = SvdConfig(name="svd"), HaarConfig(name="haar")
 
 
 def noise(shape: tuple[int, int], *labels: str | int) -> Tensor:
@@ -71,20 +80,20 @@ def scaled(
     ("sampler", "function"),
     [
         (HAAR, samplers.haar),
-        (c.CoordinateConfig(name="coordinate"), samplers.coordinate),
-        (c.SRHTConfig(name="srht"), samplers.srht),
+        (CoordinateConfig(name="coordinate"), samplers.coordinate),
+        (SRHTConfig(name="srht"), samplers.srht),
         (SVD, None),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
 @pytest.mark.parametrize("side", SHAPES)
 def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
-    side: str, sampler: c.SamplerConfig, function: Callable[[Draw], Tensor] | None, per_tensor: bool
+    side: str, sampler: SamplerConfig, function: Callable[[Draw], Tensor] | None, per_tensor: bool
 ) -> None:
     initial = noise(SHAPES[side], "start") * 0.01
     gradients = [spectral(SHAPES[side], step) for step in range(1, STEPS + 1)]
     parameter = nn.Parameter(initial.clone())
-    config = c.ApolloConfig(name="apollo", per_tensor=per_tensor, block_parameters=["w"], **BASE, **LOW)
+    config = ApolloConfig(name="apollo", per_tensor=per_tensor, block_parameters=["w"], **BASE, **LOW)
     optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
     for gradient in gradients:
         parameter.grad = gradient.clone()
@@ -120,8 +129,8 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
     initial = noise(shape, "start") * 0.01
     gradients = [spectral(shape, step) for step in range(1, STEPS + 1)]
     parameter = nn.Parameter(initial.clone())
-    config = c.GaLoreConfig(name="galore", block_parameters=["w"], **BASE, **LOW)
-    sampler = c.GoLoreConfig(name="golore", random_fraction=random_fraction)
+    config = GaLoreConfig(name="galore", block_parameters=["w"], **BASE, **LOW)
+    sampler = GoLoreConfig(name="golore", random_fraction=random_fraction)
     optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
     (part,) = optimizer.parts
     seen: dict[int, Tensor] = {}

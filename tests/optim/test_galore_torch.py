@@ -6,7 +6,7 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import nn
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.optim.base import Settings, StateKeeper
 from rsotrain.optim.subspace_part import Subspace
 from rsotrain.subspace.samplers import Sampler, full_svd

@@ -4,20 +4,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    CoordinateConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    HaarConfig,
+    ImportanceConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    StateDtype,
+    SubspaceConfig,
+    SvdConfig,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.functional import limited_growth_, subset_sums
 from rsotrain.optim.residuals import Apollo
 
 FULL, STEPS = 8, 15
 SHAPES = [(12, FULL), (FULL, 12), (FULL, FULL)]
-SVD = c.SvdConfig(name="svd")
-NONE = c.NoSamplerConfig(name="none")
+SVD = SvdConfig(name="svd")
+NONE = NoSamplerConfig(name="none")
 
 
 def run(
-    config: c.OptimizerConfig,
-    sampler: c.SamplerConfig,
+    config: OptimizerConfig,
+    sampler: SamplerConfig,
     shape: tuple[int, int],
     steps: int = STEPS,
 ) -> Tensor:
@@ -38,7 +60,7 @@ def close(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() < 1e-4)
 
 
-def low(kind: type[c.SubspaceConfig], **own: object) -> c.SubspaceConfig:
+def low(kind: type[SubspaceConfig], **own: object) -> SubspaceConfig:
     settings = {"name": "x", "lr": 0.01, "rank": FULL, "update_proj_gap": 1000, "block_parameters": ["w"]}
     return kind(**(settings | own))  # type: ignore[arg-type]
 
@@ -46,39 +68,39 @@ def low(kind: type[c.SubspaceConfig], **own: object) -> c.SubspaceConfig:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_subspace_momentum_at_full_rank_is_momentum_at_full_rank(shape: tuple[int, int]) -> None:
     own = {"subset_size": 1, "betas": (0.9, 0.99)}
-    full = c.SNConfig(name="sn", lr=0.01, block_parameters=["w"], **own)
-    kept = low(c.SNSMConfig, **own)
+    full = SNConfig(name="sn", lr=0.01, block_parameters=["w"], **own)
+    kept = low(SNSMConfig, **own)
     assert close(run(kept, SVD, shape), run(full, NONE, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_momentum_at_full_rank_survives_transport_to_any_basis(shape: tuple[int, int]) -> None:
     own = {"subset_size": None, "betas": (0.9, 0.99)}
-    full = c.SNConfig(name="sn", lr=0.1, block_parameters=["w"], **own)
-    moved = low(c.SNSMConfig, lr=0.1, update_proj_gap=4, on_refresh=c.OnRefresh.transport, **own)
-    assert close(run(moved, c.HaarConfig(name="haar"), shape), run(full, NONE, shape))
+    full = SNConfig(name="sn", lr=0.1, block_parameters=["w"], **own)
+    moved = low(SNSMConfig, lr=0.1, update_proj_gap=4, on_refresh=OnRefresh.transport, **own)
+    assert close(run(moved, HaarConfig(name="haar"), shape), run(full, NONE, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_subset_size_one_has_adams_denominator(shape: tuple[int, int]) -> None:
     # Its ε is inside the bias correction, Adam's outside: with ε = 1e-30 that is no difference.
     own = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "block_parameters": ["w"]}
-    sn = c.SNConfig(name="sn", subset_size=1, **own)
-    assert close(run(sn, NONE, shape), run(c.AdamConfig(name="adam", **own), NONE, shape))
+    sn = SNConfig(name="sn", subset_size=1, **own)
+    assert close(run(sn, NONE, shape), run(AdamConfig(name="adam", **own), NONE, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_galore_on_all_axes_is_adam(shape: tuple[int, int]) -> None:
-    adam = c.AdamConfig(name="adam", lr=0.01, block_parameters=["w"])
+    adam = AdamConfig(name="adam", lr=0.01, block_parameters=["w"])
     for gap in (1000, 4):
-        galore = low(c.GaLoreConfig, update_proj_gap=gap)
-        assert close(run(galore, c.CoordinateConfig(name="coordinate"), shape), run(adam, NONE, shape))
+        galore = low(GaLoreConfig, update_proj_gap=gap)
+        assert close(run(galore, CoordinateConfig(name="coordinate"), shape), run(adam, NONE, shape))
 
 
-@pytest.mark.parametrize("kind", [c.FiraConfig, c.FrugalConfig])
-def test_nothing_is_outside_a_full_subspace(kind: type[c.SubspaceConfig]) -> None:
+@pytest.mark.parametrize("kind", [FiraConfig, FrugalConfig])
+def test_nothing_is_outside_a_full_subspace(kind: type[SubspaceConfig]) -> None:
     shape = (12, FULL)
-    assert torch.equal(run(low(kind), SVD, shape), run(low(c.GaLoreConfig), SVD, shape))
+    assert torch.equal(run(low(kind), SVD, shape), run(low(GaLoreConfig), SVD, shape))
 
 
 def test_momentum_free_subspace_is_plain_sgd() -> None:
@@ -90,22 +112,22 @@ def test_momentum_free_subspace_is_plain_sgd() -> None:
         gradient = torch.randn(12, FULL, generator=random)
         weight = weight - 0.01 * gradient / gradient.norm(dim=1, keepdim=True)
     for rank in (3, FULL):
-        assert close(run(low(c.SNSMConfig, rank=rank, **own), SVD, (12, FULL)), weight)
+        assert close(run(low(SNSMConfig, rank=rank, **own), SVD, (12, FULL)), weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_osd_that_never_steps_its_basis_is_galore_that_never_refreshes(shape: tuple[int, int]) -> None:
     frozen = run(
-        low(c.GaLoreConfig, rank=3, update_proj_gap=1),
-        c.OnlinePCAConfig(name="online_pca", lr=0.0),
+        low(GaLoreConfig, rank=3, update_proj_gap=1),
+        OnlinePCAConfig(name="online_pca", lr=0.0),
         shape,
     )
-    assert torch.equal(frozen, run(low(c.GaLoreConfig, rank=3), SVD, shape))
+    assert torch.equal(frozen, run(low(GaLoreConfig, rank=3), SVD, shape))
 
 
 def test_i3s_at_full_rank_is_galore_at_full_rank() -> None:
-    i3s = run(low(c.GaLoreConfig, update_proj_gap=5), c.ImportanceConfig(name="importance"), (12, FULL))
-    assert close(i3s, run(low(c.GaLoreConfig, update_proj_gap=5), SVD, (12, FULL)))
+    i3s = run(low(GaLoreConfig, update_proj_gap=5), ImportanceConfig(name="importance"), (12, FULL))
+    assert close(i3s, run(low(GaLoreConfig, update_proj_gap=5), SVD, (12, FULL)))
 
 
 def test_transport_at_a_full_basis_change_and_back_restores_the_moments() -> None:
@@ -123,9 +145,9 @@ def test_transport_at_a_full_basis_change_and_back_restores_the_moments() -> Non
 def test_apollo_scales_rows_as_full_rank_adam_would() -> None:
     """On all axes with one gradient, N is ±1 everywhere: each row gets length √k."""
     weight = nn.Parameter(torch.zeros(12, FULL))
-    config = low(c.ApolloConfig, lr=1.0)
+    config = low(ApolloConfig, lr=1.0)
     optimizer = build_optimizer(
-        [("w", weight)], config, c.CoordinateConfig(name="coordinate"), seed=0, total_steps=1
+        [("w", weight)], config, CoordinateConfig(name="coordinate"), seed=0, total_steps=1
     )
     weight.grad = torch.randn(12, FULL, generator=torch.Generator().manual_seed(0))
     optimizer.step()
@@ -161,7 +183,7 @@ def inside(shape: tuple[int, int], rank: int, random: torch.Generator) -> Tensor
 def test_frugal_takes_no_signs_of_rounding_errors(shape: tuple[int, int]) -> None:
     gradient = inside(shape, 3, torch.Generator().manual_seed(0))
     weights = []
-    for kind in (c.FrugalConfig, c.GaLoreConfig):
+    for kind in (FrugalConfig, GaLoreConfig):
         parameter = nn.Parameter(torch.zeros(shape))
         optimizer = build_optimizer([("w", parameter)], low(kind, rank=3), SVD, seed=1, total_steps=2)
         parameter.grad = gradient
@@ -174,7 +196,7 @@ def test_firas_residual_is_not_held_at_the_size_of_rounding_errors() -> None:
     random = torch.Generator().manual_seed(0)
     shape = SHAPES[0]
     parameter = nn.Parameter(torch.zeros(shape))
-    optimizer = build_optimizer([("w", parameter)], low(c.FiraConfig, rank=3), SVD, seed=1, total_steps=3)
+    optimizer = build_optimizer([("w", parameter)], low(FiraConfig, rank=3), SVD, seed=1, total_steps=3)
     parameter.grad = inside(shape, 3, random)
     optimizer.step()
     assert float(optimizer.state_dict()["w.residual_norm"]) < 1e-4
@@ -185,7 +207,7 @@ def test_firas_residual_is_not_held_at_the_size_of_rounding_errors() -> None:
 
 def test_a_missing_gradient_stops_the_step_before_anything_changes() -> None:
     parameters = [nn.Parameter(torch.ones(12, FULL)) for _ in range(2)]
-    config = low(c.GaLoreConfig, rank=3, block_parameters=["a"])
+    config = low(GaLoreConfig, rank=3, block_parameters=["a"])
     optimizer = build_optimizer(list(zip("ab", parameters, strict=True)), config, SVD, seed=1, total_steps=3)
     parameters[0].grad = torch.ones(12, FULL)
     before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
@@ -201,14 +223,14 @@ def test_weight_decay_reaches_bfloat16_weights(kind: str) -> None:
     own = {"lr": 0.02, "weight_decay": 0.05, "block_parameters": ["w"], "name": kind}
     low_rank = own | {"rank": FULL // 2, "update_proj_gap": 1000}
     config, sampler = {
-        "adam": (c.AdamConfig(**own), NONE),
-        "muon": (c.MuonConfig(**own), NONE),
-        "sn": (c.SNConfig(**own), NONE),
-        "galore": (c.GaLoreConfig(**low_rank), SVD),
-        "fira": (c.FiraConfig(**low_rank), SVD),
-        "frugal": (c.FrugalConfig(**low_rank), SVD),
-        "apollo": (c.ApolloConfig(**low_rank), c.GaussianConfig(name="gaussian")),
-        "sn_sm": (c.SNSMConfig(**low_rank), SVD),
+        "adam": (AdamConfig(**own), NONE),
+        "muon": (MuonConfig(**own), NONE),
+        "sn": (SNConfig(**own), NONE),
+        "galore": (GaLoreConfig(**low_rank), SVD),
+        "fira": (FiraConfig(**low_rank), SVD),
+        "frugal": (FrugalConfig(**low_rank), SVD),
+        "apollo": (ApolloConfig(**low_rank), GaussianConfig(name="gaussian")),
+        "sn_sm": (SNSMConfig(**low_rank), SVD),
     }[kind]
     random = torch.Generator().manual_seed(0)
     start = 1.05 + 0.9 * torch.rand(32, FULL, generator=random)
@@ -217,7 +239,7 @@ def test_weight_decay_reaches_bfloat16_weights(kind: str) -> None:
         config.weight_decay = decay
         parameter = nn.Parameter(start.bfloat16())
         optimizer = build_optimizer(
-            [("w", parameter)], config, sampler, precision=c.Precision.bf16, seed=1, total_steps=60
+            [("w", parameter)], config, sampler, precision=Precision.bf16, seed=1, total_steps=60
         )
         noise = torch.Generator().manual_seed(1)
         for _ in range(60):
@@ -228,11 +250,11 @@ def test_weight_decay_reaches_bfloat16_weights(kind: str) -> None:
     assert float(moved[1] - moved[0]) > 0.03
 
 
-@pytest.mark.parametrize("kind", [c.GaLoreConfig, c.SNSMConfig])
-def test_bfloat16_second_moment_decays_as_in_float32(kind: type[c.SubspaceConfig]) -> None:
+@pytest.mark.parametrize("kind", [GaLoreConfig, SNSMConfig])
+def test_bfloat16_second_moment_decays_as_in_float32(kind: type[SubspaceConfig]) -> None:
     """Rounded to nearest, V·0.999 is V in bfloat16 and a large first V would stay for ever."""
     moments = {}
-    for dtype in c.StateDtype:
+    for dtype in StateDtype:
         parameter = nn.Parameter(torch.zeros(12, FULL))
         config = low(kind, rank=FULL // 2, state_dtype=dtype)
         optimizer = build_optimizer([("w", parameter)], config, SVD, seed=1, total_steps=1500)
@@ -240,9 +262,9 @@ def test_bfloat16_second_moment_decays_as_in_float32(kind: type[c.SubspaceConfig
         for step in range(1500):
             parameter.grad = torch.randn(12, FULL, generator=random) * (100.0 if step == 0 else 1.0)
             optimizer.step()
-        key = "w.exp_avg_sq" if kind is c.GaLoreConfig else "w.subset_sq"
+        key = "w.exp_avg_sq" if kind is GaLoreConfig else "w.subset_sq"
         moments[dtype] = optimizer.state_dict()[key].double()
-    full, reduced = moments[c.StateDtype.float32], moments[c.StateDtype.bfloat16]
+    full, reduced = moments[StateDtype.float32], moments[StateDtype.bfloat16]
     # each write errs by up to 2⁻⁸, about 1000 of them count: 2⁻⁸ √1000 / √3 = 7 %, twice that at most here
     assert float((reduced / full).log().abs().mean()) < 0.14
     assert abs(float((reduced / full).mean()) - 1.0) < 0.05
@@ -260,9 +282,9 @@ def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Apollo, "apply_", seen)
     for per_tensor in (False, True):
         parameter = nn.Parameter(torch.randn(12, FULL).bfloat16())
-        config = low(c.ApolloConfig, rank=1, per_tensor=per_tensor)
+        config = low(ApolloConfig, rank=1, per_tensor=per_tensor)
         optimizer = build_optimizer(
-            [("w", parameter)], config, c.GaussianConfig(name="gaussian"), seed=1, total_steps=1
+            [("w", parameter)], config, GaussianConfig(name="gaussian"), seed=1, total_steps=1
         )
         parameter.grad = torch.randn_like(parameter)
         optimizer.step()

@@ -16,8 +16,14 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import (
+    AdamConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnRefresh,
+    OptimizerConfig,
+    SNConfig,
+)
 from rsotrain.optim.base import Part, Settings, StateKeeper
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.residuals import Apollo, Fira
@@ -236,15 +242,15 @@ def test_subset_norm_is_pytorch_optimizers(
     expected = pytorch_optimizer.AdamWSN(
         [{"params": [theirs], "sn": True}], lr=LR, betas=BETAS, eps=eps, subset_size=size
     )
-    config = c.SNConfig(name="sn", lr=LR, betas=BETAS, eps=eps, subset_size=size, block_parameters=["w"])
+    config = SNConfig(name="sn", lr=LR, betas=BETAS, eps=eps, subset_size=size, block_parameters=["w"])
     assert distance(ours, built(ours, config), theirs, expected) < 1e-4
 
 
 # --- AdamW and Muon ------------------------------------------------------------------------------
 
 
-def built(parameter: nn.Parameter, config: c.OptimizerConfig) -> Part:
-    sampler = c.NoSamplerConfig(name="none")
+def built(parameter: nn.Parameter, config: OptimizerConfig) -> Part:
+    sampler = NoSamplerConfig(name="none")
     (part,) = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS).parts
     return part
 
@@ -255,7 +261,7 @@ def test_adamw_is_optimis() -> None:
     ours, theirs = nn.Parameter(start(shape)), nn.Parameter(start(shape))
     own = {"lr": LR, "betas": BETAS, "eps": 1e-3, "weight_decay": 0.1}
     expected = optimi.AdamW([theirs], triton=False, **own)
-    config = c.AdamConfig(name="adam", block_parameters=["w"], **own)
+    config = AdamConfig(name="adam", block_parameters=["w"], **own)
     assert distance(ours, built(ours, config), theirs, expected) < 1e-4
 
 
@@ -293,7 +299,7 @@ def test_orthogonalization_is_theirs(muon: Build, shape: tuple[int, int]) -> Non
     """Newton-Schulz runs in bfloat16, here from an exact start: signs, whose norm is 16 in these shapes."""
     ours, theirs = nn.Parameter(start(shape)), nn.Parameter(start(shape))
     own = MUON | {"momentum": 0.0, "nesterov": False}
-    config = c.MuonConfig(name="muon", block_parameters=["w"], **own)
+    config = MuonConfig(name="muon", block_parameters=["w"], **own)
     assert distance(ours, built(ours, config), theirs, muon(theirs, own), gradient=signs) < 1e-4
 
 
@@ -308,5 +314,5 @@ def test_orthogonalization_is_theirs(muon: Build, shape: tuple[int, int]) -> Non
 def test_muon_is_theirs(muon: Build, tolerance: float, shape: tuple[int, int], nesterov: bool) -> None:
     ours, theirs = nn.Parameter(start(shape)), nn.Parameter(start(shape))
     own = MUON | {"momentum": 0.9, "nesterov": nesterov}
-    config = c.MuonConfig(name="muon", block_parameters=["w"], **own)
+    config = MuonConfig(name="muon", block_parameters=["w"], **own)
     assert distance(ours, built(ours, config), theirs, muon(theirs, own)) < tolerance

@@ -7,7 +7,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    CoordinateConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    LDAdamConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    PCASolver,
+    RandomizedSvdConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    SvdConfig,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -69,26 +89,26 @@ def run(optimizer: CompositeOptimizer, parameter: nn.Parameter, grads: list[Tens
 
 def build(
     parameter: nn.Parameter,
-    config: c.OptimizerConfig,
-    sampler: c.SamplerConfig,
-    precision: c.Precision = c.Precision.fp32,
+    config: OptimizerConfig,
+    sampler: SamplerConfig,
+    precision: Precision = Precision.fp32,
 ) -> CompositeOptimizer:
     return build_optimizer(
         [("w", parameter)], config, sampler, precision=precision, seed=0, total_steps=STEPS
     )
 
 
-Case = tuple[c.OptimizerConfig, c.SamplerConfig, Callable[..., Tensor]]
+Case = tuple[OptimizerConfig, SamplerConfig, Callable[..., Tensor]]
 BASE = {"lr": LR, "betas": BETAS, "eps": EPS, "block_parameters": ["w"], "weight_decay": 0.1}
 LOW = BASE | {"rank": RANK, "update_proj_gap": GAP}
 REFERENCE = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.1}
 LOW_REFERENCE = REFERENCE | {"rank": RANK, "gap": GAP}
-SVD = c.SvdConfig(name="svd")
-NONE = c.NoSamplerConfig(name="none")
+SVD = SvdConfig(name="svd")
+NONE = NoSamplerConfig(name="none")
 
 
 def _galore(on_refresh: str) -> Case:
-    config = c.GaLoreConfig(name="galore", on_refresh=c.OnRefresh(on_refresh), **LOW)
+    config = GaLoreConfig(name="galore", on_refresh=OnRefresh(on_refresh), **LOW)
     return config, SVD, lambda w, g: reference.galore(w, g, on_refresh=on_refresh, **LOW_REFERENCE)
 
 
@@ -96,7 +116,7 @@ def _sn_sm(on_refresh: str, subset: str) -> Case:
     def sizes(w: Tensor) -> int:
         return {"row": min(w.shape), "half": min(w.shape) // 2, "one": 1}[subset]
 
-    config = c.SNSMConfig(name="sn_sm", on_refresh=c.OnRefresh(on_refresh), **LOW)
+    config = SNSMConfig(name="sn_sm", on_refresh=OnRefresh(on_refresh), **LOW)
     config.subset_size = {"row": None, "half": -1, "one": 1}[subset]  # -1: set by the test
     return (
         config,
@@ -108,7 +128,7 @@ def _sn_sm(on_refresh: str, subset: str) -> Case:
 def _sn(beta2: float) -> Case:
     own = {"betas": (0.9, beta2)}
     return (
-        c.SNConfig(name="sn", **(BASE | own)),
+        SNConfig(name="sn", **(BASE | own)),
         NONE,
         lambda w, g: reference.sn_sm(w, g, rank=None, gap=1, subset_size=min(w.shape), **(REFERENCE | own)),
     )
@@ -120,41 +140,41 @@ def _apollo(per_tensor: bool) -> Case:
         return (torch.randn(gradient.shape[1], rank, generator=random) * rank**-0.5).double()
 
     return (
-        c.ApolloConfig(name="apollo", per_tensor=per_tensor, **LOW),
-        c.GaussianConfig(name="gaussian"),
+        ApolloConfig(name="apollo", per_tensor=per_tensor, **LOW),
+        GaussianConfig(name="gaussian"),
         lambda w, g: reference.apollo(w, g, draw=draw, per_tensor=per_tensor, **LOW_REFERENCE),
     )
 
 
-LDADAM = LOW | {"update_proj_gap": 1, "on_refresh": c.OnRefresh.transport}
+LDADAM = LOW | {"update_proj_gap": 1, "on_refresh": OnRefresh.transport}
 OSD = LOW | {"update_proj_gap": 1, "weight_decay": 0.0}
 OSD_REFERENCE = {"lr": LR, "betas": BETAS, "eps": EPS, "rank": RANK, "basis_lr": 0.02, "penalty": 0.1}
 CASES: dict[str, Case] = {
-    "adam": (c.AdamConfig(name="adam", **BASE), NONE, lambda w, g: reference.adam(w, g, **REFERENCE)),
+    "adam": (AdamConfig(name="adam", **BASE), NONE, lambda w, g: reference.adam(w, g, **REFERENCE)),
     "galore-keep": _galore("keep"),
     "galore-reset": _galore("reset"),
     "galore-transport": _galore("transport"),
     "fira": (
-        c.FiraConfig(name="fira", **LOW),
+        FiraConfig(name="fira", **LOW),
         SVD,
         lambda w, g: reference.galore(w, g, outside="fira", **LOW_REFERENCE),
     ),
     "frugal": (
-        c.FrugalConfig(name="frugal", free_scale=0.3, **LOW),
+        FrugalConfig(name="frugal", free_scale=0.3, **LOW),
         SVD,
         lambda w, g: reference.galore(
             w, g, outside="frugal", free_scale=0.3, rounding=torch.finfo(torch.float32).eps, **LOW_REFERENCE
         ),
     ),
     "frugal-axes": (
-        c.FrugalConfig(name="frugal", free_scale=0.3, **LOW),
-        c.CoordinateConfig(name="coordinate"),
+        FrugalConfig(name="frugal", free_scale=0.3, **LOW),
+        CoordinateConfig(name="coordinate"),
         lambda w, g: reference.galore(
             w, g, outside="frugal", free_scale=0.3, draw=random_axes, **LOW_REFERENCE
         ),
     ),
     "carry": (
-        c.FrugalConfig(name="carry", on_refresh=c.OnRefresh.transport, **LOW),
+        FrugalConfig(name="carry", on_refresh=OnRefresh.transport, **LOW),
         SVD,
         lambda w, g: reference.galore(
             w,
@@ -166,18 +186,18 @@ CASES: dict[str, Case] = {
         ),
     ),
     "osd-adam": (
-        c.GaLoreConfig(name="osd", **OSD),
-        c.OnlinePCAConfig(name="online_pca", lr=0.02),
+        GaLoreConfig(name="osd", **OSD),
+        OnlinePCAConfig(name="online_pca", lr=0.02),
         lambda w, g: reference.osd(w, g, **OSD_REFERENCE),
     ),
     "osd-sgd": (
-        c.GaLoreConfig(name="osd", **OSD),
-        c.OnlinePCAConfig(name="online_pca", lr=0.02, solver=c.PCASolver.sgd),
+        GaLoreConfig(name="osd", **OSD),
+        OnlinePCAConfig(name="online_pca", lr=0.02, solver=PCASolver.sgd),
         lambda w, g: reference.osd(w, g, use_adam=False, **OSD_REFERENCE),
     ),
     "ldadam": (
-        c.LDAdamConfig(name="ldadam", **LDADAM),
-        c.RandomizedSvdConfig(name="randomized_svd", rounds=1),
+        LDAdamConfig(name="ldadam", **LDADAM),
+        RandomizedSvdConfig(name="randomized_svd", rounds=1),
         lambda w, g: reference.ldadam(w, g, rank=RANK, rho=0.908, draw=same_start_then_power, **REFERENCE),
     ),
     "apollo": _apollo(per_tensor=False),
@@ -208,12 +228,12 @@ def test_twenty_steps_equal_the_reference(method: str, side: str, precision: str
     config, sampler, transcription = CASES[method]
     shape = SHAPES[side]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if isinstance(config, c.SNSMConfig) and config.subset_size not in (None, 1):
+    if isinstance(config, SNSMConfig) and config.subset_size not in (None, 1):
         config = replace(config, subset_size=min(shape) // 2)
     grads = [g.to(dtype) for g in gradients(shape)]
     parameter = nn.Parameter(start(shape).to(dtype))
     initial = parameter.data.double().clone()
-    optimizer = build(parameter, config, sampler, c.Precision(precision))
+    optimizer = build(parameter, config, sampler, Precision(precision))
     ours = run(optimizer, parameter, grads)
     theirs = transcription(initial, grads)
     moved = (theirs - initial).abs().max()

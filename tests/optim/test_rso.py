@@ -26,7 +26,8 @@ from helpers.rso_toy import (
 )
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, SamplerConfig, StateDtype
+from rsotrain.config.schema import Precision
 from rsotrain.models.llama import Linear
 from rsotrain.optim import reference
 from rsotrain.optim.composite import CompositeOptimizer
@@ -72,16 +73,16 @@ def seeded_then_dominant(t: int, x: Tensor, rank: int, old: Tensor | None) -> Te
 
 CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "adam": ({}, {}),
-    "adam-keep": ({"on_refresh": c.OnRefresh.keep}, {"on_refresh": "keep"}),
-    "adam-transport": ({"on_refresh": c.OnRefresh.transport}, {"on_refresh": "transport"}),
-    "momentum": ({"solver": c.InnerSolver.momentum}, {"solver": "momentum"}),
+    "adam-keep": ({"on_refresh": OnRefresh.keep}, {"on_refresh": "keep"}),
+    "adam-transport": ({"on_refresh": OnRefresh.transport}, {"on_refresh": "transport"}),
+    "momentum": ({"solver": InnerSolver.momentum}, {"solver": "momentum"}),
     "momentum-transport": (
-        {"solver": c.InnerSolver.momentum, "on_refresh": c.OnRefresh.transport},
+        {"solver": InnerSolver.momentum, "on_refresh": OnRefresh.transport},
         {"solver": "momentum", "on_refresh": "transport"},
     ),
-    "adagrad": ({"solver": c.InnerSolver.adagrad}, {"solver": "adagrad"}),
+    "adagrad": ({"solver": InnerSolver.adagrad}, {"solver": "adagrad"}),
     "adagrad-transport": (
-        {"solver": c.InnerSolver.adagrad, "on_refresh": c.OnRefresh.transport},
+        {"solver": InnerSolver.adagrad, "on_refresh": OnRefresh.transport},
         {"solver": "adagrad", "on_refresh": "transport"},
     ),
     "proximal": ({"proximal_eta": 0.05}, {"proximal_eta": 0.05}),
@@ -97,7 +98,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def one_linear(
-    own: dict[str, object], sampler: c.SamplerConfig, dtype: torch.dtype, out: int
+    own: dict[str, object], sampler: SamplerConfig, dtype: torch.dtype, out: int
 ) -> tuple[Tensor, Tensor]:
     """(weight before, weight after STEPS steps), float64."""
     model = One(out, dtype)
@@ -132,7 +133,7 @@ def test_reduced_precision_follows_the_reference(case: str) -> None:
     own, theirs = CASES[case]
     model = One(OUT, torch.float32)
     before = model.w.weight.data.double().clone()
-    optimizer = build(model, config(block_parameters=["w"], **own), precision=c.Precision.bf16_mixed)
+    optimizer = build(model, config(block_parameters=["w"], **own), precision=Precision.bf16_mixed)
     for t in range(1, STEPS + 1):
         y = model(batch(t, torch.bfloat16))
         y.backward(output_gradient(t, y.detach()))
@@ -150,7 +151,7 @@ def test_informed_bases_are_those_of_the_last_steps_inputs() -> None:
     # T = 1: the random start serves step 1, the principal axes of step t−1's input every later one. The
     # axes come from a float32 Gram matrix of singular values 0.7^i, whose gaps enlarge its rounding to
     # some 1e-5.
-    own = {"update_proj_gap": 1, "on_refresh": c.OnRefresh.transport}
+    own = {"update_proj_gap": 1, "on_refresh": OnRefresh.transport}
     before, after = one_linear(own, SVD, torch.float64, OUT)
     expected = reference.rso(
         before, [batch(t) for t in range(1, STEPS + 1)], output_gradient, draw=seeded_then_dominant, lr=LR,
@@ -162,7 +163,7 @@ def test_informed_bases_are_those_of_the_last_steps_inputs() -> None:
 def test_at_full_rank_gradient_descent_in_b_is_gradient_descent() -> None:
     # P orthogonal: ΔB Pᵀ = −η (dW P) Pᵀ = −η dW, whatever the bases, refreshes and proximal-free rules.
     own = {
-        "rank": IN, "solver": c.InnerSolver.momentum, "betas": (0.0, 0.99), "basis_scale": False, "lr": 0.1,
+        "rank": IN, "solver": InnerSolver.momentum, "betas": (0.0, 0.99), "basis_scale": False, "lr": 0.1,
     }  # fmt: skip
     before, after = one_linear(own, HAAR, torch.float64, OUT)
     weight = before.clone()
@@ -211,20 +212,20 @@ def test_every_sampler_trains_and_micro_batches_equal_one_batch(sampler: str) ->
         assert (p - q).abs().max() < 1e-6 * (p - s).abs().max(), name
 
 
-@pytest.mark.parametrize("on_refresh", c.OnRefresh)
-@pytest.mark.parametrize("precision", c.Precision)
+@pytest.mark.parametrize("on_refresh", OnRefresh)
+@pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("sampler", ["haar", "svd", "randomized_svd", "regenerated", "online_pca"])
 def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
-    sampler: str, precision: c.Precision, on_refresh: c.OnRefresh
+    sampler: str, precision: Precision, on_refresh: OnRefresh
 ) -> None:
     own = {"on_refresh": on_refresh, "staggered": True, "proximal_eta": 1.0, "refresh_warmup_steps": 2}
     if sampler == "regenerated":
-        own |= {"projection": c.BasisStorage.regenerated, "state_dtype": c.StateDtype.bfloat16}
+        own |= {"projection": BasisStorage.regenerated, "state_dtype": StateDtype.bfloat16}
     chosen = SAMPLERS.get(sampler, HAAR)
-    dtype = torch.bfloat16 if precision is c.Precision.bf16 else torch.float32
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
 
     def fresh() -> tuple[nn.Module, CompositeOptimizer]:
-        model = Reduced(dtype) if precision is c.Precision.bf16_mixed else Toy(dtype)
+        model = Reduced(dtype) if precision is Precision.bf16_mixed else Toy(dtype)
         return model, build(model, config(**own), chosen, precision=precision)
 
     model, optimizer = fresh()
@@ -247,7 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
 def test_a_run_that_goes_on_with_other_settings_keeps_its_bases_until_the_next_draw() -> None:
     """Moments, and the B of the proximal term, mean nothing in another basis."""
     found = []
-    for projection in c.BasisStorage:
+    for projection in BasisStorage:
         own = {"projection": projection, "proximal_eta": 0.1}
         model = Toy()
         optimizer = build(model, config(**own))
@@ -270,19 +271,19 @@ class Reduced(Toy):
         return super().forward(x.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("on_refresh", c.OnRefresh)
+@pytest.mark.parametrize("on_refresh", OnRefresh)
 @pytest.mark.parametrize("sampler", ["haar", "gaussian", "coordinate", "srht"])
-def test_regenerated_bases_are_the_stored_ones_bitwise(sampler: str, on_refresh: c.OnRefresh) -> None:
-    if sampler == "gaussian" and on_refresh is c.OnRefresh.transport:
+def test_regenerated_bases_are_the_stored_ones_bitwise(sampler: str, on_refresh: OnRefresh) -> None:
+    if sampler == "gaussian" and on_refresh is OnRefresh.transport:
         pytest.skip("transport needs orthonormal bases")
     models = []
-    for projection in c.BasisStorage:
+    for projection in BasisStorage:
         model = Toy()
         settings = config(projection=projection, on_refresh=on_refresh, staggered=True)
         optimizer = build(model, settings, SAMPLERS[sampler])
         train(model, optimizer, range(STEPS))
         models.append(model)
         held = [key for key in optimizer.state_dict() if key.endswith(".basis")]
-        assert len(held) == (2 if projection is c.BasisStorage.stored else 0)
+        assert len(held) == (2 if projection is BasisStorage.stored else 0)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q)

@@ -22,7 +22,19 @@ from helpers.rso_toy import (
 )
 from torch import Tensor
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    BasisStorage,
+    InnerSolver,
+    MixtureConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    SamplerConfig,
+    StateDtype,
+    SvdConfig,
+    SvdSolver,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError
 from rsotrain.models.subspace_linear import SubspaceLinear
 from rsotrain.optim.composite import CompositeOptimizer
@@ -41,7 +53,7 @@ def rso_of(optimizer: CompositeOptimizer) -> RSO:
 def test_the_proximal_term_pulls_b_towards_zero_with_its_gradient() -> None:
     # With no gradient from the loss, momentum with β₁ = 0 gives B ← B − η B/η_k, and W follows by ΔB Pᵀ.
     model = Toy()
-    settings = config(solver=c.InnerSolver.momentum, betas=(0.0, 0.99), proximal_eta=0.1, basis_scale=False)
+    settings = config(solver=InnerSolver.momentum, betas=(0.0, 0.99), proximal_eta=0.1, basis_scale=False)
     optimizer = build(model, settings)
     rso = rso_of(optimizer)
     state = rso.state["third.weight"]
@@ -61,16 +73,16 @@ def test_the_proximal_term_pulls_b_towards_zero_with_its_gradient() -> None:
     ("own", "sampler", "per_linear", "moments"),
     [
         ({}, "haar", 1, 2),
-        ({"solver": c.InnerSolver.momentum}, "svd", 1, 1),
+        ({"solver": InnerSolver.momentum}, "svd", 1, 1),
         ({"proximal_eta": 1.0}, "haar", 1, 3),
-        ({"projection": c.BasisStorage.regenerated}, "haar", 0, 2),  # a seed of 8 bytes a site instead
+        ({"projection": BasisStorage.regenerated}, "haar", 0, 2),  # a seed of 8 bytes a site instead
     ],
 )
 def test_state_bytes_equal_the_formula(
     own: dict[str, object], sampler: str, per_linear: int, moments: int
 ) -> None:
     """2·r·out (adam) and a count a linear, r·in a site: the basis in the compute dtype, once for both."""
-    for precision, size in ((c.Precision.fp32, 4), (c.Precision.bf16_mixed, 2)):
+    for precision, size in ((Precision.fp32, 4), (Precision.bf16_mixed, 2)):
         optimizer = build(Toy(torch.float32), config(**own), SAMPLERS[sampler], precision=precision)
         blocks = sum(4 * (moments * RANK * out + 1) for out in (MIDDLE, MIDDLE, OUT))
         bases = per_linear * size * RANK * (IN + MIDDLE) if per_linear else 2 * 8
@@ -82,7 +94,7 @@ def test_state_bytes_equal_the_formula(
 
 def test_reduced_state_trains_and_takes_half() -> None:
     losses, sizes = [], []
-    for state_dtype in c.StateDtype:
+    for state_dtype in StateDtype:
         model = Toy(torch.float32)
         optimizer = build(model, config(state_dtype=state_dtype))
         sizes.append(optimizer.state_bytes())
@@ -134,18 +146,18 @@ def test_the_norm_of_scaled_gradients_estimates_the_full_gradients() -> None:
         ({"refresh_warmup_steps": GAP}, HAAR, "refresh_warmup_steps=7"),
         ({"refresh_warmup_steps": -1}, HAAR, "refresh_warmup_steps=-1"),
         ({"update_proj_gap": 0}, HAAR, "update_proj_gap=0"),
-        ({"projection": c.BasisStorage.regenerated}, SVD, "cannot be regenerated"),
-        ({}, c.SvdConfig(name="svd", solver=c.SvdSolver.full), "RSO never forms"),
-        ({}, c.OnlinePCAConfig(name="online_pca"), "orthonormalize=true"),
+        ({"projection": BasisStorage.regenerated}, SVD, "cannot be regenerated"),
+        ({}, SvdConfig(name="svd", solver=SvdSolver.full), "RSO never forms"),
+        ({}, OnlinePCAConfig(name="online_pca"), "orthonormalize=true"),
         ({"basis_scale": False}, SAMPLERS["gaussian"], "scaled already"),
-        ({"on_refresh": c.OnRefresh.transport}, SAMPLERS["gaussian"], r"haar.*, or set .*on_refresh=keep"),
-        ({}, c.NoSamplerConfig(name="none"), "needs a sampler"),
+        ({"on_refresh": OnRefresh.transport}, SAMPLERS["gaussian"], r"haar.*, or set .*on_refresh=keep"),
+        ({}, NoSamplerConfig(name="none"), "needs a sampler"),
         ({"betas": (0.9, 1.0)}, HAAR, "AdaGrad"),
-        ({}, c.MixtureConfig(name="mixture", principal_fraction=1.5), r"principal_fraction=1\.5"),
+        ({}, MixtureConfig(name="mixture", principal_fraction=1.5), r"principal_fraction=1\.5"),
     ],
 )
 def test_mistakes_get_a_sentence_and_leave_the_model(
-    own: dict[str, object], sampler: c.SamplerConfig, message: str
+    own: dict[str, object], sampler: SamplerConfig, message: str
 ) -> None:
     model = Toy()
     with pytest.raises(UserError, match=message):

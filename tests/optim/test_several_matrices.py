@@ -8,7 +8,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import (
+    AdamConfig,
+    ApolloConfig,
+    FiraConfig,
+    FrugalConfig,
+    GaLoreConfig,
+    GaussianConfig,
+    HaarConfig,
+    ImportanceConfig,
+    InnerSolver,
+    LDAdamConfig,
+    MuonConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    OnRefresh,
+    OptimizerConfig,
+    RandomizedSvdConfig,
+    RSOConfig,
+    SamplerConfig,
+    SNConfig,
+    SNSMConfig,
+    StateDtype,
+    SvdConfig,
+)
+from rsotrain.config.schema import Precision
 from rsotrain.models.llama import Linear
 from rsotrain.optim import adamw, base, rso, subspace_part
 from rsotrain.optim.build import build_optimizer
@@ -16,7 +40,7 @@ from rsotrain.subspace.seeding import generator
 
 BASE = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
 LOW = {"rank": 3, "update_proj_gap": 5}
-SVD, HAAR, NONE = c.SvdConfig(name="svd"), c.HaarConfig(name="haar"), c.NoSamplerConfig(name="none")
+SVD, HAAR, NONE = SvdConfig(name="svd"), HaarConfig(name="haar"), NoSamplerConfig(name="none")
 
 
 def noise(shape: tuple[int, int], *labels: str | int) -> Tensor:
@@ -28,43 +52,43 @@ MATRICES = {
     "w0": (24, 10), "w1": (10, 24), "w2": (12, 12), "w3": (24, 10), "w4": (6, 40), "w5": (12, 12),
     "w6": (16, 6),
 }  # fmt: skip
-RESET, TRANSPORT = c.OnRefresh.reset, c.OnRefresh.transport
-METHODS: dict[str, tuple[c.OptimizerConfig, c.SamplerConfig]] = {
-    "adam": (c.AdamConfig(**BASE), NONE),
-    "muon": (c.MuonConfig(**BASE), NONE),
-    "sn": (c.SNConfig(**BASE), NONE),
-    "galore": (c.GaLoreConfig(**BASE, **LOW), SVD),
-    "galore-fraction": (c.GaLoreConfig(**BASE, **(LOW | {"rank": 0.25})), SVD),
-    "galore-reset": (c.GaLoreConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
-    "galore-transport": (c.GaLoreConfig(on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
-    "i3s": (c.GaLoreConfig(**BASE, **LOW), c.ImportanceConfig(name="importance")),
-    "osd": (c.GaLoreConfig(**BASE, **(LOW | {"update_proj_gap": 1})), c.OnlinePCAConfig(name="online_pca")),
-    "sn_sm": (c.SNSMConfig(on_refresh=RESET, **BASE, **LOW), SVD),
-    "sm": (c.SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
-    "fira": (c.FiraConfig(**BASE, **LOW), SVD),
-    "frugal": (c.FrugalConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
-    "apollo": (c.ApolloConfig(**BASE, **LOW), c.GaussianConfig(name="gaussian")),
-    "apollo-haar": (c.ApolloConfig(**BASE, **(LOW | {"rank": 0.25})), HAAR),
+RESET, TRANSPORT = OnRefresh.reset, OnRefresh.transport
+METHODS: dict[str, tuple[OptimizerConfig, SamplerConfig]] = {
+    "adam": (AdamConfig(**BASE), NONE),
+    "muon": (MuonConfig(**BASE), NONE),
+    "sn": (SNConfig(**BASE), NONE),
+    "galore": (GaLoreConfig(**BASE, **LOW), SVD),
+    "galore-fraction": (GaLoreConfig(**BASE, **(LOW | {"rank": 0.25})), SVD),
+    "galore-reset": (GaLoreConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "galore-transport": (GaLoreConfig(on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "i3s": (GaLoreConfig(**BASE, **LOW), ImportanceConfig(name="importance")),
+    "osd": (GaLoreConfig(**BASE, **(LOW | {"update_proj_gap": 1})), OnlinePCAConfig(name="online_pca")),
+    "sn_sm": (SNSMConfig(on_refresh=RESET, **BASE, **LOW), SVD),
+    "sm": (SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
+    "fira": (FiraConfig(**BASE, **LOW), SVD),
+    "frugal": (FrugalConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
+    "apollo": (ApolloConfig(**BASE, **LOW), GaussianConfig(name="gaussian")),
+    "apollo-haar": (ApolloConfig(**BASE, **(LOW | {"rank": 0.25})), HAAR),
     "apollo_mini": (
-        c.ApolloConfig(per_tensor=True, **BASE, **(LOW | {"rank": 1})),
-        c.GaussianConfig(name="gaussian"),
+        ApolloConfig(per_tensor=True, **BASE, **(LOW | {"rank": 1})),
+        GaussianConfig(name="gaussian"),
     ),
     "ldadam": (
-        c.LDAdamConfig(on_refresh=TRANSPORT, **BASE, **(LOW | {"update_proj_gap": 1})),
-        c.RandomizedSvdConfig(name="randomized_svd"),
+        LDAdamConfig(on_refresh=TRANSPORT, **BASE, **(LOW | {"update_proj_gap": 1})),
+        RandomizedSvdConfig(name="randomized_svd"),
     ),
 }
 KINDS = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
 
 
-def trained(method: str, names: Sequence[str], precision: str, state: c.StateDtype) -> dict[str, Tensor]:
+def trained(method: str, names: Sequence[str], precision: str, state: StateDtype) -> dict[str, Tensor]:
     """The weights after 12 steps of these matrices together, and the optimizer's state, by name."""
     config, sampler = METHODS[method]
     dtype = KINDS[precision]
     parameters = {n: nn.Parameter(noise(MATRICES[n], "start", n).to(dtype)) for n in names}
     config = replace(config, name=method, block_parameters=["w"], state_dtype=state)
     optimizer = build_optimizer(
-        parameters.items(), config, sampler, precision=c.Precision(precision), seed=0, total_steps=12
+        parameters.items(), config, sampler, precision=Precision(precision), seed=0, total_steps=12
     )
     for step in range(1, 13):
         for name, parameter in parameters.items():
@@ -98,7 +122,7 @@ def test_matrices_together_are_bitwise_what_they_are_alone(
     method: str, precision: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one bucket, in several, and one matrix at a time: the same arithmetic on each."""
-    kept = c.StateDtype(state)
+    kept = StateDtype(state)
     together = trained(method, list(MATRICES), precision, kept)
     alone: dict[str, Tensor] = {}
     for name in MATRICES:
@@ -119,19 +143,19 @@ def test_matrices_together_are_bitwise_what_they_are_alone(
 def test_the_low_rank_methods_have_buckets_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in METHODS.keys() - {"adam", "muon", "sn"}:
         counts = limit_buckets(monkeypatch, 150)
-        trained(method, list(MATRICES), "fp32", c.StateDtype.float32)
+        trained(method, list(MATRICES), "fp32", StateDtype.float32)
         assert len(counts) > 1
     counts = limit_buckets(monkeypatch, 150)
-    trained("galore", list(MATRICES), "fp32", c.StateDtype.float32)
+    trained("galore", list(MATRICES), "fp32", StateDtype.float32)
     # M·r: 72, 72 | 36, 72 | 120 | 36, 48
     assert counts == [2, 2, 1, 2]
 
 
 def test_pieces_of_a_matrix_are_bitwise_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW widens bfloat16 weights a piece at a time; pieces of 64 are whole vectors of any CPU."""
-    whole = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    whole = trained("adam", list(MATRICES), "bf16", StateDtype.float32)
     monkeypatch.setattr(adamw, "PIECE_ELEMENTS", 64)
-    pieces = trained("adam", list(MATRICES), "bf16", c.StateDtype.float32)
+    pieces = trained("adam", list(MATRICES), "bf16", StateDtype.float32)
     assert all(torch.equal(pieces[key], tensor) for key, tensor in whole.items())
 
 
@@ -156,7 +180,7 @@ class Linears(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _rso(names: Sequence[str], config: c.RSOConfig, sampler: c.SamplerConfig) -> dict[str, Tensor]:
+def _rso(names: Sequence[str], config: RSOConfig, sampler: SamplerConfig) -> dict[str, Tensor]:
     model = Linears(names)
     optimizer = build_optimizer(model, config, sampler, seed=0, total_steps=12)
     for step in range(1, 13):
@@ -170,12 +194,12 @@ def _rso(names: Sequence[str], config: c.RSOConfig, sampler: c.SamplerConfig) ->
     return {name: p.data for name, p in model.named_parameters()} | state
 
 
-@pytest.mark.parametrize("solver", c.InnerSolver)
+@pytest.mark.parametrize("solver", InnerSolver)
 @pytest.mark.parametrize("sampler", [HAAR, SVD], ids=lambda sampler: sampler.name)
 def test_rso_of_linears_together_is_bitwise_that_of_each_alone(
-    sampler: c.SamplerConfig, solver: c.InnerSolver, monkeypatch: pytest.MonkeyPatch
+    sampler: SamplerConfig, solver: InnerSolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = c.RSOConfig(
+    config = RSOConfig(
         name="rso",
         on_refresh=TRANSPORT,
         solver=solver,

@@ -4,26 +4,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config import schema as c
+from rsotrain.config.methods import CoordinateConfig, FrugalConfig, GaLoreConfig, SamplerConfig, SvdConfig
+from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace.seeding import generator
 
 RANK = 16
 SHAPES = [(96, 64), (64, 96), (64, 64)]
-PRECISIONS = list(c.Precision)
-SVD = c.SvdConfig(name="svd")
-AXES = c.CoordinateConfig(name="coordinate")
+PRECISIONS = list(Precision)
+SVD = SvdConfig(name="svd")
+AXES = CoordinateConfig(name="coordinate")
 
 
 def step(
-    kind: type[c.GaLoreConfig],
-    sampler: c.SamplerConfig,
+    kind: type[GaLoreConfig],
+    sampler: SamplerConfig,
     gradient: Tensor,
-    precision: c.Precision,
+    precision: Precision,
     scale: float = 1.0,
 ) -> Tensor:
     """What one step with a rate of 1 adds to a weight of zeros."""
-    dtype = torch.bfloat16 if precision is c.Precision.bf16 else torch.float32
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     parameter = nn.Parameter(torch.zeros(gradient.shape, dtype=dtype))
     config = kind(name="x", lr=1.0, rank=RANK, update_proj_gap=9, block_parameters=["w"])
     optimizer = build_optimizer(
@@ -34,10 +35,10 @@ def step(
     return parameter.data.float()
 
 
-def signs(sampler: c.SamplerConfig, gradient: Tensor, precision: c.Precision, scale: float = 1.0) -> Tensor:
+def signs(sampler: SamplerConfig, gradient: Tensor, precision: Precision, scale: float = 1.0) -> Tensor:
     """Those FRUGAL takes: what it subtracts beside GaLore's step."""
-    galore = step(c.GaLoreConfig, sampler, gradient, precision, scale)
-    difference = galore - step(c.FrugalConfig, sampler, gradient, precision, scale)
+    galore = step(GaLoreConfig, sampler, gradient, precision, scale)
+    difference = galore - step(FrugalConfig, sampler, gradient, precision, scale)
     # updates are of size 2 or so: rounded to 8 bits, once for each method
     assert float((difference - difference.round()).abs().max()) < 0.05
     return difference.round()
@@ -58,7 +59,7 @@ def rows_first(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_signs_are_the_residuals_wherever_it_is_more_than_rounding(
-    shape: tuple[int, int], precision: c.Precision
+    shape: tuple[int, int], precision: Precision
 ) -> None:
     gradient = decaying(shape)
     found = rows_first(signs(SVD, gradient, precision))
@@ -71,7 +72,7 @@ def test_signs_are_the_residuals_wherever_it_is_more_than_rounding(
     # twice the bound of what counts: once for it, once for the rounding that may take an entry below it
     k = a.shape[1]
     bound = 8 * k**0.5 * torch.finfo(torch.float32).eps
-    if precision is not c.Precision.fp32:
+    if precision is not Precision.fp32:
         bound += 4 * torch.finfo(torch.bfloat16).eps / k**0.5
     assert bool(right[residual.abs() > bound * a.norm(dim=1, keepdim=True)].all())
     assert float(right.double().mean()) > 0.9
@@ -80,10 +81,10 @@ def test_signs_are_the_residuals_wherever_it_is_more_than_rounding(
 # With large columns and in float32 it is the basis that is not exact: its Gram matrix squares the condition.
 @pytest.mark.parametrize(
     ("precision", "large"),
-    [*((precision, 0) for precision in PRECISIONS), (c.Precision.bf16_mixed, 4), (c.Precision.bf16, 4)],
+    [*((precision, 0) for precision in PRECISIONS), (Precision.bf16_mixed, 4), (Precision.bf16, 4)],
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: c.Precision, large: int) -> None:
+def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: Precision, large: int) -> None:
     random = torch.Generator().manual_seed(0)
     rows, columns = shape
     right = torch.randn(RANK, columns, generator=random)
@@ -93,7 +94,7 @@ def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: c.Preci
     gradient[-1], gradient[:, -1] = 0.0, 0.0
     found = signs(SVD, gradient, precision)
     # the bound is five times the size of bfloat16's errors; among thousands of entries a few exceed it
-    assert float((found != 0).double().mean()) <= (0.0 if precision is c.Precision.fp32 else 1e-3)
+    assert float((found != 0).double().mean()) <= (0.0 if precision is Precision.fp32 else 1e-3)
     assert bool((found[-1] == 0).all() and (found[:, -1] == 0).all())
 
 
@@ -101,7 +102,7 @@ def test_rounding_errors_have_no_sign(shape: tuple[int, int], precision: c.Preci
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outside_axes_every_entry_has_its_own_sign(
-    shape: tuple[int, int], precision: c.Precision, scale: float
+    shape: tuple[int, int], precision: Precision, scale: float
 ) -> None:
     gradient = decaying(shape)
     found = rows_first(signs(AXES, gradient, precision, scale))

@@ -14,7 +14,7 @@ from helpers.runs import OPTIMIZERS, compose, load_data
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
 from rsotrain.instruments.memory import tensors_bytes
-from rsotrain.instruments.phases import Phase, device_kind, phase, planning
+from rsotrain.instruments.phases import Phase, phase, watching
 from rsotrain.parallel.ranks import World
 from rsotrain.planner.fake_run import FakeRun
 from rsotrain.planner.plan import make_plan
@@ -186,7 +186,17 @@ def test_a_tracker_knows_when_a_storage_ends_and_what_it_was_for() -> None:
     assert peaks[Phase.forward].by_kind[Kind.temporaries] == 50
 
 
-def test_phases_and_devices_are_the_plans_only_while_it_is_made() -> None:
+def test_a_loss_for_a_gpu_is_planned_where_there_is_none(tiny: list[str]) -> None:
+    """A CPU's loss works on blocks of a cache's worth, a GPU's on everything at once."""
+    config = compose([*tiny, *COMMON, "optimizer=adam", "seq_len=128", "tokenizer.vocab_size=8192"])
+    peaks = {}
+    for kind in ("cpu", "cuda"):
+        with FakeRun(config, kind) as run:
+            peaks[kind] = run.passes(2).peaks()[Phase.forward].by_kind[Kind.temporaries]
+    assert peaks["cuda"] > peaks["cpu"]
+
+
+def test_phases_are_watched_only_inside_the_block() -> None:
     seen: list[Phase] = []
 
     def watch(name: Phase) -> Any:
@@ -194,10 +204,10 @@ def test_phases_and_devices_are_the_plans_only_while_it_is_made() -> None:
         return nothing
 
     nothing = phase(Phase.forward)
-    with planning("cuda", watch), phase(Phase.backward):
-        assert device_kind(torch.device("cpu")) == "cuda"
+    with watching(watch), phase(Phase.backward):
+        pass
     with phase(Phase.forward):
-        assert device_kind(torch.device("cpu")) == "cpu"
+        pass
     assert seen == [Phase.backward]
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.report_harness import Make, call
 from matplotlib.image import imread
 
-from rsotrain.cli.entry import compare_members
+from rsotrain.cli.multirun import compare_members
 from rsotrain.config.schema import ReportConfig
 from rsotrain.errors import UserError
 from rsotrain.report.claims import METHODS, Finding, examine

@@ -18,7 +18,7 @@ from rsotrain.report.comparison import compare
 from rsotrain.report.live import runs_table
 from rsotrain.report.runs import looks, read_run, read_runs
 from rsotrain.report.wandb_offline import OfflineRun
-from rsotrain.running.folder import RunState
+from rsotrain.tracking.run_files import RunState
 
 
 def test_what_a_run_is_at(make: Make) -> None:

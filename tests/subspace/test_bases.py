@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.schema import OnRefresh
+from rsotrain.config.methods import OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Settings, StateKeeper
 from rsotrain.optim.galore import GaLore

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from rsotrain.files import write_json_atomic
 from rsotrain.tracking.loggers import JsonlLogger, Loggers
-from rsotrain.tracking.metrics import StepTimer, Throughput, peak_memory_bytes, write_json_atomic
+from rsotrain.tracking.metrics import StepTimer, Throughput, peak_memory_bytes
 
 
 def records(path: Path) -> list[dict[str, Any]]:

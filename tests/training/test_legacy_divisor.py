@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from helpers import ranks
 from helpers.runs import compose, load_data, trainer
 
+from rsotrain.cli.dispatch import run_mode
 from rsotrain.config.schema import Config
 from rsotrain.config.validation import validate
 from rsotrain.data.build import Data
+from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
-from rsotrain.running.run import run_mode
 from rsotrain.training.trainer import Trainer
 
 LEGACY = ["data.packing=padded", "evaluation.legacy_divisor=true"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers.runs import OPTIMIZERS, compose, trainer
 
+from rsotrain.data.targets import IGNORE_INDEX, reached_positions
 from rsotrain.errors import UserError
-from rsotrain.models.loss import IGNORE_INDEX
 from rsotrain.optim.rso import RSO
-from rsotrain.training.trainer import NonFiniteError, Trainer, check_composition, reached_positions
+from rsotrain.training.trainer import NonFiniteError, Trainer, check_composition
 
 
 def weights(trained: Trainer) -> dict[str, torch.Tensor]:

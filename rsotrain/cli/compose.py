@@ -1,0 +1,58 @@
+"""From composed YAML to typed dataclasses: the schemas that Hydra checks, and the way out of Hydra."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.schema import SCHEMAS, Config
+from rsotrain.errors import UserError
+
+
+def conf_dir() -> Path:
+    """The folder of YAML groups: inside the installed package, else at the top of the repository."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"no conf/config.yaml beside {package}: the installation is incomplete")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_")
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
+
+
+def pretrained_value(folder: str | None, name: str) -> Any:
+    """One field of the model in a Hugging Face folder, for conf/model/pretrained.yaml."""
+    from rsotrain.models.huggingface_config import read_config
+
+    if folder is None:
+        raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
+    return getattr(read_config(Path(folder).expanduser()), name)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed YAML as typed dataclasses; ``DictConfig`` stops here.
+
+    Raises UserError for a value that is missing or a key that ``+key=`` smuggled past the schema.
+    """
+    known = set(known_keys())
+    for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
+        if key not in known:
+            raise UserError(f"unknown key {key}{did_you_mean(key, sorted(known))}")
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise UserError(f"{missing[0]} has no value; give it with {missing[0]}=…")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    for key, value in flatten(plain(config)):  # ~key deletes a key, and the dataclass has nothing for it
+        if value == MISSING:
+            raise UserError(f"{key} has no value; give it with {key}=…")
+    return config

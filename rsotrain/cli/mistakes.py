@@ -1,0 +1,101 @@
+"""One sentence for whatever is wrong with a command line, a YAML file or a run."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from rsotrain.cli.compose import conf_dir
+from rsotrain.cli.overrides import chosen_options
+from rsotrain.config.keys import did_you_mean, known_keys
+from rsotrain.config.schema import SCHEMAS
+from rsotrain.errors import LostRankError, TrainingError, UserError
+
+_PATIENCE_SECONDS = 5.0
+_MISFIT = re.compile(
+    r"In '((?:experiment|tuned)/.+)': (\w+) raised while composing config:\n(.+)\n"
+    r"\s+full_key: (\S+)\n(?:\s+reference_type=.+\n)?\s+object_type=(\w+)"
+)
+
+
+def say(error: Exception) -> None:
+    """Print the sentence. Of several processes on a node the first does so at once.
+
+    The others wait a little: if it has failed, too, torchrun has ended them by then.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LostRankError):
+        time.sleep(_PATIENCE_SECONDS)
+    print(f"rsotrain: {explain(error)}", file=sys.stderr)
+
+
+def explain(error: Exception) -> str:
+    """One sentence for a mistake in the command line or in a YAML file."""
+    if isinstance(error, UserError | TrainingError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if error.options is None:
+            return " ".join(str(error).split("\n\n")[0].split())
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [o for o in error.options if not o.startswith("schema")]
+        near = did_you_mean(option, options)
+        return f"{group}={option} does not exist{near} (there are: {', '.join(options)})"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} is not of the form key=value"
+            " (quote values that contain spaces, commas, brackets or '=' as key=\"'…'\")"
+        )
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
+        return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
+    if isinstance(error.__cause__, UserError):  # raised by a resolver
+        return str(error.__cause__)
+    if misfit := _MISFIT.match(str(error)):
+        source, kind, text, key, schema = misfit.groups()
+        experiments = [path.stem for path in (conf_dir() / "experiment").glob("*.yaml")]
+        reason = "" if kind == "ConfigKeyError" else text
+        return explain_misfit(source, key, reason, schema, sys.argv[1:], experiments)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = str(cause).split("\n")
+    text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])
+    key = getattr(cause, "full_key", None)
+    if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
+        key = key or unknown[1] or unknown[2]
+        return f"unknown key {key}{did_you_mean(key, known_keys())}"
+    return f"{key}: {text}" if key else " ".join(text.split())
+
+
+def explain_misfit(
+    source: str, key: str, reason: str, schema: str, arguments: Sequence[str], options: Sequence[str]
+) -> str:
+    """The sentence for a key in a file of conf/experiment or conf/tuned that the choice of a group lacks.
+
+    ``source``: experiment or tuned, and its file: experiment/galore_60m. ``reason``: why the value of ``key``
+    is refused, empty where there is no such key. ``schema``: the class of the chosen option.
+    ``arguments``: the command line. ``options``: the files of conf/experiment.
+    """
+    folder, _, name = source.partition("/")
+    if key not in known_keys():
+        return f"{source}.yaml: unknown key {key}{did_you_mean(key, known_keys())}"
+    chosen = {group: value for group, value in chosen_options(arguments).items() if "," not in value}
+    name = chosen.get(folder, name)  # what the user called, where the file is one that it builds on
+    group = key.split(".")[0]
+    option = chosen.get(group)
+    if option is None:  # chosen by another file: all that is known is its class
+        names = [n for n, c in SCHEMAS.get(group, {}).items() if c.__name__ == schema]
+        option = names[0] if names else schema
+    found = f"{folder}={name} sets {key}, " + (
+        f"which {group}={option} refuses ({reason})" if reason else f"which {group}={option} does not have"
+    )
+    culprit = next((g for g in (group, "optimizer") if g in chosen and group in (g, "sampler")), None)
+    if culprit is None:
+        return f"{found}; leave {folder}={name} out"
+    other = chosen[culprit] if folder == "tuned" else f"{chosen[culprit]}_{name.rsplit('_', 1)[-1]}"
+    take = culprit == "optimizer" and (folder == "tuned" or {name, other} <= set(options))
+    leave = f"leave {culprit}={chosen[culprit]} out"
+    return f"{found}; take {folder}={other} or {leave}" if take else f"{found}; {leave}"
