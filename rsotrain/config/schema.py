@@ -4,6 +4,7 @@ Imports neither torch nor Hydra, so that ``rsotrain --help`` stays quick and eve
 package can be built from a notebook. Ranges and cross-field rules are in ``validation.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -27,32 +28,7 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.config.methods import (
-    AdamConfig,
-    ApolloConfig,
-    CoordinateConfig,
-    FiraConfig,
-    FrugalConfig,
-    GaLoreConfig,
-    GaussianConfig,
-    GoLoreConfig,
-    HaarConfig,
-    ImportanceConfig,
-    LDAdamConfig,
-    MixtureConfig,
-    MuonConfig,
-    NoSamplerConfig,
-    OnlinePCAConfig,
-    OptimizerConfig,
-    RandomizedSvdConfig,
-    RSOConfig,
-    SamplerConfig,
-    SNConfig,
-    SNSMConfig,
-    SRHTConfig,
-    SvdConfig,
-    TopkNormConfig,
-)
+from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 
 
 class Mode(Enum):
@@ -294,34 +270,10 @@ class Config:
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.
-SCHEMAS: dict[str, dict[str, type]] = {
+SCHEMAS: dict[str, Mapping[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optimizer": {
-        "adam": AdamConfig,
-        "apollo": ApolloConfig,
-        "fira": FiraConfig,
-        "frugal": FrugalConfig,
-        "galore": GaLoreConfig,
-        "ldadam": LDAdamConfig,
-        "muon": MuonConfig,
-        "rso": RSOConfig,
-        "sn": SNConfig,
-        "sn_sm": SNSMConfig,
-    },
-    "sampler": {
-        "none": NoSamplerConfig,
-        "coordinate": CoordinateConfig,
-        "gaussian": GaussianConfig,
-        "golore": GoLoreConfig,
-        "haar": HaarConfig,
-        "importance": ImportanceConfig,
-        "mixture": MixtureConfig,
-        "online_pca": OnlinePCAConfig,
-        "randomized_svd": RandomizedSvdConfig,
-        "srht": SRHTConfig,
-        "svd": SvdConfig,
-        "topk_norm": TopkNormConfig,
-    },
+    "optimizer": OPTIMIZERS,
+    "sampler": SAMPLERS,
     "data": {
         "c4": C4DataConfig,
         "embedded": EmbeddedDataConfig,

@@ -34,7 +34,7 @@ from rsotrain.config.methods import (
 )
 from rsotrain.config.schema import Precision
 from rsotrain.models.llama import Linear
-from rsotrain.optim import adamw, base, rso, subspace_part
+from rsotrain.optim import adamw, base, rso, subspace_optimizer
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace.seeding import generator
 
@@ -108,7 +108,7 @@ def limit_buckets(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
         counts.extend(len(bucket) for bucket in made)
         return made
 
-    for module in (adamw, rso, subspace_part):
+    for module in (adamw, rso, subspace_optimizer):
         monkeypatch.setattr(module, "buckets", limited)
     return counts
 
