@@ -28,6 +28,7 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
+from rsotrain.config.later import later
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 
 
@@ -70,11 +71,30 @@ class ActivationCheckpointing(Enum):
 
 
 @dataclass
-class ModelConfig:
-    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``.
+class RopeScalingConfig:
+    """How rotary angles are scaled, as ``rope_scaling`` in Hugging Face's configurations.
 
-    ``init_from``: a Hugging Face folder whose weights to start from. ``pad_vocab_to_multiple_of``: rows
-    without a token that round the vocabulary up, for the speed of the matrix products.
+    ``rope_type``: default (not at all), linear or llama3; ``rsotrain.models.rope`` has the list, and which of
+    the other fields each of them reads.
+    """
+
+    rope_type: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA decoder and its variations. Field names are those of Hugging Face's configurations.
+
+    ``head_dim``: null: hidden_size / num_attention_heads. ``attention_bias``: on q, k, v and o;
+    ``qkv_bias``: on q, k and v only, as Qwen2; ``mlp_bias``: on gate, up and down. ``qk_norm``: RMSNorm of
+    each query and key before the rotary embedding, as Qwen3. ``block``, ``attention``, ``mlp``: names in
+    ``rsotrain.models.parts``. ``init_from``: a Hugging Face folder whose weights to start from.
+    ``pad_vocab_to_multiple_of``: rows without a token that round the vocabulary up, for the speed of the
+    matrix products.
     """
 
     name: str = MISSING
@@ -83,12 +103,21 @@ class ModelConfig:
     num_hidden_layers: int = MISSING
     num_attention_heads: int = MISSING
     num_key_value_heads: int | None = None  # null: as many as attention heads
+    head_dim: int | None = later(None)
     max_position_embeddings: int = 1024
     vocab_size: int | None = None  # null: the tokenizer's
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = later(field(default_factory=RopeScalingConfig))  # noqa: RUF009
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    attention_bias: bool = later(False)
+    qkv_bias: bool = later(False)
+    mlp_bias: bool = later(False)
+    qk_norm: bool = later(False)
+    block: str = later("pre_norm")
+    attention: str = later("causal")
+    mlp: str = later("swiglu")
     pad_vocab_to_multiple_of: int | None = None
     init_from: str | None = None
 
@@ -97,9 +126,19 @@ class ModelConfig:
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def head_size(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Rows of q_proj, and columns of o_proj."""
+        return self.head_size * self.num_attention_heads
+
+    @property
     def kv_size(self) -> int:
         """Rows of k_proj and of v_proj."""
-        return self.hidden_size // self.num_attention_heads * self.kv_heads
+        return self.head_size * self.kv_heads
 
 
 # --- the rest ----------------------------------------------------------------------------------

@@ -104,8 +104,12 @@ def validate_model(model: ModelConfig) -> None:
     """Raise UserError for sizes that do not fit together."""
     positive(
         model, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "vocab_size", "rope_theta", "rms_norm_eps",
-        "pad_vocab_to_multiple_of",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size", "rope_theta",
+        "rms_norm_eps", "pad_vocab_to_multiple_of",
+    )  # fmt: skip
+    positive(
+        model.rope_scaling, "model.rope_scaling.", "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings",
     )  # fmt: skip
     require(
         model.initializer_range >= 0,
@@ -118,9 +122,17 @@ def validate_model(model: ModelConfig) -> None:
     )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     require(
-        model.hidden_size % (2 * heads) == 0,
+        model.head_dim is not None or model.hidden_size % (2 * heads) == 0,
         f"model.hidden_size={model.hidden_size} does not split into model.num_attention_heads={heads}"
-        " heads of an even size",
+        " heads of an even size; change one of them, or give the size of a head with model.head_dim=…",
+    )
+    require(
+        model.head_dim is None or model.head_dim % 2 == 0,
+        f"model.head_dim={model.head_dim} must be even, since rotary embeddings turn pairs of features",
+    )
+    require(
+        not (model.attention_bias and model.qkv_bias),
+        "model.attention_bias=true has the biases of model.qkv_bias=true, too; leave one of them out",
     )
     require(
         kv_heads is None or heads % kv_heads == 0,
