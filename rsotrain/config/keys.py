@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -23,6 +24,13 @@ def field_types() -> dict[str, set[Any]]:
         else:
             found.setdefault(f.name, set()).add(f.type)
     return found
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that a value of a field may have, those in a list included; None is left out."""
+    if parts := typing.get_args(annotation):
+        return set().union(*map(kinds, parts))
+    return set() if annotation is type(None) else {annotation}
 
 
 def known_keys() -> list[str]:

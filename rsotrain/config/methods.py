@@ -5,6 +5,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
+
 
 class OnRefresh(Enum):
     """What happens to the moments when the basis changes."""
@@ -31,11 +33,13 @@ class OptimizerConfig:
     """
 
     name: str = MISSING
-    lr: float = MISSING
-    scale: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = number(at_least=0, at_most=1000)
+    scale: float = number(1.0, at_least=0, at_most=10**6)
+    betas: tuple[float, float] = numbers(
+        (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)
+    )
+    eps: float = number(1e-8, at_least=SMALL, at_most=1)
+    weight_decay: float = number(0.0, at_least=0, at_most=1000)
     state_dtype: StateDtype = StateDtype.float32
     block_parameters: list[str] = field(
         default_factory=lambda: [
@@ -60,8 +64,8 @@ class SubspaceConfig(OptimizerConfig):
     spreads the memory of what RSO gathers for them.
     """
 
-    rank: int | float = 0.25
-    update_proj_gap: int = 200
+    rank: int | float = number(0.25, above=0, at_most=SIZE)
+    update_proj_gap: int = number(200, above=0, at_most=COUNT)
     on_refresh: OnRefresh = OnRefresh.keep
     staggered: bool = False
 
@@ -79,14 +83,14 @@ class SNConfig(OptimizerConfig):
     divides; null: a whole row (or column, if there are fewer rows than columns).
     """
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @dataclass
 class SNSMConfig(SubspaceConfig):
     """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @dataclass
@@ -96,14 +100,14 @@ class FiraConfig(SubspaceConfig):
     ``max_growth``: the most that the residual's norm grows in one step.
     """
 
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @dataclass
 class FrugalConfig(SubspaceConfig):
     """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
 
-    free_scale: float = 1.0
+    free_scale: float = number(1.0, at_least=0, at_most=10**6)
 
 
 @dataclass
@@ -114,7 +118,7 @@ class ApolloConfig(SubspaceConfig):
     """
 
     per_tensor: bool = False
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @dataclass
@@ -124,16 +128,16 @@ class LDAdamConfig(SubspaceConfig):
     ``rho``: weight of the momentum, against the gradient, in what the basis is drawn from.
     """
 
-    rho: float = 0.908
+    rho: float = number(0.908, at_least=0, at_most=1)
 
 
 @dataclass
 class MuonConfig(OptimizerConfig):
     """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
 
-    momentum: float = 0.95
+    momentum: float = number(0.95, at_least=0, at_most=1)
     nesterov: bool = True
-    ns_steps: int = 5
+    ns_steps: int = number(5, at_least=1, at_most=99)
 
 
 class InnerSolver(Enum):
@@ -163,8 +167,8 @@ class RSOConfig(SubspaceConfig):
 
     solver: InnerSolver = InnerSolver.adam
     basis_scale: bool = True
-    proximal_eta: float | None = None
-    refresh_warmup_steps: int = 0
+    proximal_eta: float | None = number(None, above=0, at_most=FACTOR)
+    refresh_warmup_steps: int = number(0, at_least=0, at_most=COUNT)
     projection: BasisStorage = BasisStorage.stored
 
 
@@ -199,21 +203,21 @@ class SvdConfig(SamplerConfig):
 class ImportanceConfig(SamplerConfig):
     """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
 
-    power: float = 1.0
+    power: float = number(1.0, above=0, at_most=100)
 
 
 @dataclass
 class RandomizedSvdConfig(SamplerConfig):
     """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
 
-    rounds: int = 2
+    rounds: int = number(2, at_least=1, at_most=100)
 
 
 @dataclass
 class MixtureConfig(SamplerConfig):
     """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
 
-    principal_fraction: float = 0.5
+    principal_fraction: float = number(0.5, at_least=0, at_most=1)
 
 
 @dataclass
@@ -254,8 +258,8 @@ class OnlinePCAConfig(SamplerConfig):
     ``orthonormalize``: also orthonormalise the basis after each step, as the paper does not.
     """
 
-    lr: float = 0.005
-    penalty: float = 0.1
+    lr: float = number(0.005, at_least=0, at_most=1000)
+    penalty: float = number(0.1, at_least=0, at_most=10**6)
     solver: PCASolver = PCASolver.adam
     orthonormalize: bool = False
 
@@ -264,4 +268,4 @@ class OnlinePCAConfig(SamplerConfig):
 class GoLoreConfig(SamplerConfig):
     """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""
 
-    random_fraction: float = 0.2
+    random_fraction: float = number(0.2, at_least=0, at_most=1)
