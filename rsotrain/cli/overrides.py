@@ -1,12 +1,9 @@
 """What a user types on the command line: spelling mended where the meaning is plain, names looked up."""
 
 import re
-import types
-import typing
 from collections.abc import Sequence
-from typing import Any
 
-from rsotrain.config.keys import field_types
+from rsotrain.config.keys import field_types, kinds
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.errors import UserError
 
@@ -51,13 +48,8 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
 
 
 def _takes_integers_only(key: str) -> bool:
-    def plain(annotation: Any) -> set[Any]:
-        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-            return set(typing.get_args(annotation)) - {type(None)}
-        return {annotation}
-
     annotations = field_types().get(key, set())
-    return bool(annotations) and all(plain(a) == {int} for a in annotations)
+    return bool(annotations) and all(kinds(annotation) == {int} for annotation in annotations)
 
 
 def _normalise_value(value: str, integer: bool) -> str:

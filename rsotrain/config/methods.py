@@ -13,6 +13,7 @@ from typing import TypeVar
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 
 
 class OnRefresh(Enum):
@@ -68,11 +69,13 @@ class OptimizerConfig:
     """
 
     name: str = MISSING
-    lr: float = MISSING
-    scale: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = number(at_least=0, at_most=1000)
+    scale: float = number(1.0, at_least=0, at_most=10**6)
+    betas: tuple[float, float] = numbers(
+        (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)
+    )
+    eps: float = number(1e-8, at_least=SMALL, at_most=1)
+    weight_decay: float = number(0.0, at_least=0, at_most=1000)
     state_dtype: StateDtype = StateDtype.float32
     block_parameters: list[str] = field(
         default_factory=lambda: [
@@ -98,8 +101,8 @@ class SubspaceConfig(OptimizerConfig):
     spreads the memory of what RSO gathers for them.
     """
 
-    rank: int | float = 0.25
-    update_proj_gap: int = 200
+    rank: int | float = number(0.25, above=0, at_most=SIZE)
+    update_proj_gap: int = number(200, above=0, at_most=COUNT)
     on_refresh: OnRefresh = OnRefresh.keep
     staggered: bool = False
 
@@ -134,7 +137,7 @@ class SNConfig(OptimizerConfig):
     divides; null: a whole row (or column, if there are fewer rows than columns).
     """
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
@@ -142,7 +145,7 @@ class SNConfig(OptimizerConfig):
 class SNSMConfig(SubspaceConfig):
     """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
@@ -153,7 +156,7 @@ class FiraConfig(SolverConfig):
     ``max_growth``: the most that the residual's norm grows in one step.
     """
 
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @optimizer("frugal", "rsotrain.optim.residuals:Frugal")
@@ -161,7 +164,7 @@ class FiraConfig(SolverConfig):
 class FrugalConfig(SolverConfig):
     """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
 
-    free_scale: float = 1.0
+    free_scale: float = number(1.0, at_least=0, at_most=10**6)
 
 
 @optimizer("apollo", "rsotrain.optim.residuals:Apollo")
@@ -173,7 +176,7 @@ class ApolloConfig(SolverConfig):
     """
 
     per_tensor: bool = False
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @optimizer("ldadam", "rsotrain.optim.residuals:LDAdam")
@@ -184,7 +187,7 @@ class LDAdamConfig(SubspaceConfig):
     ``rho``: weight of the momentum, against the gradient, in what the basis is drawn from.
     """
 
-    rho: float = 0.908
+    rho: float = number(0.908, at_least=0, at_most=1)
 
 
 @optimizer("muon", "rsotrain.optim.muon:Muon")
@@ -192,9 +195,9 @@ class LDAdamConfig(SubspaceConfig):
 class MuonConfig(OptimizerConfig):
     """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
 
-    momentum: float = 0.95
+    momentum: float = number(0.95, at_least=0, at_most=1)
     nesterov: bool = True
-    ns_steps: int = 5
+    ns_steps: int = number(5, at_least=1, at_most=99)
 
 
 class BasisStorage(Enum):
@@ -217,8 +220,8 @@ class RSOConfig(SubspaceConfig):
 
     solver: InnerSolver = InnerSolver.adam
     basis_scale: bool = True
-    proximal_eta: float | None = None
-    refresh_warmup_steps: int = 0
+    proximal_eta: float | None = number(None, above=0, at_most=FACTOR)
+    refresh_warmup_steps: int = number(0, at_least=0, at_most=COUNT)
     projection: BasisStorage = BasisStorage.stored
 
 
@@ -256,7 +259,7 @@ class SvdConfig(SamplerConfig):
 class ImportanceConfig(SamplerConfig):
     """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
 
-    power: float = 1.0
+    power: float = number(1.0, above=0, at_most=100)
 
 
 @sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
@@ -264,7 +267,7 @@ class ImportanceConfig(SamplerConfig):
 class RandomizedSvdConfig(SamplerConfig):
     """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
 
-    rounds: int = 2
+    rounds: int = number(2, at_least=1, at_most=100)
 
 
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
@@ -272,7 +275,7 @@ class RandomizedSvdConfig(SamplerConfig):
 class MixtureConfig(SamplerConfig):
     """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
 
-    principal_fraction: float = 0.5
+    principal_fraction: float = number(0.5, at_least=0, at_most=1)
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -319,8 +322,8 @@ class OnlinePCAConfig(SamplerConfig):
     ``orthonormalize``: also orthonormalise the basis after each step, as the paper does not.
     """
 
-    lr: float = 0.005
-    penalty: float = 0.1
+    lr: float = number(0.005, at_least=0, at_most=1000)
+    penalty: float = number(0.1, at_least=0, at_most=10**6)
     solver: PCASolver = PCASolver.adam
     orthonormalize: bool = False
 
@@ -330,4 +333,4 @@ class OnlinePCAConfig(SamplerConfig):
 class GoLoreConfig(SamplerConfig):
     """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""
 
-    random_fraction: float = 0.2
+    random_fraction: float = number(0.2, at_least=0, at_most=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
-from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama, RMSNorm
 from rsotrain.models.pretrained import load_weights, read_huggingface
