@@ -6,6 +6,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
 from rsotrain.config.schema import SCHEMAS, Config
 from rsotrain.errors import UserError
@@ -21,7 +22,11 @@ def conf_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option."""
+    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option.
+
+    From then on Hydra reads YAML files with text where a key is text.
+    """
+    keep_text_of_config_files()
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
     for group, schemas in SCHEMAS.items():

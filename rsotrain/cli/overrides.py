@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from rsotrain.cli.text_keys import keep_text
 from rsotrain.config.keys import field_types, kinds
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.errors import UserError
@@ -61,7 +62,7 @@ def _normalise_value(value: str, integer: bool) -> str:
 
 
 def normalise(arguments: Sequence[str]) -> list[str]:
-    """Values as other programs write them (W&B: ``None``, ``1000000000.0``) in the form Hydra takes."""
+    """Values in the form Hydra takes: text quoted, what other programs write (W&B: ``None``) mended."""
     out = []
     for argument in arguments:
         match = _ASSIGNMENT.match(argument)
@@ -69,5 +70,5 @@ def normalise(arguments: Sequence[str]) -> list[str]:
             integer = _takes_integers_only(match["key"].lstrip("+"))
             values = [_normalise_value(v, integer) for v in match["value"].split(",")]
             argument = f"{match['key']}={','.join(values)}"
-        out.append(argument)
+        out.append(keep_text(argument))
     return out
