@@ -34,6 +34,12 @@ class TrainingSequences(Protocol):
     def batch(self, indices: np.ndarray) -> Batch:
         """Inputs and targets, both int64, shape (len(indices), seq_len); IGNORE_INDEX is no target."""
 
+    def sequences_per_epoch(self) -> int:
+        """How many sequences an epoch has.
+
+        Raises UserError where that is known only after reading it.
+        """
+
     def order_settings(self) -> dict[str, int | bool | str]:
         """What the order depends on, beside the documents, the tokenizer, ``seq_len`` and the seed."""
 
@@ -109,6 +115,9 @@ class CachedSequences(ABC):
     def __len__(self) -> int:
         """Sequences to train on, those of an epoch."""
         return self.num_sequences(self.seq_len)
+
+    def sequences_per_epoch(self) -> int:
+        return len(self)
 
     @abstractmethod
     def num_sequences(self, seq_len: int) -> int:
