@@ -16,6 +16,7 @@ from rsotrain.config.methods import (
     StateDtype,
     SubspaceConfig,
 )
+from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
 from rsotrain.optim.adamw import AdamW
@@ -48,6 +49,7 @@ def method_of(config: OptimizerConfig) -> type[ParamGroupOptimizer]:
 
 def build_sampler(config: SamplerConfig) -> Sampler | None:
     """None for sampler=none. Raises UserError for a setting out of range."""
+    check_ranges(config, "sampler.")
     build = code_of(type(config))
     return None if build is None else build(config)
 
@@ -71,7 +73,7 @@ def build_optimizer(
     the pair of optimizer and sampler makes no sense.
     """
     method = method_of(config)
-    require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
+    check_ranges(config, "optimizer.")
     require(
         config.betas[1] < 1.0 or method.takes_adagrad_beta,
         f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",

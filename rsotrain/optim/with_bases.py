@@ -18,14 +18,10 @@ def pair(config: SubspaceConfig, sampler: Sampler) -> str:
 
 
 def require_sampler(config: SubspaceConfig, sampler: Sampler | None) -> Sampler:
-    """The sampler; UserError where there is none, or where it would never be asked."""
+    """The sampler; UserError where there is none."""
     require(
         sampler is not None,
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
-    )
-    require(
-        config.update_proj_gap >= 1,
-        f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
     )
     assert sampler is not None
     return sampler

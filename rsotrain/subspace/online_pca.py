@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.methods import OnlinePCAConfig, PCASolver
-from rsotrain.errors import require
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Columns, Draw, Sampler, no_state, orthonormalised
 from rsotrain.subspace.spectral import svd
@@ -63,9 +62,6 @@ def _adam_descent(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: T
 
 
 def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:
-    for key in ("lr", "penalty"):
-        value = getattr(config, key)
-        require(value >= 0, f"sampler.{key}={value} must not be negative")
     use_adam = config.solver is PCASolver.adam
     return Sampler(
         config.name,

@@ -16,7 +16,6 @@ from rsotrain.config.methods import (
     SvdSolver,
     TopkNormConfig,
 )
-from rsotrain.errors import require
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.random_bases import haar, normal
 from rsotrain.subspace.samplers import Columns, Draw, Sampler, one_hot, orthonormalised
@@ -170,12 +169,10 @@ def svd_sampler(config: SvdConfig) -> Sampler:
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
-    require(config.power > 0, f"sampler.power={config.power} must be positive")
     return Sampler(config.name, partial(importance, power=config.power), informed=True)
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
-    require(config.rounds >= 1, f"sampler.rounds={config.rounds} must be at least 1")
     draw = partial(randomized_svd, rounds=config.rounds)
     return Sampler(config.name, draw, informed=True, by_products=True)
 
@@ -185,12 +182,9 @@ def topk_norm_sampler(config: TopkNormConfig) -> Sampler:
 
 
 def mixture_sampler(config: MixtureConfig) -> Sampler:
-    fraction = config.principal_fraction
-    require(0 <= fraction <= 1, f"sampler.principal_fraction={fraction} must lie in [0, 1]")
-    return Sampler(config.name, partial(mixture, principal_fraction=fraction), informed=True)
+    draw = partial(mixture, principal_fraction=config.principal_fraction)
+    return Sampler(config.name, draw, informed=True)
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:
-    fraction = config.random_fraction
-    require(0 <= fraction <= 1, f"sampler.random_fraction={fraction} must lie in [0, 1]")
-    return Sampler(config.name, golore, informed=True, switch=1.0 - fraction)
+    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction)

@@ -1,15 +1,16 @@
 """Samplers: orthonormal whatever the gradient, right in what they claim, reproducible."""
 
-from functools import partial
-
 import pytest
 import torch
+from helpers.methods import SAMPLERS, sampler_config
 from torch import Tensor
 
+from rsotrain.config.methods import OnlinePCAConfig, PCASolver, SvdConfig, SvdSolver
+from rsotrain.optim.build import build_sampler
 from rsotrain.subspace import random_bases, spectral
 from rsotrain.subspace.gram import DenseGram, GradientGram, add_gram_, mirrored_
 from rsotrain.subspace.online_pca import online_pca, pca_gradient
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import Draw, Sampler
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import eigenbasis
 
@@ -30,18 +31,17 @@ def spectrum(values: Tensor, rows: int = ROWS, dtype: torch.dtype = torch.float3
     return ((left * values.double()) @ right.T).to(dtype)
 
 
-ORTHONORMAL = {
-    "svd": spectral.svd,
-    "full_svd": spectral.full_svd,
-    "importance": partial(spectral.importance, power=1.0),
-    "randomized_svd": partial(spectral.randomized_svd, rounds=2),
-    "topk_norm": spectral.topk_norm,
-    "haar": random_bases.haar,
-    "coordinate": random_bases.coordinate,
-    "srht": random_bases.srht,
-    "golore": spectral.golore,
-    "online_pca": partial(online_pca, lr=0.05, penalty=0.1, use_adam=False, orthonormalize=True),
-}
+def built_samplers() -> dict[str, Sampler]:
+    """Every sampler of conf/sampler, and the forms that their settings give them."""
+    configs = [sampler_config(name) for name in SAMPLERS]
+    configs += [
+        SvdConfig(name="full_svd", solver=SvdSolver.full),
+        OnlinePCAConfig(name="online_pca-orthonormal", lr=0.05, solver=PCASolver.sgd, orthonormalize=True),
+    ]
+    return {config.name: sampler for config in configs if (sampler := build_sampler(config)) is not None}
+
+
+ORTHONORMAL = {name: sampler.draw for name, sampler in built_samplers().items() if sampler.orthonormal}
 GRADIENTS = {
     "ordinary": spectrum(0.9 ** torch.arange(SIZE)),
     "square": spectrum(0.9 ** torch.arange(SIZE), rows=SIZE),
