@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from rsotrain.config.ranges import check_ranges
-from rsotrain.config.schema import Config, LoadWhat, LRSchedulerConfig, Mode, ModelConfig, Strategy
+from rsotrain.config.schedules import LRSchedulerConfig
+from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Strategy
 from rsotrain.errors import require
 
 

@@ -32,6 +32,7 @@ from rsotrain.config.data import (
 from rsotrain.config.later import later
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
+from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
 
 
 class Mode(Enum):
@@ -144,42 +145,6 @@ class ModelConfig:
 
 
 # --- the rest ----------------------------------------------------------------------------------
-
-
-@dataclass
-class LRSchedulerConfig:
-    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
-
-    name: str = MISSING
-    warmup_fraction: float = number(0.1, at_least=0, at_most=1)
-    warmup_steps: int | None = number(None, at_least=0, at_most=COUNT)
-
-
-@dataclass
-class ConstantConfig(LRSchedulerConfig):
-    """The peak rate to the end."""
-
-
-@dataclass
-class CosineConfig(LRSchedulerConfig):
-    """A half cosine down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = number(0.1, at_least=0, at_most=1)
-
-
-@dataclass
-class LinearConfig(LRSchedulerConfig):
-    """A straight line down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
-
-
-@dataclass
-class WSDConfig(LRSchedulerConfig):
-    """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
-
-    decay_fraction: float = number(0.2, at_least=0, at_most=1)
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
 
 
 class Strategy(Enum):
@@ -329,12 +294,7 @@ SCHEMAS: dict[str, Mapping[str, type]] = {
         "sentencepiece": SentencePieceTokenizerConfig,
         "trained": TrainedTokenizerConfig,
     },
-    "lr_scheduler": {
-        "constant": ConstantConfig,
-        "cosine": CosineConfig,
-        "linear": LinearConfig,
-        "wsd": WSDConfig,
-    },
+    "lr_scheduler": SCHEDULES,
     "parallelism": {"parallelism": ParallelismConfig},
     "logger": {"logger": LoggerConfig},
 }
