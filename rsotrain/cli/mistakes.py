@@ -26,6 +26,17 @@ _MISFIT = re.compile(
 )
 
 
+_NO_SCHEMA = re.compile(r"In '(.+?)': Could not (?:load|find) '/?schema/(.+?)/(.+?)'")
+
+
+def _unregistered(file: str, group: str, schema: str) -> str:
+    registry = "methods.py" if group in ("optimizer", "sampler") else "schema.py"
+    return (
+        f"{file}.yaml names the schema {schema}, which nothing in rsotrain/config/{registry} registers"
+        f" (there are: {', '.join(sorted(SCHEMAS.get(group, ())))})"
+    )
+
+
 def say(error: Exception) -> None:
     """Print the sentence. Of several processes on a node the first does so at once.
 
@@ -42,6 +53,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if missing := _NO_SCHEMA.search(str(error)):
+            return _unregistered(*missing.groups())
         if error.options is None:
             return " ".join(str(error).split("\n\n")[0].split())
         group, _, option = error.missing_cfg_file.rpartition("/")

@@ -7,23 +7,51 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from rsotrain.config.later import is_later
 from rsotrain.config.schema import SCHEMAS, Config
 
 
 def field_types() -> dict[str, set[Any]]:
     """Dotted key -> the types that any schema gives it."""
     found: dict[str, set[Any]] = {}
-    for f in dataclasses.fields(Config):
-        if f.name in SCHEMAS:
-            for schema in SCHEMAS[f.name].values():
-                for g in dataclasses.fields(schema):
-                    found.setdefault(f"{f.name}.{g.name}", set()).add(g.type)
-        elif dataclasses.is_dataclass(f.type):
-            for g in dataclasses.fields(f.type):
-                found.setdefault(f"{f.name}.{g.name}", set()).add(g.type)
-        else:
-            found.setdefault(f.name, set()).add(f.type)
+    for key, f, _ in _leaves():
+        found.setdefault(key, set()).add(f.type)
     return found
+
+
+def later_defaults(config: Config | None = None) -> dict[str, Any]:
+    """Dotted key -> the default, as plain data, of each field that is marked by ``later``.
+
+    Of the schemas that ``config`` has chosen; None: of all.
+    """
+    found: dict[str, Any] = {}
+    for key, f, marked in _leaves(config):
+        if marked:
+            factory = f.default_factory
+            default = plain(f.default if factory is dataclasses.MISSING else factory())
+            assert found.setdefault(key, default) == default, f"{key} has two defaults, but later() needs one"
+    return found
+
+
+def _leaves(config: Config | None = None) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
+    """(dotted key, field, whether ``later`` marks it) of every schema; keys of several are repeated."""
+    for f in dataclasses.fields(Config):
+        chosen: list[Any] = [f.type]
+        if f.name in SCHEMAS:
+            chosen = list(SCHEMAS[f.name].values()) if config is None else [type(getattr(config, f.name))]
+        for schema in chosen:
+            yield from _leaves_of(f, schema, "", False)
+
+
+def _leaves_of(
+    f: "dataclasses.Field[Any]", kind: Any, prefix: str, marked: bool
+) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
+    marked = marked or is_later(f)
+    if not dataclasses.is_dataclass(kind):
+        yield f"{prefix}{f.name}", f, marked
+        return
+    for inner in dataclasses.fields(kind):
+        yield from _leaves_of(inner, inner.type, f"{prefix}{f.name}.", marked)
 
 
 def kinds(annotation: Any) -> set[Any]:

@@ -1,10 +1,18 @@
-"""The typed configuration of optimizers and samplers; part of ``config.py``, which names them all."""
+"""The typed settings of optimizers and samplers, and which code is theirs.
 
+The class that ``@optimizer`` or ``@sampler`` is written above is all the registration that a method needs: a
+file of ``conf/`` names its schema, the builders import its code, tests and tables go through ``OPTIMIZERS``
+and ``SAMPLERS``. This module imports no torch, so the code is named by its place.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 
 
@@ -19,6 +27,34 @@ class OnRefresh(Enum):
 class StateDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+Settings = TypeVar("Settings", bound=type)
+
+# Name of the schema -> settings; settings -> ``module:name`` of the code.
+OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
+SAMPLERS: "dict[str, type[SamplerConfig]]" = {}
+CODE: dict[type, str] = {}
+
+
+def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
+    """Register settings under the name ``schema``; ``code``: ``module:class``, a ParamGroupOptimizer."""
+    return _registering(OPTIMIZERS, schema, code)
+
+
+def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
+    """The same for a sampler; ``code``: ``module:function`` from the settings to a Sampler, or empty."""
+    return _registering(SAMPLERS, schema, code)
+
+
+def _registering(registry: dict[str, type], schema: str, code: str) -> Callable[[Settings], Settings]:
+    def register(settings: Settings) -> Settings:
+        assert schema not in registry, f"two schemas are called {schema} in {__name__}"
+        registry[schema] = settings
+        CODE[settings] = code
+        return settings
+
+    return register
 
 
 # --- optimizer ---------------------------------------------------------------------------------
@@ -49,6 +85,7 @@ class OptimizerConfig:
     )
 
 
+@optimizer("adam", "rsotrain.optim.adamw:AdamW")
 @dataclass
 class AdamConfig(OptimizerConfig):
     """AdamW, torch's fused kernel."""
@@ -70,11 +107,28 @@ class SubspaceConfig(OptimizerConfig):
     staggered: bool = False
 
 
+class InnerSolver(Enum):
+    """The rule for the gradient in the subspace. momentum: its bias-corrected average, betas[0]."""
+
+    adam = "adam"
+    momentum = "momentum"
+    adagrad = "adagrad"
+
+
 @dataclass
-class GaLoreConfig(SubspaceConfig):
+class SolverConfig(SubspaceConfig):
+    """What every optimizer has whose rule in the subspace can be chosen: ``solver``, published with Adam."""
+
+    solver: InnerSolver = later(InnerSolver.adam)
+
+
+@optimizer("galore", "rsotrain.optim.galore:GaLore")
+@dataclass
+class GaLoreConfig(SolverConfig):
     """Adam in the subspace, nothing outside (GaLore, arXiv 2403.03507; I3S, OSD with their samplers)."""
 
 
+@optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
     """Full momentum, subset-norm second moment (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
@@ -86,6 +140,7 @@ class SNConfig(OptimizerConfig):
     subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
+@optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
 @dataclass
 class SNSMConfig(SubspaceConfig):
     """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
@@ -93,8 +148,9 @@ class SNSMConfig(SubspaceConfig):
     subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
+@optimizer("fira", "rsotrain.optim.residuals:Fira")
 @dataclass
-class FiraConfig(SubspaceConfig):
+class FiraConfig(SolverConfig):
     """GaLore plus the scaled residual (arXiv 2410.01623).
 
     ``max_growth``: the most that the residual's norm grows in one step.
@@ -103,15 +159,17 @@ class FiraConfig(SubspaceConfig):
     max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
+@optimizer("frugal", "rsotrain.optim.residuals:Frugal")
 @dataclass
-class FrugalConfig(SubspaceConfig):
+class FrugalConfig(SolverConfig):
     """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
 
     free_scale: float = number(1.0, at_least=0, at_most=10**6)
 
 
+@optimizer("apollo", "rsotrain.optim.residuals:Apollo")
 @dataclass
-class ApolloConfig(SubspaceConfig):
+class ApolloConfig(SolverConfig):
     """Gradient scaled per channel, or by one factor ``per_tensor`` (arXiv 2412.05270).
 
     ``max_growth``: the most that the norm of the update grows in one step.
@@ -121,6 +179,7 @@ class ApolloConfig(SubspaceConfig):
     max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
+@optimizer("ldadam", "rsotrain.optim.residuals:LDAdam")
 @dataclass
 class LDAdamConfig(SubspaceConfig):
     """A new basis every step, projection-aware moments, error feedback (arXiv 2410.16103).
@@ -131,6 +190,7 @@ class LDAdamConfig(SubspaceConfig):
     rho: float = number(0.908, at_least=0, at_most=1)
 
 
+@optimizer("muon", "rsotrain.optim.muon:Muon")
 @dataclass
 class MuonConfig(OptimizerConfig):
     """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
@@ -140,14 +200,6 @@ class MuonConfig(OptimizerConfig):
     ns_steps: int = number(5, at_least=1, at_most=99)
 
 
-class InnerSolver(Enum):
-    """What solves RSO's subproblem in B. momentum: bias-corrected average of gradients, betas[0]."""
-
-    adam = "adam"
-    momentum = "momentum"
-    adagrad = "adagrad"
-
-
 class BasisStorage(Enum):
     """stored: bases are part of the state. regenerated: drawn again from their seed at each use."""
 
@@ -155,6 +207,7 @@ class BasisStorage(Enum):
     regenerated = "regenerated"
 
 
+@optimizer("rso", "rsotrain.optim.rso:RSO")
 @dataclass
 class RSOConfig(SubspaceConfig):
     """W + B Pᵀ with P random on the input side; only B has gradients (RSO, arXiv 2502.07222).
@@ -180,6 +233,7 @@ class SamplerConfig:
     name: str = MISSING
 
 
+@sampler("none", "")
 @dataclass
 class NoSamplerConfig(SamplerConfig):
     """For optimizers without a subspace."""
@@ -192,6 +246,7 @@ class SvdSolver(Enum):
     full = "full"
 
 
+@sampler("svd", "rsotrain.subspace.spectral:svd_sampler")
 @dataclass
 class SvdConfig(SamplerConfig):
     """The dominant singular vectors."""
@@ -199,6 +254,7 @@ class SvdConfig(SamplerConfig):
     solver: SvdSolver = SvdSolver.gram
 
 
+@sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
 @dataclass
 class ImportanceConfig(SamplerConfig):
     """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
@@ -206,6 +262,7 @@ class ImportanceConfig(SamplerConfig):
     power: float = number(1.0, above=0, at_most=100)
 
 
+@sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
 @dataclass
 class RandomizedSvdConfig(SamplerConfig):
     """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
@@ -213,6 +270,7 @@ class RandomizedSvdConfig(SamplerConfig):
     rounds: int = number(2, at_least=1, at_most=100)
 
 
+@sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
 @dataclass
 class MixtureConfig(SamplerConfig):
     """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
@@ -220,26 +278,31 @@ class MixtureConfig(SamplerConfig):
     principal_fraction: float = number(0.5, at_least=0, at_most=1)
 
 
+@sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
 @dataclass
 class HaarConfig(SamplerConfig):
     """A uniformly random orthonormal basis."""
 
 
+@sampler("gaussian", "rsotrain.subspace.random_bases:gaussian_sampler")
 @dataclass
 class GaussianConfig(SamplerConfig):
     """Independent N(0, 1/rank) entries: not orthonormal, E[PPᵀ] = I."""
 
 
+@sampler("coordinate", "rsotrain.subspace.random_bases:coordinate_sampler")
 @dataclass
 class CoordinateConfig(SamplerConfig):
     """Random axes."""
 
 
+@sampler("topk_norm", "rsotrain.subspace.spectral:topk_norm_sampler")
 @dataclass
 class TopkNormConfig(SamplerConfig):
     """The axes along which the gradient is largest."""
 
 
+@sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")
 @dataclass
 class SRHTConfig(SamplerConfig):
     """Random columns of a randomly signed Hadamard (times cosine) matrix; orthonormal."""
@@ -250,6 +313,7 @@ class PCASolver(Enum):
     sgd = "sgd"
 
 
+@sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
 @dataclass
 class OnlinePCAConfig(SamplerConfig):
     """A step of online PCA at each refresh, after the weights' (OSD, arXiv 2408.12857).
@@ -264,6 +328,7 @@ class OnlinePCAConfig(SamplerConfig):
     orthonormalize: bool = False
 
 
+@sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
 @dataclass
 class GoLoreConfig(SamplerConfig):
     """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""

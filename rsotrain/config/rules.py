@@ -68,9 +68,17 @@ def validate_model(model: ModelConfig) -> None:
     )
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     require(
-        model.hidden_size % (2 * heads) == 0,
+        model.head_dim is not None or model.hidden_size % (2 * heads) == 0,
         f"model.hidden_size={model.hidden_size} does not split into model.num_attention_heads={heads}"
-        " heads of an even size",
+        " heads of an even size; change one of them, or give the size of a head with model.head_dim=…",
+    )
+    require(
+        model.head_dim is None or model.head_dim % 2 == 0,
+        f"model.head_dim={model.head_dim} must be even, since rotary embeddings turn pairs of features",
+    )
+    require(
+        not (model.attention_bias and model.qkv_bias),
+        "model.attention_bias=true has the biases of model.qkv_bias=true, too; leave one of them out",
     )
     require(
         kv_heads is None or heads % kv_heads == 0,

@@ -5,6 +5,7 @@ package can be built from a notebook. A number's range stands with its field (``
 setting demands of another is in the files ``rules*.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,32 +29,8 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.config.methods import (
-    AdamConfig,
-    ApolloConfig,
-    CoordinateConfig,
-    FiraConfig,
-    FrugalConfig,
-    GaLoreConfig,
-    GaussianConfig,
-    GoLoreConfig,
-    HaarConfig,
-    ImportanceConfig,
-    LDAdamConfig,
-    MixtureConfig,
-    MuonConfig,
-    NoSamplerConfig,
-    OnlinePCAConfig,
-    OptimizerConfig,
-    RandomizedSvdConfig,
-    RSOConfig,
-    SamplerConfig,
-    SNConfig,
-    SNSMConfig,
-    SRHTConfig,
-    SvdConfig,
-    TopkNormConfig,
-)
+from rsotrain.config.later import later
+from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
 from rsotrain.config.text import file_path
 
@@ -97,11 +74,30 @@ class ActivationCheckpointing(Enum):
 
 
 @dataclass
-class ModelConfig:
-    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``.
+class RopeScalingConfig:
+    """How rotary angles are scaled, as ``rope_scaling`` in Hugging Face's configurations.
 
-    ``init_from``: a Hugging Face folder whose weights to start from. ``pad_vocab_to_multiple_of``: rows
-    without a token that round the vocabulary up, for the speed of the matrix products.
+    ``rope_type``: default (not at all), linear or llama3; ``rsotrain.models.rope`` has the list, and which of
+    the other fields each of them reads.
+    """
+
+    rope_type: str = "default"
+    factor: float | None = number(None, above=0, at_most=10**6)
+    low_freq_factor: float | None = number(None, above=0, at_most=10**6)
+    high_freq_factor: float | None = number(None, above=0, at_most=10**6)
+    original_max_position_embeddings: int | None = number(None, above=0, at_most=10**8)
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA decoder and its variations. Field names are those of Hugging Face's configurations.
+
+    ``head_dim``: null: hidden_size / num_attention_heads. ``attention_bias``: on q, k, v and o;
+    ``qkv_bias``: on q, k and v only, as Qwen2; ``mlp_bias``: on gate, up and down. ``qk_norm``: RMSNorm of
+    each query and key before the rotary embedding, as Qwen3. ``block``, ``attention``, ``mlp``: names in
+    ``rsotrain.models.parts``. ``init_from``: a Hugging Face folder whose weights to start from.
+    ``pad_vocab_to_multiple_of``: rows without a token that round the vocabulary up, for the speed of the
+    matrix products.
     """
 
     name: str = MISSING
@@ -110,12 +106,21 @@ class ModelConfig:
     num_hidden_layers: int = number(above=0, at_most=10**4)
     num_attention_heads: int = number(above=0, at_most=10**5)
     num_key_value_heads: int | None = number(None, above=0, at_most=10**5)  # null: as many as attention heads
+    head_dim: int | None = later(number(None, above=0, at_most=10**5))
     max_position_embeddings: int = number(1024, above=0, at_most=10**8)
     vocab_size: int | None = number(None, above=0, at_most=SIZE)  # null: the tokenizer's
     rope_theta: float = number(10000.0, above=0, at_most=FACTOR)
+    rope_scaling: RopeScalingConfig = later(field(default_factory=RopeScalingConfig))
     rms_norm_eps: float = number(1e-6, at_least=SMALL, at_most=1)
     initializer_range: float = number(0.02, at_least=0, at_most=100)
     tie_word_embeddings: bool = False
+    attention_bias: bool = later(False)
+    qkv_bias: bool = later(False)
+    mlp_bias: bool = later(False)
+    qk_norm: bool = later(False)
+    block: str = later("pre_norm")
+    attention: str = later("causal")
+    mlp: str = later("swiglu")
     pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
     init_from: str | None = file_path(None)
 
@@ -124,9 +129,19 @@ class ModelConfig:
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def head_size(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Rows of q_proj, and columns of o_proj."""
+        return self.head_size * self.num_attention_heads
+
+    @property
     def kv_size(self) -> int:
         """Rows of k_proj and of v_proj."""
-        return self.hidden_size // self.num_attention_heads * self.kv_heads
+        return self.head_size * self.kv_heads
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -297,34 +312,10 @@ class Config:
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.
-SCHEMAS: dict[str, dict[str, type]] = {
+SCHEMAS: dict[str, Mapping[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optimizer": {
-        "adam": AdamConfig,
-        "apollo": ApolloConfig,
-        "fira": FiraConfig,
-        "frugal": FrugalConfig,
-        "galore": GaLoreConfig,
-        "ldadam": LDAdamConfig,
-        "muon": MuonConfig,
-        "rso": RSOConfig,
-        "sn": SNConfig,
-        "sn_sm": SNSMConfig,
-    },
-    "sampler": {
-        "none": NoSamplerConfig,
-        "coordinate": CoordinateConfig,
-        "gaussian": GaussianConfig,
-        "golore": GoLoreConfig,
-        "haar": HaarConfig,
-        "importance": ImportanceConfig,
-        "mixture": MixtureConfig,
-        "online_pca": OnlinePCAConfig,
-        "randomized_svd": RandomizedSvdConfig,
-        "srht": SRHTConfig,
-        "svd": SvdConfig,
-        "topk_norm": TopkNormConfig,
-    },
+    "optimizer": OPTIMIZERS,
+    "sampler": SAMPLERS,
     "data": {
         "c4": C4DataConfig,
         "embedded": EmbeddedDataConfig,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rsotrain.config.keys import flatten
+from rsotrain.config.identity import completed
 from rsotrain.errors import INTERRUPTED_STATUS, UserError
 from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
@@ -102,7 +102,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for record in read_offline_runs(offline):
         if record.history:
             state = _state_of_offline(record)
-            runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+            config = completed(record.config)
+            runs.append(Run(record.path, record.name, config, record.history, record.summary, state))
         elif record.path in named:
             raise UserError(f"{record.path} has no metrics: its run has not got to the first step")
     if not runs:
@@ -180,7 +181,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path=path,
         name=path.name,
-        config=dict(flatten(config)),
+        config=completed(config),
         history=history,
         summary=summary,
         state=_state(record, summary, path / METRICS),
