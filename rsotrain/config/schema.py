@@ -33,6 +33,7 @@ from rsotrain.config.later import later
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
 from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
+from rsotrain.config.text import file_path
 
 
 class Mode(Enum):
@@ -122,7 +123,7 @@ class ModelConfig:
     attention: str = later("causal")
     mlp: str = later("swiglu")
     pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
-    init_from: str | None = None
+    init_from: str | None = file_path(None)
 
     @property
     def kv_heads(self) -> int:
@@ -167,7 +168,7 @@ class ParallelismConfig:
     strategy: Strategy = Strategy.single
     world_size: int | None = number(None, above=0, at_most=10**5)
     shard_size: int | None = number(None, above=0, at_most=10**5)
-    timeout_seconds: float = number(300.0, above=0, at_most=10**6)
+    timeout_seconds: float = number(300.0, at_least=1, at_most=10**6)
 
 
 class LoadWhat(Enum):
@@ -183,7 +184,7 @@ class CheckpointConfig:
     ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
     Hugging Face folder then; null: this run's newest."""
 
-    path: str | None = None
+    path: str | None = file_path(None)
     load: LoadWhat = LoadWhat.all
 
 
@@ -227,7 +228,7 @@ class ReportConfig:
     by a multirun writes none.
     """
 
-    path: str | None = None
+    path: str | None = file_path(None)
     claims: bool = False
 
 
@@ -255,8 +256,8 @@ class Config:
     keep_checkpoints: int = number(2, above=0, at_most=COUNT)  # newest checkpoints kept
     max_seconds: float | None = number(None, above=0, at_most=FACTOR)
     run_name: str | None = None  # null: made from the settings
-    output_dir: str = "outputs"
-    cache_dir: str | None = None  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
+    output_dir: str = file_path("outputs")
+    cache_dir: str | None = file_path(None)  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
     overwrite: bool = False
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -34,7 +34,7 @@ def print_plan(plan: Plan) -> None:
     if plan.formula_state != plan.optimizer_state:
         print(
             f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
-            f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}: one of them is wrong"
+            f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
         )
     print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
 
