@@ -12,6 +12,7 @@ from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import require
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
+from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
 from rsotrain.parallel.sharding import Shard, local, shard_of
@@ -194,6 +195,13 @@ class ParamGroupOptimizer(ABC):
     def gradients(self) -> dict[str, Tensor]:
         """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
         return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Float32 norms, 0-d, whose squares add up to that of the gradient's norm, of this rank's pieces.
+
+        ``step``: 1-based, of the update that the gradients are for.
+        """
+        return norms_of(self.gradients().values())
 
     def zero_grad(self) -> None:
         for holder in self.gradient_holders().values():

@@ -58,6 +58,10 @@ class CompositeOptimizer:
         """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
         return [gradient for group in self.groups for gradient in group.gradients().values()]
 
+    def gradient_norms(self) -> list[Tensor]:
+        """Float32 norms, 0-d, whose squares add up to that of the norm that is logged and clipped."""
+        return [norm for group in self.groups for norm in group.gradient_norms(self.steps_done + 1)]
+
     @contextmanager
     def observing(self, valid_mask: Tensor | None = None) -> Iterator[None]:
         """Each forward pass of training runs inside it; backward passes do not.

@@ -18,6 +18,7 @@ from rsotrain.errors import require
 from rsotrain.models.subspace_linear import Site, attach_subspace
 from rsotrain.optim.base import Settings, buckets, gradient_of
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.solvers import Solver, solver_of
 from rsotrain.optim.state_size import StateSize, Weight, WeightsLayout
@@ -48,9 +49,9 @@ class RSO(OptimizerWithBases):
     wider copy of W exists.
 
     Bases: with ``basis_scale`` an orthonormal one is multiplied by √(in/r). Then E[PPᵀ] = I for a random
-    one, and E‖dB‖² = ‖dW‖²: the norm that is clipped and logged, that of dB as it is, estimates the full
-    gradient's, and one ``grad_clip`` means the same for all methods. Without it the norm of dB is that of
-    the gradient's part in the subspace.
+    one, and E‖dB‖² = ‖dW‖². The norm that is logged and clipped (``gradient_norms``) estimates the full
+    gradient's, so that one ``grad_clip`` means the same for all methods; without ``basis_scale`` it is that
+    of the gradient's part in the subspace.
 
     Samplers that look at data see XᵀX of the site's input, as gathered by the forward passes of the step
     that ends with the draw: the row space of dW = dYᵀX lies in that of X, of which the rows do not count
@@ -221,6 +222,43 @@ class RSO(OptimizerWithBases):
 
     def gradients(self) -> dict[str, Tensor]:
         return super().gradients() if self.bases.mesh is None else self.reduced
+
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Of the full gradient, as far as dB tells it.
+
+        ‖dB‖ = √(in/r)·‖dW Q‖ with the scaled basis. A random Q holds r/in of the energy of dW, which the
+        scale makes good. A Q that was chosen by the data holds nearly all of it, so there the scale is taken
+        out again, and ‖dW Q‖ never exceeds ‖dW‖.
+        """
+        gradients = self.gradients()
+        by_weight: dict[float, list[Tensor]] = {}  # few shapes, so few weights
+        for site in self.sites:
+            weight = self._column_weights(site, step)
+            for name in site.layers:
+                if isinstance(weight, float):
+                    by_weight.setdefault(weight, []).append(gradients[name])
+                else:
+                    by_weight.setdefault(1.0, []).append(gradients[name] * weight)
+        norms: list[Tensor] = []
+        for weight, own in by_weight.items():
+            norms += norms_of(own) if weight == 1.0 else torch._foreach_mul(norms_of(own), weight)
+        return norms
+
+    def _column_weights(self, site: Site, step: int) -> float | Tensor:
+        """By what the columns of dB count in the norm of the gradient: all alike, or a weight for each."""
+        bases = self.bases
+        has_seen_data = step > max(1, bases.schedule.offset(bases.positions[site.name]))
+        if not bases.scaled or not bases.informed(step) or not has_seen_data:
+            return 1.0
+        size, rank, scale = site.size, site.rank, (site.size / site.rank) ** 0.5
+        informed = bases.sampler.num_informed(rank)
+        if informed == rank:
+            return 1.0 / scale
+        # the others are uniformly random in the complement of the informed ones
+        complement = ((size - informed) / (rank - informed)) ** 0.5 / scale
+        weights = torch.full((rank,), complement, device=self.parameters[site.name].device)
+        weights[:informed] = 1.0 / scale
+        return weights.to(self.parameters[site.name].dtype)
 
     def zero_grad(self) -> None:
         super().zero_grad()

@@ -63,6 +63,7 @@ class Sampler:
     wherever the last one was. ``by_products``: after the first basis it is content with a few products with
     the Gram matrix, so that ranks that share a matrix sample together; otherwise one does for all.
     ``state_shapes``: of the float32 tensors it keeps for a k×r basis, by name.
+    ``informed_columns``: of r, how many of the first the data chooses; None: all of them if ``informed``.
     """
 
     name: str
@@ -75,6 +76,13 @@ class Sampler:
     switch: float | None = None
     hint: str = ""
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
+    informed_columns: Callable[[int], int] | None = None
+
+    def num_informed(self, rank: int) -> int:
+        """Of the columns of a basis that has seen data, those that it was chosen by, which come first."""
+        if self.informed_columns is not None:
+            return self.informed_columns(rank)
+        return rank if self.informed else 0
 
     @property
     def orthonormal(self) -> bool:

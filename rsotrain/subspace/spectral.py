@@ -146,9 +146,13 @@ def topk_norm(draw: Draw) -> Tensor:
     return one_hot(draw.gram.diagonal().topk(draw.rank).indices.sort().values, draw.size)
 
 
+def num_principal(rank: int, principal_fraction: float) -> int:
+    return round(principal_fraction * rank)
+
+
 def mixture(draw: Draw, principal_fraction: float) -> Tensor:
     """``principal_fraction`` of the columns from svd, the others haar in their orthogonal complement."""
-    principal = round(principal_fraction * draw.rank)
+    principal = num_principal(draw.rank, principal_fraction)
     if principal == 0:
         return haar(draw)
     dominant = svd(replace(draw, rank=principal, previous=None))
@@ -182,8 +186,13 @@ def topk_norm_sampler(config: TopkNormConfig) -> Sampler:
 
 
 def mixture_sampler(config: MixtureConfig) -> Sampler:
-    draw = partial(mixture, principal_fraction=config.principal_fraction)
-    return Sampler(config.name, draw, informed=True)
+    fraction = config.principal_fraction
+    return Sampler(
+        config.name,
+        partial(mixture, principal_fraction=fraction),
+        informed=True,
+        informed_columns=partial(num_principal, principal_fraction=fraction),
+    )
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:

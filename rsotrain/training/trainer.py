@@ -1,7 +1,7 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,8 +29,6 @@ from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.evaluation import evaluate
 from rsotrain.training.lr_scheduler import lr_factor
-
-NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 class NonFiniteError(TrainingError):
@@ -89,12 +87,6 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
         activation_checkpointing=config.activation_checkpointing,
         separator_id=tokenizer.eos_id if config.data.document_mask else None,
     )
-
-
-def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
-    wide = gradient.dtype.itemsize >= torch.float32.itemsize
-    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
 
 
 def share_of_batch(batch_size: int, world: World) -> range:
@@ -234,12 +226,7 @@ class Trainer:
 
         The norm is fp32, and that before they are scaled down.
         """
-        gradients = self.optimizer.gradients()
-        pieces = gradients
-        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
-            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack(self.optimizer.gradient_norms()))
         if self.world.size == 1:
             result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
         else:
@@ -253,7 +240,7 @@ class Trainer:
             norm = result[1].to(norm.dtype)
         if self.config.grad_clip is not None:
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(self.optimizer.gradients(), factor)
         return result
 
     def evaluate(self) -> dict[str, float]:

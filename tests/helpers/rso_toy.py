@@ -14,7 +14,7 @@ from rsotrain.config.methods import (
     SamplerConfig,
     SvdConfig,
 )
-from rsotrain.models.llama import Linear, apply_shared
+from rsotrain.models.layers import Linear, apply_shared
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, SamplerConfig, StateDtype
 from rsotrain.config.schema import Precision
-from rsotrain.models.llama import Linear
+from rsotrain.models.layers import Linear
 from rsotrain.optim import reference
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.rso import RSO

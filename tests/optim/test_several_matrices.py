@@ -25,7 +25,7 @@ from rsotrain.config.methods import (
     SvdConfig,
 )
 from rsotrain.config.schema import Precision
-from rsotrain.models.llama import Linear
+from rsotrain.models.layers import Linear
 from rsotrain.optim import adamw, base, rso, subspace_optimizer
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace.seeding import generator
