@@ -2,13 +2,16 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from rsotrain.config.later import is_later
 from rsotrain.config.schema import SCHEMAS, Config
+
+T = TypeVar("T")
 
 
 def field_types() -> dict[str, set[Any]]:
@@ -95,3 +98,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def from_plain(kind: type[T], values: Any, prefix: str = "") -> T:
+    """The dataclass whose ``plain`` form ``values`` has; fields that it lacks have their defaults.
+
+    Other keys are left out, since what was written by a later version may have some. Raises ValueError for a
+    value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is no mapping")
+    known = {f.name: f.type for f in dataclasses.fields(kind) if f.name in values}  # type: ignore[arg-type]
+    return kind(**{name: _typed(type_, values[name], f"{prefix}{name}") for name, type_ in known.items()})
+
+
+def _typed(type_: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(type_):
+        return from_plain(type_, value, f"{key}.")  # type: ignore[arg-type]
+    for kind in typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,):
+        origin = typing.get_origin(kind)
+        if origin in (list, tuple) and isinstance(value, list | tuple):
+            inner = typing.get_args(kind)[0]  # of all members: no schema has a tuple of several types
+            return origin(_typed(inner, item, key) for item in value)
+        if origin is None and issubclass(kind, Enum):
+            if isinstance(value, str) and value in kind.__members__:
+                return kind[value]
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif origin is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    raise ValueError(f"{key} is {str(value)[:60]!r}")

@@ -145,6 +145,10 @@ class ModelConfig:
         return self.head_size * self.kv_heads
 
 
+# Fields of ModelConfig that a Hugging Face folder does not tell; model=pretrained takes all others from it.
+FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from")
+
+
 # --- the rest ----------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from rsotrain.data.tokenizer import SentencePieceTokenizer
 from rsotrain.data.tokenizer_json import to_tokenizer_json
 from rsotrain.inference.trained_model import TrainedModel
-from rsotrain.models.huggingface_config import write_config
+from rsotrain.models.huggingface_config import family_of, write_config
 from rsotrain.models.pretrained import save_weights
 
 
@@ -16,8 +16,10 @@ def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype |
     """Write ``trained`` into ``folder``, in ``dtype`` or that of its file.
 
     ``AutoModelForCausalLM`` gives the same logits. Texts begin with the separator here, so it is the bos
-    token as well as the eos token there. Raises OSError where the folder cannot be written.
+    token as well as the eos token there. Raises OSError where the folder cannot be written, and UserError,
+    nothing written, for a model that no class of ``transformers`` is.
     """
+    family_of(trained.config)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or trained.dtype
     tensors = {name: p.detach().cpu().to(dtype) for name, p in trained.model.named_parameters()}

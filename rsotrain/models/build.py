@@ -11,7 +11,7 @@ from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precisi
 from rsotrain.errors import UserError
 from rsotrain.models.architecture import Kind, count_elements, weights_of
 from rsotrain.models.llama import Llama
-from rsotrain.models.pretrained import load_weights, read_huggingface
+from rsotrain.models.pretrained import check_fit, load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
 
 PARAMETER_DTYPE = {
@@ -53,6 +53,8 @@ def build_model(
             separator_id=separator_id,
         ).to(PARAMETER_DTYPE[precision])
         model.tie_weights()
+    if config.init_from is not None and config.vocab_size == vocab_size:  # known already: before any work
+        check_fit(model, read_huggingface(Path(config.init_from).expanduser()))
     if device.type != "meta":
         materialize(model, device, seed)
     return model
@@ -66,22 +68,28 @@ def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:
     multiple = config.pad_vocab_to_multiple_of or 1
     size = config.vocab_size or -(-tokenizer_size // multiple) * multiple
     if size < tokenizer_size:
+        pretrained = config.init_from is not None
+        advice = "model.vocab_size=null adds untrained rows for the others" if pretrained else "leave it null"
         raise UserError(
-            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} pieces; leave it null"
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} pieces; {advice}"
         )
     return size
 
 
 def materialize(model: Llama, device: torch.device, seed: int) -> None:
     """Give a model on the meta device, sharded or not, memory on ``device`` and its initial weights."""
+    folder = None
+    if model.config.init_from is not None:
+        folder = read_huggingface(Path(model.config.init_from).expanduser())
+        check_fit(model, folder)  # before there is memory for what it may not be
     if any(shard_of(parameter).mesh is not None for parameter in model.parameters()):
         model.to_empty(device=device)
     else:
         _allocate(model, device)
     model.tie_weights()
     initialize(model, seed)
-    if model.config.init_from is not None:
-        load_weights(model, read_huggingface(Path(model.config.init_from).expanduser()))
+    if folder is not None:
+        load_weights(model, folder)
 
 
 def _allocate(model: Llama, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
 from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.compiling import compile_blocks
+from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.generation import generate_texts
 from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
@@ -334,12 +335,19 @@ class Trainer:
         self._copy_weights(weights)
 
     def _check_weights(self, saved: Mapping[str, torch.Tensor], *, same_dtype: bool) -> None:
-        parameters = {name: local(p) for name, p in self.model.named_parameters()}
-        for name in sorted(parameters.keys() | saved.keys()):
-            here, there = parameters.get(name), saved.get(name)
-            same = here is not None and there is not None and here.shape == there.shape
-            if not same or (same_dtype and parameters[name].dtype != saved[name].dtype):
-                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+        shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+
+        def described(name: str, tensor: torch.Tensor) -> Described:
+            """With the shape of the whole: ``saved`` has pieces of what is whole as large as here."""
+            shard, shape = shards.get(name), tuple(tensor.shape)
+            if shard is not None and shape == shard.piece_shape and not tensor.is_meta:
+                shape = shard.shape
+            return shape, tensor.dtype if same_dtype else None
+
+        here = {name: described(name, local(p)) for name, p in self.model.named_parameters()}
+        there = {name: described(name, tensor) for name, tensor in saved.items()}
+        if difference := first_difference(here, there):
+            raise UserError(f"the checkpoint is of another model: {difference}; give the model it is of")
 
     @torch.no_grad()
     def _copy_weights(self, saved: Mapping[str, torch.Tensor]) -> None:
