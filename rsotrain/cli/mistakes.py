@@ -15,6 +15,7 @@ from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.errors import LostRankError, TrainingError, UserError
+from rsotrain.escaping import print_line
 
 _PATIENCE_SECONDS = 5.0
 _MISFIT = re.compile(
@@ -30,7 +31,7 @@ def say(error: Exception) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LostRankError):
         time.sleep(_PATIENCE_SECONDS)
-    print(f"rsotrain: {explain(error)}", file=sys.stderr)
+    print_line(f"rsotrain: {explain(error)}", sys.stderr)
 
 
 def explain(error: Exception) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from rsotrain.errors import UserError
+from rsotrain.escaping import print_line
 from rsotrain.report.claims import METHODS, examine
 from rsotrain.report.runs import looks, read_runs
 from rsotrain.report.writing import report_on
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         report(arguments)
     except UserError as error:
-        print(f"rsotrain-report: {error}", file=sys.stderr)
+        print_line(f"rsotrain-report: {error}", sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)

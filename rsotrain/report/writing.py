@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
+from rsotrain.escaping import print_line
 from rsotrain.files import write_atomic
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import Group, compare
@@ -39,10 +40,10 @@ def report_on(
     if refresh_seconds is None:
         print_comparison(groups, findings)
         if paths:
-            print(f"{paths[0]} and {len(paths) - 1} more files")
+            print_line(f"{paths[0]} and {len(paths) - 1} more files")
         return
     finished = sum(run.finished for run in runs)
-    print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
+    print_line(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}")
 
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:

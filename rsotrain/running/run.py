@@ -22,6 +22,7 @@ from rsotrain.errors import (
     StoppedEarly,
     TrainingError,
 )
+from rsotrain.escaping import print_line
 from rsotrain.files import finite, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
@@ -59,7 +60,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         folder = RunFolder(Path(path), run_id)
         if summary is not None:
             if world.is_main:
-                print(f"{folder.path} is finished already; overwrite=true runs it again")
+                print_line(f"{folder.path} is finished already; overwrite=true runs it again")
                 print_closing_table(summary, _files(folder))
             return summary
         log_path = folder.path / "train.log"
