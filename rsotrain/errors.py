@@ -1,7 +1,6 @@
 """The exceptions that end a run with one sentence instead of a traceback."""
 
 import re
-import unicodedata
 
 
 class UserError(ValueError):
@@ -15,14 +14,8 @@ _LONGEST_WORD, _LONGEST_SENTENCE = 300, 1500  # characters
 
 
 def one_line(sentence: str) -> str:
-    """``sentence`` as it is shown: control characters spelled out, what a user gave at length shortened."""
-    shown = "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in ("Cc", "Cs")
-        else character
-        for character in sentence
-    )
-    shown = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _shortened(word[0], _LONGEST_WORD), shown)
+    """``sentence`` as it is shown: what a user gave at length is shortened."""
+    shown = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _shortened(word[0], _LONGEST_WORD), sentence)
     return _shortened(shown, _LONGEST_SENTENCE)
 
 

@@ -16,6 +16,7 @@ from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.errors import LostRankError, TrainingError, UserError, one_line
+from rsotrain.tracking.escaping import print_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _PATIENCE_SECONDS = 5.0
@@ -45,7 +46,7 @@ def say(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank.isdecimal() and int(rank) > 0 and not isinstance(error, LostRankError):
         time.sleep(_PATIENCE_SECONDS)
-    print(f"rsotrain: {one_line(explain(error))}", file=sys.stderr)
+    print_line(f"rsotrain: {one_line(explain(error))}", sys.stderr)
 
 
 def explain(error: Exception) -> str:

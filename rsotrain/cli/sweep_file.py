@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text, text_keys
 from rsotrain.config.keys import did_you_mean, flatten, known_keys
 from rsotrain.errors import UserError, one_line
+from rsotrain.tracking.escaping import print_line
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
 _PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it
@@ -216,9 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             number = check_sweep(given.file, content)
         else:
             number = len(read_list(given.file))
-        print(f"{given.file}: {'runs without end' if number is None else f'{number} runs'}, all keys exist")
+        runs = "runs without end" if number is None else f"{number} runs"
+        print_line(f"{given.file}: {runs}, all keys exist")
     except UserError as error:
-        print(f"rsotrain: {one_line(str(error))}", file=sys.stderr)
+        print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)
         sys.exit(2)
 
 

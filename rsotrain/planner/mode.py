@@ -8,6 +8,7 @@ from rsotrain.errors import UserError
 from rsotrain.files import write_json_atomic
 from rsotrain.planner.plan import make_plan
 from rsotrain.planner.show import print_plan, write_picture
+from rsotrain.tracking.escaping import print_line
 
 PLAN = "plan.json"
 
@@ -25,6 +26,6 @@ def plan_mode(config: Config) -> dict[str, Any]:
         said = write_picture(plan.phases, folder / "plan.png")
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
-    print(f"plan: {folder / PLAN}")
-    print(said)
+    print_line(f"plan: {folder / PLAN}")
+    print_line(said)
     return plan.as_dict()

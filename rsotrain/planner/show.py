@@ -10,6 +10,7 @@ from rsotrain.planner.gpus import GIB
 from rsotrain.planner.plan import Plan
 from rsotrain.planner.tracker import Kind
 from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.tracking.escaping import print_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,8 @@ def print_plan(plan: Plan) -> None:
 
 
 def _phases(plan: Plan) -> "Table":
+    from rich.text import Text
+
     size, unit = (GIB, "GiB") if plan.peak >= GIB else (_MIB, "MiB")
     settings = plan.settings
     ranks = "" if settings["world_size"] == 1 else f", rank 0 of {settings['world_size']}"
@@ -52,8 +55,8 @@ def _phases(plan: Plan) -> "Table":
         table.add_column(heading, justify="right", no_wrap=True)
     for phase, kinds in plan.phases.items():
         cells = [f"{kinds[kind.value] / size:.2f}" for kind in _HEADINGS]
-        peak = f"{kinds['peak'] / size:.2f}"
-        table.add_row(phase, *cells, f"[bold]{peak}[/bold]" if kinds["peak"] == plan.peak else peak)
+        style = "bold" if kinds["peak"] == plan.peak else ""
+        table.add_row(phase, *cells, Text(f"{kinds['peak'] / size:.2f}", style=style))
     return table
 
 
@@ -79,6 +82,8 @@ def _parts(plan: Plan) -> "Table":
 
 
 def _gpus(plan: Plan) -> "Table":
+    from rich.text import Text
+
     table = titled_table("Which GPUs hold it")
     table.add_column("GPU", style="bold", no_wrap=True)
     table.add_column("such as", no_wrap=True)
@@ -90,7 +95,7 @@ def _gpus(plan: Plan) -> "Table":
             fit.gpu,
             fit.examples,
             format_bytes(fit.usable),
-            "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]",
+            Text("fits", style="green") if fit.fits else Text("does not fit", style="red"),
             f"{fit.micro_batch:,}" if fit.micro_batch else "none",
         )
     return table
@@ -174,8 +179,8 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
     print_table(table)
     bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
     write_json_atomic(folder / PLANS, dict(zip(names, plans, strict=True)))
-    print(f"plans: {folder / PLANS}")
-    print(write_picture(bars, folder / "plans.png"))
+    print_line(f"plans: {folder / PLANS}")
+    print_line(write_picture(bars, folder / "plans.png"))
 
 
 def peak_of(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:

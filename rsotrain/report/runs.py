@@ -16,6 +16,7 @@ import yaml
 from rsotrain.config.identity import completed
 from rsotrain.errors import INTERRUPTED_STATUS, UserError
 from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
@@ -123,7 +124,7 @@ def read_neighbours(folders: Sequence[Path]) -> list[Run]:
                 try:
                     runs.append(read_run(path))
                 except UserError as error:
-                    print(f"left out of the report: {error}", file=sys.stderr)
+                    print_line(f"left out of the report: {error}", sys.stderr)
     return runs
 
 

@@ -30,6 +30,7 @@ from rsotrain.running.folder import RunFolder, open_run_folder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
 from rsotrain.tracking.wandb_logger import resolve_mode
@@ -59,7 +60,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         folder = RunFolder(Path(path), run_id)
         if summary is not None:
             if world.is_main:
-                print(f"{folder.path} is finished already; overwrite=true runs it again")
+                print_line(f"{folder.path} is finished already; overwrite=true runs it again")
                 print_closing_table(summary, _files(folder))
             return summary
         log_path = folder.path / "train.log"
