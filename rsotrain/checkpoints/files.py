@@ -319,5 +319,7 @@ def read_checkpoint(
     for key in ("data", "seconds", "validation", "record"):
         run[key]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
-    trainer = {"step": record["step"], "tokens": record["tokens"], "data": record.get("data", {})}
+    trainer = {"step": record["step"], "tokens": record["tokens"]}
+    # older checkpoints lack these
+    trainer |= {key: record[key] for key in ("sequences", "order", "data") if key in record}
     return state | {"trainer": trainer}, run

@@ -7,8 +7,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import FIELDS_OF_THE_RUN, SCHEMAS, Config, ModelConfig
+from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
 
@@ -22,7 +25,11 @@ def conf_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option."""
+    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option.
+
+    From then on Hydra reads YAML files with text where a key is text.
+    """
+    keep_text_of_config_files()
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
     for group, schemas in SCHEMAS.items():
@@ -54,9 +61,15 @@ def pretrained_value(folder: str | None, path: str) -> Any:
 
     if folder is None:
         raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
+    check_path("model.init_from", folder)
     if path == "tie_word_embeddings":
         return ties_embeddings(Path(folder).expanduser())
-    value: Any = read_config(Path(folder).expanduser())
+    try:
+        model = read_config(Path(folder).expanduser())
+        validate_model(model)
+    except UserError as error:  # of a key that the user has not given
+        raise UserError(f"model.init_from={folder}: {error}") from error
+    value: Any = model
     for name in path.split("."):
         value = getattr(value, name)
     return value

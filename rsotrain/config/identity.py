@@ -22,12 +22,12 @@ OPERATIONAL_KEYS = (
 
 def identity(config: Config) -> dict[str, Any]:
     """Dotted key -> value of the settings that make a run what it is."""
-    return identity_of(plain(config))
+    return identity_of(plain(config), config)
 
 
-def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """``identity`` of what a ``config.yaml`` holds, be it older than some of the fields."""
-    defaults = later_defaults()
+def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """``identity`` of what a ``config.yaml`` holds, be it older than some of the fields of ``config``."""
+    defaults = later_defaults(config)
     return {
         key: value
         for key, value in flatten(settings)

@@ -22,10 +22,13 @@ def field_types() -> dict[str, set[Any]]:
     return found
 
 
-def later_defaults() -> dict[str, Any]:
-    """Dotted key -> the default, as plain data, of each field that is marked by ``later``."""
+def later_defaults(config: Config | None = None) -> dict[str, Any]:
+    """Dotted key -> the default, as plain data, of each field that is marked by ``later``.
+
+    Of the schemas that ``config`` has chosen; None: of all.
+    """
     found: dict[str, Any] = {}
-    for key, f, marked in _leaves():
+    for key, f, marked in _leaves(config):
         if marked:
             factory = f.default_factory
             default = plain(f.default if factory is dataclasses.MISSING else factory())
@@ -33,10 +36,13 @@ def later_defaults() -> dict[str, Any]:
     return found
 
 
-def _leaves() -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
+def _leaves(config: Config | None = None) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
     """(dotted key, field, whether ``later`` marks it) of every schema; keys of several are repeated."""
     for f in dataclasses.fields(Config):
-        for schema in SCHEMAS[f.name].values() if f.name in SCHEMAS else [f.type]:
+        chosen: list[Any] = [f.type]
+        if f.name in SCHEMAS:
+            chosen = list(SCHEMAS[f.name].values()) if config is None else [type(getattr(config, f.name))]
+        for schema in chosen:
             yield from _leaves_of(f, schema, "", False)
 
 
@@ -49,6 +55,13 @@ def _leaves_of(
         return
     for inner in dataclasses.fields(kind):
         yield from _leaves_of(inner, inner.type, f"{prefix}{f.name}.", marked)
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that a value of a field may have, those in a list included; None is left out."""
+    if parts := typing.get_args(annotation):
+        return set().union(*map(kinds, parts))
+    return set() if annotation is type(None) else {annotation}
 
 
 def known_keys() -> list[str]:

@@ -54,6 +54,9 @@ def build_data(
     than one sequence, for a vocabulary that the text cannot fill, and for a cache that cannot be written.
     """
     train, held_out = open_corpora(data, cache_dir)
+    for note in dict.fromkeys([train.note, held_out.note]):
+        if note is not None:
+            notify(f"warning: {note}")
     model = build_tokenizer(tokenizer, train, cache_dir, notify, streaming=data.streaming)
     model.use_threads(data.workers)
     sequences: TrainingSequences

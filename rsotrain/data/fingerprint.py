@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.data.cache import cached_file, hash_file
+from rsotrain.data.finding import shown
+from rsotrain.data.rows import reason
 from rsotrain.errors import UserError
 
 REMEMBERED_BYTES = 64 * 2**20  # hashing less is quicker than asking whether it has been done
@@ -24,7 +26,7 @@ def files_fingerprint(files: Sequence[Path], cache_dir: Path, *, whole: bool) ->
         try:
             hashes.append(_hash(file, cache_dir) if whole else _hash_ends(file))
         except OSError as error:
-            raise UserError(f"the data file {file} cannot be read ({error.strerror})") from error
+            raise UserError(f"the data file {shown(file)} cannot be read ({reason(error)})") from error
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
-from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
 from rsotrain.models.architecture import Kind, count_elements, weights_of
 from rsotrain.models.llama import Llama

@@ -5,28 +5,42 @@ f(W + B P_kᵀ) + ‖B‖²/(2η) take T steps of a standard solver in B (out ×
 fresh batch; then W ← W + B P_kᵀ. Here W is effective at all times: each step adds ΔB P_kᵀ to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh
-from rsotrain.models.subspace_linear import Site
-from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
-from rsotrain.optim.inner_solvers import Solver
-from rsotrain.optim.subspace_part import Subspace
+from rsotrain.config.methods import BasisStorage, RSOConfig
+from rsotrain.errors import require
+from rsotrain.models.subspace_linear import Site, attach_subspace
+from rsotrain.optim.base import Settings, buckets, gradient_of
+from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.norms import norms_of
+from rsotrain.optim.parameter_groups import ParameterGroups
+from rsotrain.optim.solvers import Solver, solver_of
+from rsotrain.optim.state_size import StateSize, Weight, WeightsLayout
+from rsotrain.optim.with_bases import (
+    OptimizerWithBases,
+    Subspace,
+    pair,
+    require_orthonormal,
+    require_sampler,
+)
 from rsotrain.parallel.sharding import local, reduce_rows
 from rsotrain.subspace.bases import Bases, BasisChange
-from rsotrain.subspace.projection import add_lifted_
-from rsotrain.subspace.samplers import haar
+from rsotrain.subspace.projection import add_lifted_, resolve_rank
+from rsotrain.subspace.random_bases import haar
+from rsotrain.subspace.samplers import Columns, Sampler
 from rsotrain.subspace.sources import SumSource
 
 _COEFFICIENTS = "coefficients"
+_SEED_BYTES = 8  # of a basis that is sampled again from its seed, int64
 
 
-class RSO(Part):
+class RSO(OptimizerWithBases):
     """RSO on linears whose backward gives dB and no dW (``rsotrain.models.subspace_linear``).
 
     It is always the input that is projected, and linears with one input share P: the state is 2·r·out
@@ -35,9 +49,9 @@ class RSO(Part):
     wider copy of W exists.
 
     Bases: with ``basis_scale`` an orthonormal one is multiplied by √(in/r). Then E[PPᵀ] = I for a random
-    one, and E‖dB‖² = ‖dW‖²: the norm that is clipped and logged, that of dB as it is, estimates the full
-    gradient's, and one ``grad_clip`` means the same for all methods. Without it the norm of dB is that of
-    the gradient's part in the subspace.
+    one, and E‖dB‖² = ‖dW‖². The norm that is logged and clipped (``gradient_norms``) estimates the full
+    gradient's, so that one ``grad_clip`` means the same for all methods; without ``basis_scale`` it is that
+    of the gradient's part in the subspace.
 
     Samplers that look at data see XᵀX of the site's input, as gathered by the forward passes of the step
     that ends with the draw: the row space of dW = dYᵀX lies in that of X, of which the rows do not count
@@ -53,25 +67,23 @@ class RSO(Part):
     Sharded, a weight is split by its rows, and so are B's moments: dB, out × r, is all that is reduced.
     """
 
+    replicated_state: ClassVar = frozenset({"step"})
+    samples_ahead: ClassVar = True
+
     def __init__(
         self,
         label: str,
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
+        config: RSOConfig,
         subspace: Subspace,
         *,
         sites: list[Site],
-        solver: Solver,
-        basis_scale: bool = True,
-        proximal_eta: float | None = None,
-        refresh_warmup_steps: int = 0,
-        stored: bool = True,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings)
+        super().__init__(label, parameters, peak_lr, settings, config)
         assert sorted(parameters) == sorted(name for site in sites for name in site.layers)
-        self.subspace, self.sites, self.solver = subspace, sites, solver
-        self.proximal_eta, self.refresh_warmup_steps = proximal_eta, refresh_warmup_steps
+        self.subspace, self.sites = subspace, sites
         weight = next(iter(parameters.values()))
         self.bases = Bases(
             {site.name: (site.size, site.rank) for site in sites},
@@ -82,35 +94,103 @@ class RSO(Part):
             total_steps=subspace.total_steps,
             dtype=subspace.compute_dtype or work_dtype(weight.dtype),
             devices={site.name: parameters[site.name].device for site in sites},
-            scaled=basis_scale and subspace.sampler.orthonormal,
-            stored=stored,
+            scaled=config.basis_scale and subspace.sampler.orthonormal,
+            stored=config.projection is BasisStorage.stored,
             mesh=self.shards[sites[0].name].mesh,
         )
         self.reduced: dict[str, Tensor] = {}  # this rank's rows of dB, where ranks share them
         for site in sites:
             self._place_first_basis(site)
+            for key, tensor in self.bases.state[site.name].items():
+                self.add_tensor(site.name, key, tensor)
             for name, layer in site.layers.items():
                 layer.place_coefficients()
-                self.state[name] = self._initial_state(layer.coefficients, self._num_rows(name))
-            self.state[site.name] = self.bases.state[site.name] | self.state[site.name]
+                self._add_state(name, layer.coefficients)
         self.buckets = buckets(sites, lambda site: sum(x.coefficients.numel() for x in site.layers.values()))
+
+    @property
+    def solver(self) -> Solver:
+        return solver_of(self.config.solver)
+
+    @classmethod
+    def refuse(cls, config: Any, sampler: Sampler | None) -> None:
+        sampler = require_sampler(config, sampler)
+        both, scaled = pair(config, sampler), sampler.columns is Columns.scaled
+        require(
+            sampler.orthonormal or scaled,
+            f"{both}: RSO needs bases of a known scale, which this sampler's are not; {sampler.hint}",
+        )
+        require(
+            config.basis_scale or not scaled,
+            f"{both}: these bases are scaled already, so optimizer.basis_scale=false would do nothing;"
+            " leave it true or use sampler=haar",
+        )
+        require(
+            not sampler.needs_gradient,
+            f"{both}: sampler.solver=full decomposes the gradient, which RSO never forms;"
+            " use sampler.solver=gram",
+        )
+        require(
+            config.projection is BasisStorage.stored or not sampler.informed,
+            f"{both}: these bases depend on data, which cannot be regenerated from a seed;"
+            " use optimizer.projection=stored, or a random sampler such as haar",
+        )
+        eta, warmup = config.proximal_eta, config.refresh_warmup_steps
+        require(eta is None or eta > 0, f"optimizer.proximal_eta={eta} must be positive, or null for no term")
+        require(
+            0 <= warmup < config.update_proj_gap,
+            f"optimizer.refresh_warmup_steps={warmup} must be at least 0 and less than"
+            f" optimizer.update_proj_gap={config.update_proj_gap}",
+        )
+        require_orthonormal(config, sampler, always=False)
+
+    @classmethod
+    def prepare_model(
+        cls, model: Any, groups: ParameterGroups, config: Any
+    ) -> tuple[ParameterGroups, dict[str, Any]]:
+        """Replace the linears of ``groups.blocks`` by subspace linears, which read the same weights."""
+        assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
+        return groups, {"sites": attach_subspace(model, list(groups.blocks), config.rank)}
+
+    @classmethod
+    def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
+        """Of each linear 2r·out for Adam and a count, of each input that linears share r·in for P."""
+        sites: dict[str, list[Weight]] = {}
+        for weight in weights:
+            sites.setdefault(weight.site, []).append(weight)
+        num_moments = len(solver_of(config.solver).moments)
+        total = 0
+        for name, members in sites.items():
+            rank = resolve_rank(config.rank, max(min(w.shape) for w in members), name)
+            rows = [layout.piece(w.shape, rows=True)[0] for w in members]
+            stored = config.projection is BasisStorage.stored
+            coefficients = 0 if config.proximal_eta is None else sum(rows) * rank
+            total += 0 if stored else _SEED_BYTES
+            total += layout.bytes_of(
+                StateSize(
+                    moments=tuple((r, rank) for r in rows for _ in range(num_moments)),
+                    bases=((members[0].shape[1], rank),) if stored else (),
+                    wide=len(members) + coefficients,
+                )
+            )
+        return total
 
     def _num_rows(self, name: str) -> int:
         shard = self.shards[name]
         assert shard.dim in (None, 0), "RSO projects the second dimension"
         return shard.shape[0] if shard.dim is None else shard.stop - shard.start
 
-    def _initial_state(self, coefficients: Tensor, num_rows: int) -> dict[str, Tensor]:
-        shape = (num_rows, coefficients.shape[1])
-        state = {key: self.keeper.zeros(shape, coefficients) for key in self.solver.moments}
-        state["step"] = torch.zeros((), device=coefficients.device)  # gradients in the moments
-        if self.proximal_eta is not None:
+    def _add_state(self, name: str, coefficients: Tensor) -> None:
+        shape = (self._num_rows(name), coefficients.shape[1])
+        for key in self.solver.moments:
+            self.add_moment(name, key, shape, 0)
+        # gradients in the moments
+        self.add_tensor(name, "step", torch.zeros((), device=coefficients.device))
+        if self.config.proximal_eta is not None:
             wide = work_dtype(coefficients.dtype)
-            state[_COEFFICIENTS] = torch.zeros(shape, dtype=wide, device=coefficients.device)
-        return state
-
-    def state_dim(self, name: str, key: str) -> int | None:
-        return 0 if key in (*self.solver.moments, _COEFFICIENTS) else None
+            self.add_tensor(
+                name, _COEFFICIENTS, torch.zeros(shape, dtype=wide, device=coefficients.device), 0
+            )
 
     def _place_first_basis(self, site: Site) -> None:
         if not self.bases.stored:
@@ -143,6 +223,43 @@ class RSO(Part):
     def gradients(self) -> dict[str, Tensor]:
         return super().gradients() if self.bases.mesh is None else self.reduced
 
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Of the full gradient, as far as dB tells it.
+
+        ‖dB‖ = √(in/r)·‖dW Q‖ with the scaled basis. A random Q holds r/in of the energy of dW, which the
+        scale makes good. A Q that was chosen by the data holds nearly all of it, so there the scale is taken
+        out again, and ‖dW Q‖ never exceeds ‖dW‖.
+        """
+        gradients = self.gradients()
+        by_weight: dict[float, list[Tensor]] = {}  # few shapes, so few weights
+        for site in self.sites:
+            weight = self._column_weights(site, step)
+            for name in site.layers:
+                if isinstance(weight, float):
+                    by_weight.setdefault(weight, []).append(gradients[name])
+                else:
+                    by_weight.setdefault(1.0, []).append(gradients[name] * weight)
+        norms: list[Tensor] = []
+        for weight, own in by_weight.items():
+            norms += norms_of(own) if weight == 1.0 else torch._foreach_mul(norms_of(own), weight)
+        return norms
+
+    def _column_weights(self, site: Site, step: int) -> float | Tensor:
+        """By what the columns of dB count in the norm of the gradient: all alike, or a weight for each."""
+        bases = self.bases
+        has_seen_data = step > max(1, bases.schedule.offset(bases.positions[site.name]))
+        if not bases.scaled or not bases.informed(step) or not has_seen_data:
+            return 1.0
+        size, rank, scale = site.size, site.rank, (site.size / site.rank) ** 0.5
+        informed = bases.sampler.num_informed(rank)
+        if informed == rank:
+            return 1.0 / scale
+        # the others are uniformly random in the complement of the informed ones
+        complement = ((size - informed) / (rank - informed)) ** 0.5 / scale
+        weights = torch.full((rank,), complement, device=self.parameters[site.name].device)
+        weights[:informed] = 1.0 / scale
+        return weights.to(self.parameters[site.name].dtype)
+
     def zero_grad(self) -> None:
         super().zero_grad()
         self.reduced = {}
@@ -150,13 +267,13 @@ class RSO(Part):
             site.gram = None
 
     @contextmanager
-    def observing(self, step: int, reached: Tensor | None) -> Iterator[None]:
+    def observing(self, step: int, valid_mask: Tensor | None) -> Iterator[None]:
         due = []
         if self.bases.informed(step + 1):
             due = [site for site in self.sites if self._next_draw(site, step) is not None]
         try:
             for site in due:
-                site.start_observing(reached)
+                site.start_observing(valid_mask)
             yield
         finally:
             for site in due:
@@ -169,45 +286,36 @@ class RSO(Part):
         gradients = self.gradients()
         for bucket in self.buckets:
             names = [name for site in bucket for name in site.layers]
-            descents = self._descend({name: gradients[name] for name in names}, step)
+            updates = self._negative_updates({name: gradients[name] for name in names}, step)
             for site in bucket:
                 basis = site.current_basis()
                 lr = self.peak_lr * lr_factor * self._rewarmed(site, step)
                 for name, layer in site.layers.items():
-                    descent = descents[name]
                     weight = local(layer.weight).detach()
-                    add_lifted_(weight, descent, basis, lr, self.kept_share(lr))
-                    if self.proximal_eta is not None:
-                        self.state[name][_COEFFICIENTS].add_(descent, alpha=lr)
+                    add_lifted_(weight, updates[name], basis, lr, self.decay_factor(lr))
+                    if self.config.proximal_eta is not None:
+                        self.state[name][_COEFFICIENTS].add_(updates[name], alpha=lr)
         due = {site: i for site in self.sites if (i := self._next_draw(site, step)) is not None}
         if due:
             self.refresh(due, step, lr_factor)
 
-    def _descend(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _negative_updates(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Take dB into the moments; −N by name."""
         states = [self.state[name] for name in gradients_of]
         gradients = [g.to(work_dtype(g.dtype)) for g in gradients_of.values()]
-        if self.proximal_eta is not None:
+        if self.config.proximal_eta is not None:
             values = [state[_COEFFICIENTS] for state in states]
-            gradients = list(torch._foreach_add(gradients, values, alpha=1.0 / self.proximal_eta))
+            gradients = list(torch._foreach_add(gradients, values, alpha=1.0 / self.config.proximal_eta))
+        kept = [self.moments[name] for name in gradients_of]
         counts = [state["step"] for state in states]
-        torch._foreach_add_(counts, 1.0)
-        kept = [state[key] for key in self.solver.moments for state in states]
-        wide = self.keeper.read(kept)
-        moments = [wide[i : i + len(states)] for i in range(0, len(wide), len(states))]
-        descents = self.solver.descend(gradients, moments, counts, self.settings)
-        labels = [self._label(name, key) for key in self.solver.moments for name in gradients_of]
-        self.keeper.write(kept, wide, labels, step)
-        return dict(zip(gradients_of, descents, strict=True))
-
-    def _label(self, name: str, key: str) -> str:
-        return f"{name}{self.shards[name].label}.{key}"
+        updates = self.solver.negative_updates(gradients, kept, counts, self.settings, step)
+        return dict(zip(gradients_of, updates, strict=True))
 
     def _rewarmed(self, site: Site, step: int) -> float:
         index, since = self.bases.schedule.latest(self.bases.positions[site.name], step)
         if index == 0:
             return 1.0
-        return min(1.0, (since + 1) / (self.refresh_warmup_steps + 1))
+        return min(1.0, (since + 1) / (self.config.refresh_warmup_steps + 1))
 
     # --- the refresh -----------------------------------------------------------------------------
 
@@ -232,33 +340,22 @@ class RSO(Part):
 
     def _basis_changed(self, name: str, change: BasisChange, step: int) -> None:
         state = self.state[name]
-        if self.proximal_eta is not None:
+        if self.config.proximal_eta is not None:
             state[_COEFFICIENTS].zero_()
-        if self.subspace.on_refresh is OnRefresh.reset:
-            for key in (*self.solver.moments, "step"):
-                state[key].zero_()
-        elif self.subspace.on_refresh is OnRefresh.transport:
-            self._transport(name, change.transition, step)
-
-    def _transport(self, name: str, transition: Tensor, step: int) -> None:
-        state = self.state[name]
-        kept = [state[key] for key in self.solver.moments]
-        wide = self.keeper.read(kept)
-        self.solver.transport(wide, transition, state["step"], self.settings)
-        self.keeper.write(
-            kept, wide, [self._label(name, f"{key}.transport") for key in self.solver.moments], step
+        self.solver.basis_changed(
+            self.subspace.on_refresh,
+            self.moments[name],
+            state["step"],
+            lambda: change.transition,
+            self.settings,
+            step,
         )
 
     # --- books ---------------------------------------------------------------------------------
 
-    def begins_round(self, step: int) -> bool:
-        return self.bases.schedule.draw_index(0, step) is not None
-
-    def resume(self) -> None:
-        self.bases.resume()
-
-    def metrics(self) -> dict[str, float]:
-        return self.bases.record.metrics()
+    def refresh_work(self) -> list[tuple[object, str]]:
+        """And XᵀX, gathered in the forward passes of a step that ends with new bases."""
+        return [*super().refresh_work(), *((site, "observe") for site in self.sites)]
 
     def ranks(self) -> list[int]:
         return [site.rank for site in self.sites]

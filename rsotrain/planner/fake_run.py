@@ -160,7 +160,7 @@ class FakeRun:
         with self._fake, _Answers():
             self.trainer = _FakeTrainer(config, data, world, model)
         self.saved_activations_bytes = 0
-        self.gradients_bytes: list[int] = []  # of each part of the optimizer
+        self.gradients_bytes: list[int] = []  # of each group of parameters
 
     def use_micro_batch(self, size: int) -> None:
         """From now on micro-batches have ``size`` sequences."""
@@ -180,12 +180,12 @@ class FakeRun:
         with self._fake, _Answers():
             trainer.step = trainer.optimizer.steps_done = number - 1
             if number > 1:
-                for part in trainer.optimizer.parts:
-                    part.resume()
+                for group in trainer.optimizer.groups:
+                    group.resume()
             trainer.saved_activations_bytes = 0  # measured here
             with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
-                states = (s for part in trainer.optimizer.parts for s in part.state.values())
+                states = (s for group in trainer.optimizer.groups for s in group.state.values())
                 tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)
                 trainer.train_step()
             trainer.optimizer.zero_grad()
@@ -213,7 +213,7 @@ class FakeRun:
                 elif name is Phase.optimizer_step:  # those that the optimizer has reduced itself
                     tracker.mark(optimizer.gradients(), Kind.gradients)
                     self.gradients_bytes = [
-                        tensors_bytes(part.gradients().values()) for part in optimizer.parts
+                        tensors_bytes(group.gradients().values()) for group in optimizer.groups
                     ]
 
         return watch

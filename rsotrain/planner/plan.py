@@ -8,8 +8,7 @@ from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config, Device
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
-from rsotrain.optim.rso import RSO
-from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, world_size
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
@@ -73,18 +72,19 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
         peaks = _merged(of_steps)
         trainer, optimizer = run.trainer, run.trainer.optimizer
-        claimed = bool(optimizer.claims.blocks)
+        claimed = bool(optimizer.parameter_groups.blocks)
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
         return Plan(
             settings=_settings(config, micro),
             parameters=Share(
-                tensors_bytes(trainer.model.parameters()), tensors_bytes(optimizer.claims.blocks.values())
+                tensors_bytes(trainer.model.parameters()),
+                tensors_bytes(optimizer.parameter_groups.blocks.values()),
             ),
             gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if claimed else 0),
             optimizer_state=Share(
-                optimizer.state_bytes(), optimizer.parts[0].state_bytes() if claimed else 0
+                optimizer.state_bytes(), optimizer.groups[0].state_bytes() if claimed else 0
             ),
             formula_state=Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
@@ -107,21 +107,20 @@ def _steps(run: FakeRun) -> list[int]:
     The first step draws the first bases: it is planned, too, where there is no such other, where the sampler
     draws its first bases in another way, and where draws are staggered, since that step has all of them.
     """
-    for part in run.trainer.optimizer.parts:
-        if isinstance(part, SubspacePart | RSO):
-            refresh = _refresh_step(part)
+    for group in run.trainer.optimizer.groups:
+        if isinstance(group, OptimizerWithBases):
+            refresh = _refresh_step(group)
             if refresh > run.config.steps:
                 return sorted({1, min(2, run.config.steps)})
-            first = part.bases.sampler.by_products or part.bases.schedule.staggered
+            first = group.bases.sampler.by_products or group.bases.schedule.staggered
             return sorted({2, refresh} | ({1} if first else set()))
     return [1]
 
 
-def _refresh_step(part: SubspacePart | RSO) -> int:
+def _refresh_step(group: OptimizerWithBases) -> int:
     """Of the first round after the first draws the step that draws from most: the first of it, or staggered
     any."""
-    bases, schedule = part.bases, part.bases.schedule
-    ahead = isinstance(part, RSO)  # it draws at the end of the step before
+    bases, schedule, ahead = group.bases, group.bases.schedule, group.samples_ahead
 
     def drawn(step: int) -> int:
         due = (n for n, i in bases.positions.items() if schedule.draw_index(i, step + ahead) is not None)

@@ -120,7 +120,7 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{file} is damaged, so the run there cannot be compared with these settings;"
                 " choose another run_name, or overwrite=true to discard it"
             )
-        old = identity_of(saved)
+        old = identity_of(saved, config)
         new = identity(config)
         differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if differing:

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config.schema import LoadWhat
+from rsotrain.data.position import other_order
 from rsotrain.errors import UserError, require
 from rsotrain.files import finite
+from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
 
 
@@ -110,7 +113,10 @@ class _Resumption:
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path, other_data: str) -> Progress:
         require(run.pop("data") == self.trainer.data.fingerprint, other_data)
-        done = state["trainer"]["step"]
+        trainer = state["trainer"]
+        if "sequences" not in trainer:  # an older checkpoint, of a run whose steps were all alike
+            trainer |= _position_by_settings(path, trainer["step"])
+        done = trainer["step"]
         require(
             done <= self.config.steps,
             f"{path} is of step {done}, but steps={self.config.steps};"
@@ -118,4 +124,16 @@ class _Resumption:
         )
         self.trainer.load_state_dict(state)
         self.notify(f"resumed from {path}")
+        if (reordered := other_order(trainer, self.trainer.data.train, self.config.seed)) is not None:
+            self.notify(reordered)
         return Progress(**run)
+
+
+def _position_by_settings(checkpoint: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint does not say of its place in the data, by the settings of the run that it lies in."""
+    try:
+        settings = yaml.safe_load((checkpoint.absolute().parents[1] / CONFIG).read_text())
+        batch_size, seq_len = settings["batch_size"], settings["seq_len"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+        return {}  # moved elsewhere: then it is taken to be of a run like this one
+    return {"sequences": step * batch_size, "order": {"seq_len": seq_len}}

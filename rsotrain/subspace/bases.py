@@ -165,7 +165,7 @@ class Bases:
         if after_update and self._first_draws[name] == step:
             return False
         index = self.schedule.draw_index(self.positions[name], step)
-        return index is not None and after_update == (self.sampler.lagged and index > 0)
+        return index is not None and after_update == (self.sampler.post_update and index > 0)
 
     @torch.no_grad()
     def refresh_all(

@@ -1,10 +1,14 @@
 """Online PCA of the gradient (OSD: Liang et al., NeurIPS 2024, arXiv 2408.12857)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from rsotrain.config.methods import OnlinePCAConfig, PCASolver
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.samplers import Draw, orthonormalised, svd
+from rsotrain.subspace.samplers import Columns, Draw, Sampler, no_state, orthonormalised
+from rsotrain.subspace.spectral import svd
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -55,3 +59,23 @@ def _adam_descent(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: T
         weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
     )  # fmt: skip
     return descent
+
+
+def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:
+    use_adam = config.solver is PCASolver.adam
+    return Sampler(
+        config.name,
+        partial(
+            online_pca,
+            lr=config.lr,
+            penalty=config.penalty,
+            use_adam=use_adam,
+            orthonormalize=config.orthonormalize,
+        ),
+        Columns.orthonormal if config.orthonormalize else Columns.unit,
+        informed=True,
+        post_update=True,
+        by_products=True,
+        hint="set sampler.orthonormalize=true",
+        state_shapes=adam_state if use_adam else no_state,
+    )

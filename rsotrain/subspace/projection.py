@@ -60,9 +60,9 @@ def project_(out: Tensor, matrix: Tensor, basis: Tensor) -> None:
 
 
 def add_lifted_(
-    target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float, kept_share: float = 1.0
+    target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float, decay_factor: float = 1.0
 ) -> None:
-    """target ← kept_share · target + alpha · low_rank Qᵀ, in place, rounded once to a bfloat16 target.
+    """target ← decay_factor · target + alpha · low_rank Qᵀ, in place, rounded once to a bfloat16 target.
 
     ``target``: M×k; ``low_rank``: M×r; ``basis``: k×r, whose dtype the product runs in. Where all three
     have one dtype, no M×k temporary is made.
@@ -71,14 +71,14 @@ def add_lifted_(
     # in the layout of the target: a left-projected one is a transposed view
     if target.dtype == basis.dtype:
         if target.is_contiguous():
-            target.addmm_(factor, basis.T, beta=kept_share, alpha=alpha)
+            target.addmm_(factor, basis.T, beta=decay_factor, alpha=alpha)
         else:
-            target.T.addmm_(basis, factor.T, beta=kept_share, alpha=alpha)
+            target.T.addmm_(basis, factor.T, beta=decay_factor, alpha=alpha)
         return
     lifted = factor @ basis.T if target.is_contiguous() else (basis @ factor.T).T
-    if kept_share != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
-        target.add_(lifted.mul_(alpha).add_(target, alpha=kept_share - 1.0))
+    if decay_factor != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
+        target.add_(lifted.mul_(alpha).add_(target, alpha=decay_factor - 1.0))
         return
-    if kept_share != 1.0:
-        target.mul_(kept_share)
+    if decay_factor != 1.0:
+        target.mul_(decay_factor)
     target.add_(lifted, alpha=alpha)

@@ -1,7 +1,7 @@
 """The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
+from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, reached_positions
 from rsotrain.data.tokenizer import Tokenizer
@@ -29,8 +30,6 @@ from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.evaluation import evaluate
 from rsotrain.training.lr_scheduler import lr_factor
-
-NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 class NonFiniteError(TrainingError):
@@ -91,12 +90,6 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
     )
 
 
-def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
-    wide = gradient.dtype.itemsize >= torch.float32.itemsize
-    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
-
-
 def share_of_batch(batch_size: int, world: World) -> range:
     """The places of a batch that are this rank's."""
     own = batch_size // world.size
@@ -134,6 +127,7 @@ class Trainer:
         self.order = data.train.order(config.seed)
         self.step = 0
         self.tokens = 0  # predicted so far, ignored positions not counted
+        self.position = 0  # in the data: sequences taken so far
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
@@ -163,7 +157,7 @@ class Trainer:
     def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
         share = share_of_batch(self.config.batch_size, self.world)
-        indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
+        indices = self.order.indices(self.position, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
         batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
         if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
@@ -206,6 +200,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens += tokens
+        self.position += self.config.batch_size
         return StepResult(loss_value, norm_value, tokens, tuple(answers))
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -232,12 +227,7 @@ class Trainer:
 
         The norm is fp32, and that before they are scaled down.
         """
-        gradients = self.optimizer.gradients()
-        pieces = gradients
-        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
-            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack(self.optimizer.gradient_norms()))
         if self.world.size == 1:
             result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
         else:
@@ -251,7 +241,7 @@ class Trainer:
             norm = result[1].to(norm.dtype)
         if self.config.grad_clip is not None:
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(self.optimizer.gradients(), factor)
         return result
 
     def evaluate(self) -> dict[str, float]:
@@ -305,12 +295,19 @@ class Trainer:
 
         ``trainer``: what JSON can hold, the same on every rank.
         """
-        data = merged_states(self.world.gathered(self.data.train.state_dict()))
+        train = self.data.train
+        data = merged_states(self.world.gathered(train.state_dict(self.position)))
         named = self.model.named_parameters()  # tied weights once
         return {
             "model": {name: local(p).detach() for name, p in named},
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "tokens": self.tokens, "data": data},
+            "trainer": {
+                "step": self.step,
+                "tokens": self.tokens,
+                "sequences": self.position,
+                "order": order_record(train, self.config.seed),
+                "data": data,
+            },
         }
 
     def shards(self) -> dict[str, Shard]:
@@ -319,11 +316,16 @@ class Trainer:
         return {name: s for name, s in (shards | self.optimizer.shards()).items() if s.dim is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError, changing nothing, if ``state`` is not of this model and optimizer."""
+        """Raises UserError, changing no tensor, if ``state`` is not of this model, optimizer and data.
+
+        Training goes on with the sequence after the last one taken, whatever the batch size was.
+        """
+        position = saved_position(state["trainer"], self.data.train, self.config.batch_size)
         self._check_weights(state["model"], same_dtype=True)
+        self.data.train.load_state_dict(state["trainer"].get("data", {}), position)
         self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
         self._copy_weights(state["model"])
-        self.data.train.load_state_dict(state["trainer"].get("data", {}))
+        self.position = position
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
 

@@ -40,7 +40,7 @@ def step_flops(trainer: Any) -> float:
     config = trainer.config
     tokens = config.batch_size * config.seq_len / trainer.world.size
     flops = trainer.flops_per_token * tokens
-    for part in trainer.optimizer.parts:
+    for part in trainer.optimizer.groups:
         if isinstance(part, RSO):
             for site in part.sites:
                 rows = sum(layer.weight.shape[0] for layer in site.layers.values())

@@ -25,7 +25,7 @@ from helpers.runs import compose
 from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model, materialize
 from rsotrain.optim.build import build_optimizer
-from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import shard_model, shard_of
 
@@ -50,8 +50,8 @@ def refresh_seconds(config: Config, world: World) -> tuple[float, float]:
         total_steps=10,
         place=place,
     )
-    part = optimizer.parts[0]
-    assert isinstance(part, SubspacePart)
+    part = optimizer.groups[0]
+    assert isinstance(part, SubspaceOptimizer)
     gradients = {}
     for m in part.matrices:
         generator = torch.Generator().manual_seed(part.bases.positions[m.name])

@@ -103,7 +103,7 @@ def block_gradient_bytes(trainer: Trainer) -> int:
     layers = [m for m in trainer.model.modules() if isinstance(m, SubspaceLinear)]
     if layers:
         return sum(layer.coefficients.numel() * layer.coefficients.element_size() for layer in layers)
-    return tensors_bytes(trainer.optimizer.claims.blocks.values())
+    return tensors_bytes(trainer.optimizer.parameter_groups.blocks.values())
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def test_all_bases_can_be_made_due(options: list[str], monkeypatch: pytest.Monke
     optimizer, *rest = options
     here = trainer(f"optimizer={optimizer}", *rest)
     here.train_step()
-    part: Any = here.optimizer.parts[0]
+    part: Any = here.optimizer.groups[0]
     drawn: list[tuple[str, int]] = []
     settle = part.bases._settle
 
@@ -116,7 +116,7 @@ def test_all_bases_can_be_made_due(options: list[str], monkeypatch: pytest.Monke
 def test_what_a_refresh_entails_is_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the new bases capture comes with them; gaussian ones are made orthonormal for it."""
     here = trainer("optimizer=apollo")
-    part: Any = here.optimizer.parts[0]
+    part: Any = here.optimizer.groups[0]
     record, measured = part.bases.record, list[str]()
 
     def observe(name: str, *args: Any) -> None:

@@ -72,8 +72,13 @@ def test_settings_from_before_a_field_have_the_same_identity() -> None:
     settings = plain(config)
     old = without_later_fields(settings)
     assert "rope_scaling" not in old["model"]
-    assert identity_of(old) == identity(config)
+    assert identity_of(old, config) == identity(config)
     assert completed(old) == dict(flatten(settings))
+
+
+def test_a_key_that_is_later_in_one_schema_and_old_in_another_counts_where_it_is_old() -> None:
+    assert "optimizer.solver" not in identity(compose(["optimizer=galore"]))
+    assert identity(compose(["optimizer=rso"]))["optimizer.solver"] == "adam"
 
 
 def test_a_run_folder_from_before_a_field_goes_on_and_its_report_reads(

@@ -21,10 +21,11 @@ from rsotrain.config.methods import (
 )
 from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
-from rsotrain.subspace import samplers
+from rsotrain.subspace import random_bases
 from rsotrain.subspace.gram import GradientGram
 from rsotrain.subspace.samplers import Draw
 from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.spectral import importance
 
 STEPS, GAP, RANK, LR = 20, 5, 3, 0.01
 BETAS, EPS = (0.9, 0.99), 1e-8
@@ -79,9 +80,9 @@ def scaled(
 @pytest.mark.parametrize(
     ("sampler", "function"),
     [
-        (HAAR, samplers.haar),
-        (CoordinateConfig(name="coordinate"), samplers.coordinate),
-        (SRHTConfig(name="srht"), samplers.srht),
+        (HAAR, random_bases.haar),
+        (CoordinateConfig(name="coordinate"), random_bases.coordinate),
+        (SRHTConfig(name="srht"), random_bases.srht),
         (SVD, None),
     ],
     ids=lambda x: getattr(x, "name", ""),
@@ -132,7 +133,7 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
     config = GaLoreConfig(name="galore", block_parameters=["w"], **BASE, **LOW)
     sampler = GoLoreConfig(name="golore", random_fraction=random_fraction)
     optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
-    (part,) = optimizer.parts
+    (part,) = optimizer.groups
     seen: dict[int, Tensor] = {}
 
     def switching(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
@@ -140,7 +141,7 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
             assert old is not None
             return old
         if switch is not None and t >= switch:
-            return samplers.haar(random_draw(size, rank, draws.index(t))).double()
+            return random_bases.haar(random_draw(size, rank, draws.index(t))).double()
         # the first singular vectors' signs are arbitrary, and matter once moments are kept for a random basis
         return reference.dominant(t, gradient, rank, seen[t])
 
@@ -192,7 +193,7 @@ def test_importance_draws_sets_by_the_sequential_law(rank: int, power: float) ->
     size, count = len(weights), 6000
     u, _, vh = torch.linalg.svd(noise((8, size), "vectors").double(), full_matrices=False)
     gram = GradientGram(((u * values) @ vh).float())
-    draw_one = partial(samplers.importance, power=power)
+    draw_one = partial(importance, power=power)
     found = dict.fromkeys(combinations(range(size), rank), 0)
     for index in range(count):
         draw = Draw(size, rank, gram, generator(0, "basis", "w", index), torch.device("cpu"))

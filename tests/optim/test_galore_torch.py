@@ -6,10 +6,11 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import nn
 
-from rsotrain.config.methods import OnRefresh
+from rsotrain.config.methods import GaLoreConfig, OnRefresh
 from rsotrain.optim.base import Settings, StateKeeper
-from rsotrain.optim.subspace_part import Subspace
-from rsotrain.subspace.samplers import Sampler, full_svd
+from rsotrain.optim.subspace_optimizer import Subspace
+from rsotrain.subspace.samplers import Sampler
+from rsotrain.subspace.spectral import full_svd
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_thirty_steps_with_two_refreshes(
         {"w": ours},
         lr * scale,
         Settings(StateKeeper(torch.float32, 0), (0.9, 0.999), 1e-6),
+        GaLoreConfig(name="galore"),
         Subspace(sampler, rank, gap, OnRefresh.keep),
     )
     for step in range(1, steps + 1):

@@ -18,17 +18,20 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import (
     AdamConfig,
+    ApolloConfig,
+    FiraConfig,
     MuonConfig,
     NoSamplerConfig,
     OnRefresh,
     OptimizerConfig,
     SNConfig,
 )
-from rsotrain.optim.base import Part, Settings, StateKeeper
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, StateKeeper
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.residuals import Apollo, Fira
-from rsotrain.optim.subspace_part import Subspace
-from rsotrain.subspace.samplers import Draw, Sampler, full_svd
+from rsotrain.optim.subspace_optimizer import Subspace
+from rsotrain.subspace.samplers import Columns, Draw, Sampler
+from rsotrain.subspace.spectral import full_svd
 
 STEPS, GAP, RANK, LR = 30, 10, 4, 0.01  # refreshes at steps 1, 11 and 21
 BETAS = (0.9, 0.999)
@@ -55,7 +58,7 @@ def nothing(step: int) -> None:
 
 def distance(
     ours: nn.Parameter,
-    part: Part,
+    part: ParamGroupOptimizer,
     theirs: nn.Parameter,
     expected: torch.optim.Optimizer,
     *,
@@ -102,7 +105,7 @@ def basis_of(expected: torch.optim.Optimizer, theirs: nn.Parameter) -> Sampler:
         matrix: Tensor = expected.state[theirs]["projector"].ortho_matrix
         return (matrix if matrix.shape[0] == request.size else matrix.T).clone()
 
-    return Sampler("theirs", draw, orthonormal=False)
+    return Sampler("theirs", draw, Columns.unit)
 
 
 def corrected_limiter(expected: torch.optim.Optimizer, theirs: nn.Parameter, key: str) -> Hook:
@@ -153,9 +156,13 @@ def apollos(
         sampler, lr = SVD, lr * (min(shape) / rank) ** 0.5
     growth = 1.01 if limited else UNLIMITED
     part = Apollo(
-        "apollo", {"w": ours}, lr, settings(NO_EPS), subspace(sampler, rank), per_tensor=per_tensor,
-        max_growth=growth,
-    )  # fmt: skip
+        "apollo",
+        {"w": ours},
+        lr,
+        settings(NO_EPS),
+        ApolloConfig(name="apollo", per_tensor=per_tensor, max_growth=growth),
+        subspace(sampler, rank),
+    )
     return ours, part, theirs, expected
 
 
@@ -219,7 +226,9 @@ def test_fira_is_pytorch_optimizers(pytorch_optimizer: Any, shape: tuple[int, in
     # scale = 1: any other leaks into their residual, G − scale·PPᵀG, and leaves its part of the update as is
     group = {"params": [theirs], "rank": RANK, "update_proj_gap": GAP, "scale": 1.0, "projection_type": "std"}
     expected = pytorch_optimizer.Fira([group], lr=LR, betas=BETAS, eps=NO_EPS)
-    part = Fira("fira", {"w": ours}, LR, settings(NO_EPS), subspace(SVD), max_growth=1.01)
+    part = Fira(
+        "fira", {"w": ours}, LR, settings(NO_EPS), FiraConfig(name="fira", max_growth=1.01), subspace(SVD)
+    )
     found = distance(
         ours, part, theirs, expected,
         before=refresh_at_one(expected, theirs),
@@ -249,9 +258,9 @@ def test_subset_norm_is_pytorch_optimizers(
 # --- AdamW and Muon ------------------------------------------------------------------------------
 
 
-def built(parameter: nn.Parameter, config: OptimizerConfig) -> Part:
+def built(parameter: nn.Parameter, config: OptimizerConfig) -> ParamGroupOptimizer:
     sampler = NoSamplerConfig(name="none")
-    (part,) = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS).parts
+    (part,) = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS).groups
     return part
 
 

@@ -32,8 +32,9 @@ from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.subspace.gram import GradientGram
-from rsotrain.subspace.samplers import Draw, randomized_svd
+from rsotrain.subspace.samplers import Draw
 from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.spectral import randomized_svd
 
 STEPS, RANK, GAP, LR = 20, 4, 7, 0.01
 BETAS, EPS = (0.9, 0.99), 1e-8

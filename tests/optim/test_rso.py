@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, SamplerConfig, StateDtype
 from rsotrain.config.schema import Precision
-from rsotrain.models.llama import Linear
+from rsotrain.models.layers import Linear
 from rsotrain.optim import reference
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.rso import RSO
-from rsotrain.subspace.samplers import Draw, haar
+from rsotrain.subspace.random_bases import haar
+from rsotrain.subspace.samplers import Draw
 from rsotrain.subspace.seeding import generator
 
 # --- one linear against the transcription ----------------------------------------------------------
@@ -182,7 +183,7 @@ def test_a_refresh_leaves_the_function_as_it_is() -> None:
     model = Toy()
     optimizer = build(model, config())
     train(model, optimizer, range(GAP - 1))
-    rso = optimizer.parts[0]
+    rso = optimizer.groups[0]
     assert isinstance(rso, RSO)
     seen: list[Tensor] = []
 

@@ -40,12 +40,13 @@ from rsotrain.models.subspace_linear import SubspaceLinear
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.rso import RSO
 from rsotrain.subspace.gram import DenseGram
-from rsotrain.subspace.samplers import Draw, mixture
+from rsotrain.subspace.samplers import Draw
 from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.spectral import mixture
 
 
 def rso_of(optimizer: CompositeOptimizer) -> RSO:
-    part = optimizer.parts[0]
+    part = optimizer.groups[0]
     assert isinstance(part, RSO)
     return part
 
@@ -86,7 +87,7 @@ def test_state_bytes_equal_the_formula(
         optimizer = build(Toy(torch.float32), config(**own), SAMPLERS[sampler], precision=precision)
         blocks = sum(4 * (moments * RANK * out + 1) for out in (MIDDLE, MIDDLE, OUT))
         bases = per_linear * size * RANK * (IN + MIDDLE) if per_linear else 2 * 8
-        assert optimizer.parts[0].state_bytes() == blocks + bases
+        assert optimizer.groups[0].state_bytes() == blocks + bases
         stored = {k: t for k, t in optimizer.state_dict().items() if k != "step"}
         total = sum(t.numel() * t.element_size() for t in stored.values())
         assert total == blocks + bases + 4 * 2 * 3 * OUT
@@ -168,7 +169,7 @@ def test_mistakes_get_a_sentence_and_leave_the_model(
 
 @pytest.mark.parametrize("sampler", ["haar", "svd"])
 def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsotrain.subspace.samplers.normal", None)
+    monkeypatch.setattr("rsotrain.subspace.random_bases.normal", None)
     optimizer = build(Toy(torch.float32).to("meta"), config(), SAMPLERS[sampler])
     assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
 

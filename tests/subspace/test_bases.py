@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh
+from rsotrain.config.methods import GaLoreConfig, OnRefresh
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Settings, StateKeeper
 from rsotrain.optim.galore import GaLore
-from rsotrain.optim.subspace_part import Subspace
+from rsotrain.optim.subspace_optimizer import Subspace
 from rsotrain.subspace.projection import (
     Side,
     add_lifted_,
@@ -19,8 +19,10 @@ from rsotrain.subspace.projection import (
     resolve_rank,
     side_of,
 )
-from rsotrain.subspace.samplers import Draw, Sampler, gaussian, golore, haar, svd
+from rsotrain.subspace.random_bases import gaussian, haar
+from rsotrain.subspace.samplers import Columns, Draw, Sampler
 from rsotrain.subspace.schedule import RefreshSchedule
+from rsotrain.subspace.spectral import golore, svd
 
 SVD = Sampler("svd", svd, informed=True)
 
@@ -30,7 +32,12 @@ def part(shape: tuple[int, int] = (12, 8), **own: object) -> tuple[GaLore, nn.Pa
     settings = {"sampler": SVD, "rank": 3, "gap": 5, "on_refresh": OnRefresh.keep, "total_steps": 100}
     subspace = Subspace(**(settings | own))  # type: ignore[arg-type]
     return GaLore(
-        "galore", {"w": parameter}, 0.01, Settings(StateKeeper(torch.float32, 0)), subspace
+        "galore",
+        {"w": parameter},
+        0.01,
+        Settings(StateKeeper(torch.float32, 0)),
+        GaLoreConfig(name="galore"),
+        subspace,
     ), parameter
 
 
@@ -242,7 +249,7 @@ def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_thei
     steps(galore, parameter, noise(2, (40, 40)))
     # ‖QᵀQ'‖²/r of independent Haar bases: mean r/k, spread below 1/k
     assert galore.metrics()["subspace/overlap"] == pytest.approx(0.5, abs=0.1)
-    scaled, parameter = part(sampler=Sampler("gaussian", gaussian, orthonormal=False), gap=1)
+    scaled, parameter = part(sampler=Sampler("gaussian", gaussian, Columns.scaled), gap=1)
     gradients = noise(3)
     steps(scaled, parameter, gradients[:1])
     old, _ = torch.linalg.qr(scaled.state["w"]["basis"])
@@ -259,9 +266,9 @@ def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_thei
     }
 
 
-def test_captured_energy_of_a_lagged_sampler_is_of_the_basis_in_use() -> None:
-    lagged = Sampler("lagged", haar, lagged=True)
-    galore, parameter = part(gap=10, sampler=lagged)
+def test_captured_energy_of_a_sampler_after_the_update_is_of_the_basis_in_use() -> None:
+    later = Sampler("later", haar, post_update=True)
+    galore, parameter = part(gap=10, sampler=later)
     gradients = noise(12)
     steps(galore, parameter, gradients[:11])
     basis = galore.state["w"]["basis"].clone()  # drawn after the update of step 11
@@ -284,8 +291,8 @@ def test_no_lagged_draw_follows_in_the_step_of_a_late_first_one() -> None:
         calls.append(len(calls))
         return haar(draw)
 
-    lagged = Sampler("lagged", draws, informed=True, lagged=True)
-    galore, parameter = part(gap=1, sampler=lagged)
+    later = Sampler("later", draws, informed=True, post_update=True)
+    galore, parameter = part(gap=1, sampler=later)
     drawn = []
     for step, gradient in enumerate([torch.zeros(12, 8), *noise(3)], start=1):
         steps(galore, parameter, [gradient], first=step)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import compose, load_data
+from helpers.runs import OPTIMIZERS, compose, load_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,10 +19,7 @@ from rsotrain.parallel.ranks import World
 from rsotrain.training.trainer import Trainer
 
 GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
-METHODS = (
-    "adam", "galore", "i3s", "sn", "sm", "sn_sm", "frugal", "fira", "apollo", "apollo_mini", "osd", "ldadam",
-    "muon", "rso", "carry",
-)  # fmt: skip
+METHODS = tuple(OPTIMIZERS)
 
 
 class Traffic(TorchDispatchMode):

@@ -36,7 +36,7 @@ def test_padding_plays_no_part_in_the_bases(tiny: list[str], cache_dir: Path) ->
         padded = targets.flip(1).ne(IGNORE_INDEX).cumsum(1).flip(1) == 0
         assert 0 < padded.sum() < padded.numel()
         trained.forward(inputs.where(~padded, padding), targets)
-        part = trained.optimizer.parts[0]
+        part = trained.optimizer.groups[0]
         assert isinstance(part, RSO)
         found.append([site.take_gram() for site in part.sites])
     for first, second in zip(*found, strict=True):

@@ -1,126 +1,32 @@
 """The step that all low-rank methods share: refresh, project, hand over to the method."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh
-from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
-from rsotrain.optim.functional import row_norms, subset_sums
-from rsotrain.parallel.sharding import Shard, local, shard_of
+from rsotrain.config.methods import SubspaceConfig
+from rsotrain.optim.base import Settings, buckets, gradient_of
+from rsotrain.optim.matrix import Matrix, matrix_of
+from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.state_size import Weight, WeightsLayout
+from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
 from rsotrain.subspace.bases import Bases, BasisChange
-from rsotrain.subspace.projection import Side, oriented, project_, resolve_rank, side_of
+from rsotrain.subspace.projection import oriented, project_, resolve_rank
 from rsotrain.subspace.samplers import Sampler, orthonormalised
 from rsotrain.subspace.sources import GradientSource
 
 
-@dataclass(frozen=True)
-class Subspace:
-    """How the bases of a part are chosen.
-
-    ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
-    ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised (a lagged sampler's) is stored in float32 whatever this says, but RSO's: it is
-    multiplied by activations in ``compute_dtype``.
-    """
-
-    sampler: Sampler
-    rank: int | float
-    gap: int
-    on_refresh: OnRefresh
-    staggered: bool = False
-    seed: int = 0
-    total_steps: int = 1
-    compute_dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One low-rank parameter. Oriented, it is M×k, of which this rank has a piece, ``num_rows``×(columns).
-
-    It is sharded in M where that can be, and then all is local but what sums over M. Where it is sharded
-    in k, what sums over k is reduced, and what is M×r is the same on every rank.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    side: Side
-    rank: int
-    shard: Shard
-
-    @property
-    def size(self) -> int:
-        """k, of the whole."""
-        return min(self.shard.shape)
-
-    @property
-    def by_columns(self) -> bool:
-        """Is the projected dimension the sharded one?"""
-        return self.shard.dim == (1 if self.side is Side.right else 0)
-
-    @property
-    def num_rows(self) -> int:
-        if self.shard.dim is None or self.by_columns:
-            return max(self.shard.shape)
-        return self.shard.stop - self.shard.start
-
-    @property
-    def label(self) -> str:
-        """Of what is M×r here."""
-        return self.name if self.by_columns else f"{self.name}{self.shard.label}"
-
-    @property
-    def weight(self) -> Tensor:
-        return oriented(local(self.parameter).detach(), self.side)
-
-    def columns_of(self, basis: Tensor) -> Tensor:
-        """The rows of a k×r basis for the columns that are here."""
-        return basis[self.shard.start : self.shard.stop] if self.by_columns else basis
-
-    def norms(self, *pieces: Tensor) -> list[Tensor]:
-        """Frobenius norms of the wholes of these pieces, M×k or M×r, which are all of one kind."""
-        return self.shard.norms(*pieces)
-
-    def low_rank_norms(self, *pieces: Tensor) -> list[Tensor]:
-        """The same for what is M×r."""
-        return [torch.linalg.vector_norm(p) for p in pieces] if self.by_columns else self.shard.norms(*pieces)
-
-    def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
-        """Norms of the rows of an M×k matrix, num_rows×1."""
-        norms = row_norms(piece, dtype)
-        return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
-
-    def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
-        """``subset_sums`` of the rows of an M×k matrix, num_rows×(k/subset_size)."""
-        if not self.by_columns:
-            return subset_sums(piece, subset_size)
-        sums = piece.new_zeros(piece.shape[0], self.size // subset_size)
-        subsets = self.subsets_of_columns(subset_size)
-        assert subsets is not None
-        return self.shard.sum_(sums.index_add_(1, subsets, piece.square()))
-
-    def subsets_of_columns(self, subset_size: int) -> Tensor | None:
-        """Where only some columns are here, the subset of each."""
-        if not self.by_columns:
-            return None
-        columns = torch.arange(self.shard.start, self.shard.stop, device=self.parameter.device)
-        return columns // subset_size
-
-
-def matrix_of(name: str, parameter: nn.Parameter, rank: int = 1) -> Matrix:
-    shard = shard_of(parameter)
-    return Matrix(name, parameter, side_of(parameter.shape), rank, shard)
-
-
-class SubspacePart(Part):
+class SubspaceOptimizer(OptimizerWithBases):
     """A method with one low-rank basis for each matrix.
 
-    Matrices are updated in buckets: one matrix product each for the projections, then the elementwise
-    work of the whole bucket in fused or foreach calls. ``needs_orthonormal``: the method makes no sense
+    A method defines ``add_state``, ``apply``, ``basis_changed`` and ``matrix_state``. Matrices are updated in
+    buckets: one matrix product each for the projections, then the elementwise work of the whole bucket in
+    fused or foreach calls. ``needs_orthonormal``: the method makes no sense
     with other bases.
     """
 
@@ -132,10 +38,10 @@ class SubspacePart(Part):
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
+        config: SubspaceConfig,
         subspace: Subspace,
-        **own: Any,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, **own)
+        super().__init__(label, parameters, peak_lr, settings, config)
         self.subspace = subspace
         self.matrices = [
             matrix_of(name, p, resolve_rank(subspace.rank, min(p.shape), name))
@@ -144,7 +50,7 @@ class SubspacePart(Part):
         self.by_name = {m.name: m for m in self.matrices}
         dtype = next(iter(parameters.values())).dtype
         self.product_dtype = subspace.compute_dtype or work_dtype(dtype)
-        self.basis_dtype = work_dtype(dtype) if subspace.sampler.lagged else self.product_dtype
+        self.basis_dtype = work_dtype(dtype) if subspace.sampler.post_update else self.product_dtype
         self.bases = Bases(
             {m.name: (m.size, m.rank) for m in self.matrices},
             subspace.sampler,
@@ -157,15 +63,34 @@ class SubspacePart(Part):
             mesh=self.matrices[0].shard.mesh,
         )
         for m in self.matrices:
-            self.state[m.name] = self.bases.state[m.name] | self.initial_state(m)
+            for key, tensor in self.bases.state[m.name].items():
+                self.add_tensor(m.name, key, tensor)
+            self.add_state(m)
         # of the wholes: all ranks have the same buckets
         self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
+
+    @classmethod
+    def refuse(cls, config: Any, sampler: Sampler | None) -> None:
+        require_orthonormal(config, require_sampler(config, sampler), always=cls.needs_orthonormal)
+
+    @classmethod
+    def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
+        if layout.bases_are_optimised:
+            layout = replace(layout, basis_bytes=4)
+        return super().state_bytes_formula(config, weights, layout)
+
+    def is_replicated(self, name: str, key: str) -> bool:
+        """Where the projected dimension is the sharded one, ranks share what is M×r."""
+        return super().is_replicated(name, key) or matrix_of(name, self.parameters[name]).by_columns
+
+    def refresh_work(self) -> list[tuple[object, str]]:
+        return [*super().refresh_work(), (self, "record_energy")]
 
     # --- what a method defines -----------------------------------------------------------------
 
     @abstractmethod
-    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
-        """The method's own state of one matrix, zeros."""
+    def add_state(self, matrix: Matrix) -> None:
+        """Add the method's own state of one matrix, zeros."""
 
     @abstractmethod
     def apply(
@@ -183,12 +108,6 @@ class SubspacePart(Part):
     def basis(self, matrix: Matrix) -> Tensor:
         """The basis in use, as products take it; of it what belongs to the columns that are here."""
         return matrix.columns_of(self.bases[matrix.name].to(self.product_dtype))
-
-    def state_dim(self, name: str, key: str) -> int | None:
-        """All but what belongs to the basis, and scalars, has one row for each of M."""
-        matrix = self.by_name[name]
-        shared = key in self.bases.state[name] or self.state[name][key].ndim == 0
-        return None if shared or matrix.by_columns else 0
 
     def gradient(self, matrix: Matrix) -> Tensor:
         """What is projected, oriented."""
@@ -213,7 +132,7 @@ class SubspacePart(Part):
                 if m.name in self.bases.record.unobserved:
                     self.record_energy(m, a, projected[-1])
             self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
-        if self.subspace.sampler.lagged:
+        if self.subspace.sampler.post_update:
             self.refresh(gradients, step, lr_factor, after_update=True)
 
     def _project(self, matrix: Matrix, gradient: Tensor, basis: Tensor) -> Tensor:
@@ -244,15 +163,6 @@ class SubspacePart(Part):
         }
         for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
             self.basis_changed(self.by_name[name], change, step)
-
-    def begins_round(self, step: int) -> bool:
-        return self.bases.schedule.draw_index(0, step) is not None
-
-    def resume(self) -> None:
-        self.bases.resume()
-
-    def metrics(self) -> dict[str, float]:
-        return self.bases.record.metrics()
 
     def ranks(self) -> list[int]:
         return [m.rank for m in self.matrices]

@@ -1,4 +1,4 @@
-"""Which parameters a method gets: each claimed exactly once, by regular expressions on its name."""
+"""Which parameters a method gets: each is in exactly one group, by regular expressions on its name."""
 
 import re
 from collections.abc import Iterable
@@ -10,25 +10,26 @@ from rsotrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Claims:
-    """``blocks``: what the patterns name; ``rest``: all others; ``frozen``: names that are not trained."""
+class ParameterGroups:
+    """``blocks``: what the method trains, the attention and MLP weights that the patterns name; ``rest``: all
+    others that are trained; ``frozen``: those that are not."""
 
     patterns: tuple[str, ...]
     blocks: dict[str, nn.Parameter]
     rest: dict[str, nn.Parameter]
     frozen: dict[str, nn.Parameter]
 
-    def renewed(self, model: nn.Module) -> "Claims":
-        """The same claims on a model whose parameters have been replaced, under the same names."""
+    def renewed(self, model: nn.Module) -> "ParameterGroups":
+        """The same groups of a model whose parameters have been replaced, under the same names."""
         now = dict(model.named_parameters())
         blocks, rest, frozen = (
             {name: now[name] for name in group} for group in (self.blocks, self.rest, self.frozen)
         )
-        return Claims(self.patterns, blocks, rest, frozen)
+        return ParameterGroups(self.patterns, blocks, rest, frozen)
 
 
 @dataclass(frozen=True)
-class ClaimRow:
+class GroupRow:
     """One line of the table printed at start. ``lr`` is the peak rate, None where nothing is trained."""
 
     group: str
@@ -40,9 +41,9 @@ class ClaimRow:
     state_bytes: int
 
 
-def claim_parameters(
+def group_parameters(
     model: nn.Module | Iterable[tuple[str, nn.Parameter]], patterns: Iterable[str]
-) -> Claims:
+) -> ParameterGroups:
     """Divide the parameters; a tied one counts once, under its first name.
 
     Raises UserError for a pattern that is no regular expression or matches nothing trainable, and for a
@@ -84,4 +85,4 @@ def claim_parameters(
                 f" (names look like {next(iter(unique.values()))[0]!r}, and a tied one goes by its"
                 " first name); remove or correct it"
             )
-    return Claims(patterns, blocks, rest, frozen)
+    return ParameterGroups(patterns, blocks, rest, frozen)
