@@ -2,9 +2,11 @@
 
 A block is built from (config, attention, mlp, activation_checkpointing) and maps (x, tables, mask) to x; an
 attention from (config), mapping (x, norm, tables, mask), and an MLP from (config), mapping (x, norm), to
-what is added to x. All else is read from the modules themselves by ``rsotrain.models.architecture``:
-parameters, kinds, inputs that linears share (``shared_inputs``), FLOPs (``flops_per_token``, for products
-that are not those of a ``Linear``).
+what is added to x. Linears whose names end in q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj
+are those that ``optimizer.block_parameters`` matches. All else is read from the modules themselves by
+``rsotrain.models.architecture``: parameters and their kinds, inputs that linears share (``shared_inputs``),
+FLOPs (``flops_per_token``, for products that are not those of a ``Linear``). An export refuses parts that
+transformers' classes lack. What needs a number of its own gets a field in ``ModelConfig``, too.
 """
 
 from collections.abc import Mapping
