@@ -8,7 +8,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import SCHEMAS, Config
+from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
 
@@ -41,7 +43,13 @@ def pretrained_value(folder: str | None, name: str) -> Any:
 
     if folder is None:
         raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
-    return getattr(read_config(Path(folder).expanduser()), name)
+    check_path("model.init_from", folder)
+    try:
+        model = read_config(Path(folder).expanduser())
+        validate_model(model)
+    except UserError as error:  # of a key that the user has not given
+        raise UserError(f"model.init_from={folder}: {error}") from error
+    return getattr(model, name)
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text, text_keys
 from rsotrain.config.keys import did_you_mean, flatten, known_keys
 from rsotrain.errors import UserError
-from rsotrain.escaping import print_line
+from rsotrain.escaping import one_line, print_line
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
 _PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = "runs without end" if number is None else f"{number} runs"
         print_line(f"{given.file}: {runs}, all keys exist")
     except UserError as error:
-        print_line(f"rsotrain: {error}", sys.stderr)
+        print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from rsotrain.config.ranges import COUNT, SIZE, number
+from rsotrain.config.text import file_path
 
 # --- data --------------------------------------------------------------------------------------
 
@@ -73,8 +74,8 @@ class FilesDataConfig(DataConfig):
     text files; null: a file is a document.
     """
 
-    path: str = MISSING
-    validation_path: str | None = None
+    path: str = file_path()
+    validation_path: str | None = file_path(None)
     validation_fraction: float | None = number(None, above=0, below=1)
     text_field: str = "text"
     sample_by: SampleBy | None = None
@@ -87,8 +88,8 @@ class InstructionsDataConfig(DataConfig):
     ``prompt_template`` takes the fields of a row in braces; the response follows it at once.
     """
 
-    path: str = MISSING
-    validation_path: str | None = None
+    path: str = file_path()
+    validation_path: str | None = file_path(None)
     validation_fraction: float | None = number(None, above=0, below=1)
     prompt_template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     response_field: str = "output"
@@ -114,8 +115,8 @@ class HubDataConfig(DataConfig):
 class C4DataConfig(DataConfig):
     """C4 (English): from the hub, or from its ``c4-train.*.json.gz`` shards where ``path`` says."""
 
-    path: str | None = None
-    validation_path: str | None = None
+    path: str | None = file_path(None)
+    validation_path: str | None = file_path(None)
     revision: str | None = None
 
 
@@ -136,7 +137,7 @@ class TokenizerConfig:
 class TrainedTokenizerConfig(TokenizerConfig):
     """A SentencePiece model with byte fallback, trained once on the training documents."""
 
-    vocab_size: int = number(4096, at_least=260, at_most=SIZE)  # 3 special, 256 bytes, a character
+    vocab_size: int = number(4096, at_least=260, at_most=SIZE)  # 3 special, 256 bytes, one character
     model_type: ModelType = ModelType.bpe
     character_coverage: float = number(0.9995, at_least=0.98, at_most=1)  # SentencePiece's own range
     max_training_bytes: int = number(20_000_000, above=0, at_most=COUNT)
@@ -146,7 +147,7 @@ class TrainedTokenizerConfig(TokenizerConfig):
 class SentencePieceTokenizerConfig(TokenizerConfig):
     """A SentencePiece model in a file, as LLaMA, T5 and Mistral have them."""
 
-    path: str = MISSING
+    path: str = file_path()
 
 
 @dataclass
@@ -162,7 +163,7 @@ class HubTokenizerConfig(TokenizerConfig):
 class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer of a Hugging Face folder: its tokenizer.json, else its tokenizer.model."""
 
-    path: str = MISSING
+    path: str = file_path()
 
 
 # --- what the modes read -----------------------------------------------------------------------
@@ -190,7 +191,7 @@ class ExportDtype(Enum):
 class ExportConfig:
     """``path``: the Hugging Face folder to write; ``dtype`` null: that of the checkpoint."""
 
-    path: str | None = None
+    path: str | None = file_path(None)
     dtype: ExportDtype | None = None
 
 
@@ -210,7 +211,7 @@ class EvaluationConfig:
     samples: bool = True
     legacy_divisor: bool = False
     tasks: list[str] = field(default_factory=list)
-    tasks_path: str | None = None
+    tasks_path: str | None = file_path(None)
     num_fewshot: int | None = number(None, at_least=0, at_most=10**4)
     task_limit: int | None = number(None, above=0, at_most=COUNT)
 

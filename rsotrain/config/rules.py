@@ -1,9 +1,12 @@
 """What settings of the run, the model and the schedule demand of each other."""
 
+import os
 from pathlib import Path
 
+from rsotrain.config.processes import check_rendezvous
 from rsotrain.config.ranges import check_ranges
-from rsotrain.config.schema import Config, LoadWhat, LRSchedulerConfig, Mode, ModelConfig, Strategy
+from rsotrain.config.schedules import LRSchedulerConfig
+from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Strategy
 from rsotrain.errors import require
 
 
@@ -46,6 +49,8 @@ def validate_parallelism(config: Config, started: int) -> None:
         config.batch_size % started == 0,
         f"batch_size={config.batch_size} does not divide among {started} processes; make it a multiple",
     )
+    if started > 1 and config.mode is not Mode.plan:
+        check_rendezvous()
     micro, of_rank = config.micro_batch_size, config.batch_size // started
     require(
         micro is None or of_rank % micro == 0,
@@ -104,4 +109,4 @@ def validate_checkpoint(config: Config) -> None:
             "checkpoint.load=weights takes them from checkpoint.path, which is null; give a checkpoint",
         )
         return
-    require(Path(path).expanduser().is_dir(), f"checkpoint.path={path} is not a folder")
+    require(os.path.isdir(Path(path).expanduser()), f"checkpoint.path={path} is not a folder")

@@ -1,5 +1,6 @@
 """What settings of data and tokenizers demand of each other."""
 
+import os
 import string
 from pathlib import Path
 
@@ -72,6 +73,11 @@ def _validate_instructions(data: InstructionsDataConfig) -> None:
     except ValueError as error:
         raise UserError(f"data.prompt_template is no template ({error}); write fields as {{name}}") from error
     require(
+        data.response_field not in {name for name, _, _ in fields},
+        f"data.response_field={data.response_field} is a field of data.prompt_template, too; leave it out of"
+        " the template, which the response follows by itself",
+    )
+    require(
         all(name is None or (name.isidentifier() and not form and not kind) for name, form, kind in fields),
         "data.prompt_template takes fields by name and as they are, as {instruction}; a brace itself is {{",
     )
@@ -83,7 +89,7 @@ def validate_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
         path = Path(tokenizer.path).expanduser()
         is_file = isinstance(tokenizer, SentencePieceTokenizerConfig)
         require(
-            path.is_file() if is_file else path.is_dir(),
+            os.path.isfile(path) if is_file else os.path.isdir(path),
             f"tokenizer.path={path} is not a {'file' if is_file else 'folder'}",
         )
     if isinstance(tokenizer, TrainedTokenizerConfig):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from rsotrain.config.processes import processes
 from rsotrain.config.schema import Config, LoadWhat, Mode
 from rsotrain.errors import require
 
@@ -30,7 +31,7 @@ def validate_modes(config: Config) -> None:
         "checkpoint.load=weights is for training; the other modes take nothing else",
     )
     require(
-        config.mode in (Mode.train, Mode.benchmark) or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        config.mode in (Mode.train, Mode.benchmark) or processes().size == 1,
         f"mode={config.mode.name} is for one process; start one",
     )
     require(
@@ -51,4 +52,4 @@ def validate_modes(config: Config) -> None:
     )
     if config.model.init_from is not None:
         folder = Path(config.model.init_from).expanduser()
-        require((folder / "config.json").is_file(), f"model.init_from={folder} holds no config.json")
+        require(os.path.isfile(folder / "config.json"), f"model.init_from={folder} holds no config.json")

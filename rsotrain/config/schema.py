@@ -32,6 +32,8 @@ from rsotrain.config.data import (
 from rsotrain.config.later import later
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
+from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
+from rsotrain.config.text import file_path
 
 
 class Mode(Enum):
@@ -121,7 +123,7 @@ class ModelConfig:
     attention: str = later("causal")
     mlp: str = later("swiglu")
     pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
-    init_from: str | None = None
+    init_from: str | None = file_path(None)
 
     @property
     def kv_heads(self) -> int:
@@ -146,42 +148,6 @@ class ModelConfig:
 # --- the rest ----------------------------------------------------------------------------------
 
 
-@dataclass
-class LRSchedulerConfig:
-    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
-
-    name: str = MISSING
-    warmup_fraction: float = number(0.1, at_least=0, at_most=1)
-    warmup_steps: int | None = number(None, at_least=0, at_most=COUNT)
-
-
-@dataclass
-class ConstantConfig(LRSchedulerConfig):
-    """The peak rate to the end."""
-
-
-@dataclass
-class CosineConfig(LRSchedulerConfig):
-    """A half cosine down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = number(0.1, at_least=0, at_most=1)
-
-
-@dataclass
-class LinearConfig(LRSchedulerConfig):
-    """A straight line down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
-
-
-@dataclass
-class WSDConfig(LRSchedulerConfig):
-    """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
-
-    decay_fraction: float = number(0.2, at_least=0, at_most=1)
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
-
-
 class Strategy(Enum):
     """single: one process. ddp: a whole copy on each rank. fsdp: one copy, sharded over all ranks.
     hsdp: sharded inside groups of ranks, replicated between them."""
@@ -202,7 +168,7 @@ class ParallelismConfig:
     strategy: Strategy = Strategy.single
     world_size: int | None = number(None, above=0, at_most=10**5)
     shard_size: int | None = number(None, above=0, at_most=10**5)
-    timeout_seconds: float = number(300.0, above=0, at_most=10**6)
+    timeout_seconds: float = number(300.0, at_least=1, at_most=10**6)
 
 
 class LoadWhat(Enum):
@@ -218,7 +184,7 @@ class CheckpointConfig:
     ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
     Hugging Face folder then; null: this run's newest."""
 
-    path: str | None = None
+    path: str | None = file_path(None)
     load: LoadWhat = LoadWhat.all
 
 
@@ -262,7 +228,7 @@ class ReportConfig:
     by a multirun writes none.
     """
 
-    path: str | None = None
+    path: str | None = file_path(None)
     claims: bool = False
 
 
@@ -290,8 +256,8 @@ class Config:
     keep_checkpoints: int = number(2, above=0, at_most=COUNT)  # newest checkpoints kept
     max_seconds: float | None = number(None, above=0, at_most=FACTOR)
     run_name: str | None = None  # null: made from the settings
-    output_dir: str = "outputs"
-    cache_dir: str | None = None  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
+    output_dir: str = file_path("outputs")
+    cache_dir: str | None = file_path(None)  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
     overwrite: bool = False
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -329,12 +295,7 @@ SCHEMAS: dict[str, Mapping[str, type]] = {
         "sentencepiece": SentencePieceTokenizerConfig,
         "trained": TrainedTokenizerConfig,
     },
-    "lr_scheduler": {
-        "constant": ConstantConfig,
-        "cosine": CosineConfig,
-        "linear": LinearConfig,
-        "wsd": WSDConfig,
-    },
+    "lr_scheduler": SCHEDULES,
     "parallelism": {"parallelism": ParallelismConfig},
     "logger": {"logger": LoggerConfig},
 }

@@ -1,8 +1,9 @@
 """Everything that can be refused before any work is done: ranges, rules between settings, names, folders."""
 
 import os
-from pathlib import Path
 
+from rsotrain.config.identity import run_name
+from rsotrain.config.processes import processes
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.rules import (
     validate_checkpoint,
@@ -13,6 +14,7 @@ from rsotrain.config.rules import (
 from rsotrain.config.rules_data import validate_data, validate_tokenizer
 from rsotrain.config.rules_modes import validate_modes
 from rsotrain.config.schema import Config, Mode
+from rsotrain.config.text import NAME_BYTES, check_folder, check_name, check_path, check_text
 from rsotrain.errors import require
 
 
@@ -22,7 +24,8 @@ def validate(config: Config) -> None:
     Ranks too large, and which samplers an optimizer takes, are for ``optim/build.py`` to refuse.
     """
     check_ranges(config)
-    validate_parallelism(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_text(config)
+    validate_parallelism(config, processes().size)
     validate_model(config.model)
     longest = config.model.max_position_embeddings
     require(
@@ -36,23 +39,38 @@ def validate(config: Config) -> None:
     validate_tokenizer(config.tokenizer, config.model)
     validate_modes(config)
     validate_checkpoint(config)
-    name = config.run_name
-    require(
-        name is None or (name not in ("", ".", "..") and Path(name).name == name),
-        f"run_name={name} must be the name of one folder, without a slash",
-    )
-    _validate_folder("output_dir", config.output_dir)
+    _check_names(config)
+    check_folder("output_dir", config.output_dir)
+    _check_cache(config)
     require(
         config.report.path is not None or not config.report.claims,
         "report.claims=true is a part of the report; give the folder for it with report.path=…",
     )
     if config.report.path is not None:
-        _validate_folder("report.path", config.report.path)
+        check_folder("report.path", config.report.path)
 
 
-def _validate_folder(key: str, path: str) -> None:
-    existing = folder = Path(path).expanduser()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    require(existing.is_dir(), f"{key}={folder}: {existing} is not a folder")
-    require(os.access(existing, os.W_OK | os.X_OK), f"{key}={folder}: {existing} is not writable")
+def _check_cache(config: Config) -> None:
+    """It may be another's, to be read only."""
+    key = "RSOTRAIN_CACHE_DIR" if config.cache_dir is None else "cache_dir"
+    given = config.cache_dir or os.environ.get("RSOTRAIN_CACHE_DIR")
+    if given:
+        check_path(key, given)
+        check_folder(key, given, writable=False)
+
+
+def _check_names(config: Config) -> None:
+    """Those that make up the names of the run's folder and of what is written beside it."""
+    if config.run_name is not None:
+        check_name("run_name", config.run_name)
+    for group in ("model", "optimizer", "sampler"):
+        check_name(f"{group}.name", getattr(config, group).name)
+    if member := os.environ.get("WANDB_RUN_ID"):
+        check_name("WANDB_RUN_ID", member)
+    name = run_name(config)
+    size = len(name.encode())
+    require(
+        size <= NAME_BYTES,
+        f"the run's folder {name} would have a name of {size} bytes, but {NAME_BYTES} are the most;"
+        " give it a run_name",
+    )

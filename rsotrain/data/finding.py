@@ -14,6 +14,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from rsotrain.errors import UserError, require
+from rsotrain.escaping import for_terminal
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -53,7 +54,7 @@ def is_compressed(path: Path) -> bool:
 
 def shown(name: Path | str) -> str:
     """A name for a message: on one line, not too long, and with whatever is no text in it escaped."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+    text = for_terminal(name)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}…{text[-MAX_SHOWN // 2 :]}"
 
 

@@ -15,6 +15,10 @@ from rsotrain.config.data import TrainedTokenizerConfig
 from rsotrain.errors import UserError
 
 PIECE_CHARACTERS = 4096  # longest string shown to the trainer
+PIECES_WITHOUT_TEXT = 259  # three special ones and the bytes
+_NO_CHARACTERS = re.compile(
+    r"\[\(?all_chars_count|\[!required_chars_\.empty\(\)\]"
+)  # of SentencePiece's errors
 SPACE_MARK = "\u2581"  # SentencePiece writes a space so, and would read the character itself as a space
 
 
@@ -143,7 +147,8 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
     """A serialised model with byte fallback; the same one for the same texts and settings.
 
     unk 0, bos 1, eos 2, then the 256 bytes; digits are split; nothing is normalised, no space is added or
-    removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them.
+    removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them, with
+    the number that would do.
     """
     model = io.BytesIO()
     try:
@@ -167,22 +172,26 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        if "sentences_.empty()" in str(error):
+        reason = str(error)
+        if "sentences_.empty()" in reason:
             raise UserError(
                 f"tokenizer.max_training_bytes={config.max_training_bytes} leaves no text to train on;"
                 " raise it, or give other documents"
             ) from error
-        if "too high" in str(error):
-            largest = re.search(r"<= (\d+)", str(error))
-            at_most = f" (at most {largest[1]})" if largest else ""
+        largest = re.search(r"too high .* <= (\d+)", reason)
+        if _NO_CHARACTERS.search(reason) or (largest and int(largest[1]) <= PIECES_WITHOUT_TEXT):
             raise UserError(
-                f"tokenizer.vocab_size={config.vocab_size} is more than the training text can fill{at_most};"
-                " give a smaller one, or more text"
+                "the training text has no characters that a tokenizer could learn; give other documents"
             ) from error
-        if "required_chars" in str(error):
+        if largest:
+            raise UserError(
+                f"tokenizer.vocab_size={config.vocab_size} is more than the training text can fill (at most"
+                f" {largest[1]}); give a smaller one, or more text"
+            ) from error
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", reason):
             raise UserError(
                 f"tokenizer.vocab_size={config.vocab_size} is too small for the characters of the training"
-                " text; raise it, or lower tokenizer.character_coverage"
+                f" text, which take {needed[1]} pieces; raise it, or lower tokenizer.character_coverage"
             ) from error
         raise
     return model.getvalue()

@@ -9,7 +9,8 @@ from torch import nn
 from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
-from rsotrain.models.llama import Llama, RMSNorm
+from rsotrain.models.architecture import Kind, count_elements, weights_of
+from rsotrain.models.llama import Llama
 from rsotrain.models.pretrained import load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
 
@@ -93,21 +94,24 @@ def _allocate(model: Llama, device: torch.device) -> None:
 
 @torch.no_grad()
 def initialize(model: Llama, seed: int) -> None:
-    """Gains 1, every other weight normal with standard deviation ``initializer_range``.
+    """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the
     precision, the device or the number of ranks, and one weight at a time is whole.
     """
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                nn.init.ones_(local(parameter))
-            elif module is not model.lm_head or not model.config.tie_word_embeddings:
-                generator = torch.Generator().manual_seed(_seed_of(f"{name}.{parameter_name}", seed))
-                values = torch.empty(parameter.shape, dtype=torch.float32)
-                values.normal_(0.0, model.config.initializer_range, generator=generator)
-                local(parameter).copy_(shard_of(parameter).of(values))
+    parameters = dict(model.named_parameters())
+    for weight in weights_of(model):
+        parameter = parameters[weight.name]
+        if weight.kind is Kind.gain:
+            nn.init.ones_(local(parameter))
+        elif weight.kind is Kind.bias:
+            nn.init.zeros_(local(parameter))
+        else:
+            generator = torch.Generator().manual_seed(_seed_of(weight.name, seed))
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.normal_(0.0, model.config.initializer_range, generator=generator)
+            local(parameter).copy_(shard_of(parameter).of(values))
 
 
 def _seed_of(name: str, seed: int) -> int:
@@ -115,11 +119,13 @@ def _seed_of(name: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
+def model_without_memory(config: ModelConfig, vocab_size: int) -> Llama:
+    """The model on the meta device, in fp32: to ask what it consists of. UserError as for ``build_model``."""
+    return build_model(
+        config, vocab_size=vocab_size, precision=Precision.fp32, device=torch.device("meta"), seed=0
+    )
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Number of parameters in closed form; a tied head is counted once."""
-    hidden = config.hidden_size
-    attention = 2 * hidden * hidden + 2 * hidden * config.kv_size
-    mlp = 3 * hidden * config.intermediate_size
-    block = attention + mlp + 2 * hidden
-    embeddings = vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * block + embeddings + hidden
+    """Number of parameters; a tied head is counted once."""
+    return count_elements(model_without_memory(config, vocab_size))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rsotrain.errors import UserError
+from rsotrain.models.architecture import input_groups
 from rsotrain.models.functional import Context, shared_input_linear, swiglu
-from rsotrain.models.llama import Linear, RMSNorm
+from rsotrain.models.layers import Linear, RMSNorm
 from rsotrain.parallel.sharding import local
 from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
@@ -115,16 +116,17 @@ class Site:
 
 
 class SubspaceLinear(Linear):
-    """x Wᵀ whose backward leaves dB in ``coefficients.grad`` and no gradient in the weight.
+    """x Wᵀ, plus a bias, whose backward leaves dB in ``coefficients.grad`` and no gradient in the weight.
 
     ``coefficients`` (out × r, the weight's dtype) is a leaf for autograd to write to, a single zero in
     memory: the values of B are the optimizer's affair. It is no parameter of the module.
     """
 
-    def __init__(self, weight: nn.Parameter, site: Site) -> None:
+    def __init__(self, replaced: Linear, site: Site) -> None:
         nn.Module.__init__(self)
-        self.weight = weight
+        self.weight = replaced.weight
         self.weight.requires_grad_(False)
+        self.bias = replaced.bias
         self.site = site
         self.place_coefficients()
 
@@ -133,12 +135,9 @@ class SubspaceLinear(Linear):
         zero = local(self.weight).new_zeros(())
         self.coefficients = zero.expand(self.weight.shape[0], self.site.rank).requires_grad_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_shared([self], x)[0]
-
     @staticmethod
-    def apply_shared(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of linears of one site; without gradients nothing is projected."""
+    def products(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+        """Of linears of one site; without gradients nothing is projected."""
         weights = [layer.weight for layer in layers]
         if not torch.is_grad_enabled():
             return shared_input_linear(x, *weights)
@@ -149,11 +148,11 @@ class SubspaceLinear(Linear):
         return subspace_linear(x, site.current_basis(), weights, [layer.coefficients for layer in projected])
 
     @staticmethod
-    def apply_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
-        return SubspaceLinear.apply_shared(layers, norm(x))  # which keeps Z, not its input
+    def products_of_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        return SubspaceLinear.products(layers, norm(x))  # which keeps Z, not its input
 
-    def apply_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self(swiglu(gate, up))
+    def product_of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.products([self], swiglu(gate, up))[0]
 
 
 @contextmanager
@@ -171,39 +170,15 @@ def drawn_bases(module: nn.Module) -> Iterator[None]:
             site.basis = None
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A linear in the model, and where it is held."""
-
-    name: str  # of its weight
-    parent: nn.Module
-    attribute: str
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return getattr(self.parent, self.attribute).weight
-
-
-def _sites(model: nn.Module, names: Collection[str]) -> Iterator[list[_Place]]:
-    """The linears named in ``names``, in groups that read the same input."""
-    for prefix, parent in model.named_modules():
-        for group in getattr(parent, "shared_inputs", ()):
-            places = [
-                _Place(f"{prefix}.{attribute}.weight".lstrip("."), parent, attribute) for attribute in group
-            ]
-            if claimed := [place for place in places if place.name in names]:
-                yield claimed
-
-
 def attach_subspace(model: nn.Module, names: Collection[str], rank: int | float) -> list[Site]:
     """Replace the linears whose weights are ``names`` by subspace linears; their sites, without bases yet.
 
-    Modules tell which of their linears read the same input by an attribute ``shared_inputs``. The weights
-    stay the same parameters under the same names, with ``requires_grad`` off. ``rank``: of all linears of
-    a site, as in ``resolve_rank`` with the largest min(in, out) among them. Raises UserError, the model
-    untouched, if a name is no linear of a block or the rank does not fit.
+    The weights stay the same parameters under the same names, with ``requires_grad`` off; biases stay
+    trained. ``rank``: of all linears of a site, as in ``resolve_rank`` with the largest min(in, out) among
+    them. Raises UserError, the model untouched, if a name is no linear of a block or the rank does not fit.
     """
-    groups = list(_sites(model, names))
+    claimed = ([place for place in group if place.name in names] for group in input_groups(model))
+    groups = [group for group in claimed if group]
     if missing := sorted(set(names) - {place.name for group in groups for place in group}):
         raise UserError(
             f"optimizer.block_parameters matches {missing[0]}, which RSO cannot project: only the linears"
@@ -216,7 +191,7 @@ def attach_subspace(model: nn.Module, names: Collection[str], rank: int | float)
         sites.append(Site(name, group[0].weight.shape[1], resolve_rank(rank, size, name)))
     for site, group in zip(sites, groups, strict=True):
         for place in group:
-            layer = SubspaceLinear(place.weight, site)
+            layer = SubspaceLinear(getattr(place.parent, place.attribute), site)
             site.layers[place.name] = layer
             setattr(place.parent, place.attribute, layer)
     return sites

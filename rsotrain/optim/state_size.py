@@ -6,23 +6,12 @@ take is worked out here, on the rank that has the largest pieces.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from rsotrain.config.methods import StateDtype
+from rsotrain.models.architecture import Weight
 from rsotrain.parallel.sharding import preferred_dim
 
 Shape = tuple[int, ...]
-
-
-class Weight(Protocol):
-    """``shape``: (out, in), or (size,). ``site``: name of the first linear that reads the same input."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def site(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -5,44 +5,21 @@ This is the check on the planner, which asks the optimizer itself.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rsotrain.config.schema import Config, ModelConfig, Precision
+from rsotrain.models import architecture
+from rsotrain.models.architecture import Weight
+from rsotrain.models.build import model_without_memory
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.build import build_sampler, method_of
 from rsotrain.optim.state_size import WeightsLayout
 from rsotrain.parallel.ranks import shards_of
 
 
-@dataclass(frozen=True)
-class Weight:
-    """``shape``: (out, in), or (size,). ``site``: name of the first linear that reads the same input."""
-
-    name: str
-    shape: tuple[int, ...]
-    site: str = ""
-
-
-def weights_of(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
-    """Every parameter of a LLaMA; tied ones once."""
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    yield Weight("model.embed_tokens.weight", (vocab_size, hidden))
-    for layer in range(model.num_hidden_layers):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        query, gate = f"{attention}.q_proj.weight", f"{mlp}.gate_proj.weight"
-        yield Weight(query, (hidden, hidden), query)
-        yield Weight(f"{attention}.k_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.v_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.o_proj.weight", (hidden, hidden), f"{attention}.o_proj.weight")
-        yield Weight(gate, (ffn, hidden), gate)
-        yield Weight(f"{mlp}.up_proj.weight", (ffn, hidden), gate)
-        yield Weight(f"{mlp}.down_proj.weight", (hidden, ffn), f"{mlp}.down_proj.weight")
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield Weight(f"model.layers.{layer}.{norm}.weight", (hidden,))
-    yield Weight("model.norm.weight", (hidden,))
-    if not model.tie_word_embeddings:
-        yield Weight("lm_head.weight", (vocab_size, hidden))
+def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
+    """Every parameter of a model; tied ones once."""
+    return architecture.weights_of(model_without_memory(model, vocab_size))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _HEADINGS = {
     Kind.parameters: "weights",
     Kind.gradients: "grads",
-    Kind.optimizer_state: "state",
+    Kind.optimizer_state: "optim.\nstate",
     Kind.activations: "activ.",
     Kind.gathered: "gather",
     Kind.temporaries: "temp.",
@@ -32,6 +32,11 @@ def print_plan(plan: Plan) -> None:
     tables = [_phases(plan), _parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
+    if plan.formula_state != plan.optimizer_state:
+        print(
+            f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
+            f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
+        )
     print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
 
 
@@ -97,7 +102,7 @@ def _gpus(plan: Plan) -> "Table":
 
 
 def _traffic(plan: Plan) -> "Table":
-    columns = {"step": "a step", "refresh": "one that draws new bases"}
+    columns = {"step": "a step", "refresh": "one that samples new bases"}
     columns = {key: heading for key, heading in columns.items() if key in plan.traffic}
     table = titled_table("Bytes that a rank sends")
     table.add_column("", style="bold", no_wrap=True)
@@ -163,7 +168,7 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")
     table.add_column("", style="bold", overflow="fold")
-    for heading in ("weights", "grads", "state", "activ.", "peak"):
+    for heading in ("weights", "grads", "optim.\nstate", "activ.", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits on", no_wrap=True)
     for name, plan in zip(names, plans, strict=True):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rsotrain.errors import UserError
-from rsotrain.escaping import print_line
+from rsotrain.escaping import one_line, print_line
 from rsotrain.report.claims import METHODS, examine
 from rsotrain.report.runs import looks, read_runs
 from rsotrain.report.writing import report_on
@@ -54,7 +54,7 @@ def main() -> None:
     try:
         report(arguments)
     except UserError as error:
-        print_line(f"rsotrain-report: {error}", sys.stderr)
+        print_line(f"rsotrain-report: {one_line(str(error))}", sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)

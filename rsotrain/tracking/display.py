@@ -340,7 +340,7 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
     """Print which group every parameter belongs to, and what it costs, with the totals below."""
     table = titled_table("Parameters")
     table.add_column("group", style="bold", overflow="fold")
-    for name in ("parameters", "tensors", "learning rate", "rank", "state"):
+    for name in ("parameters", "tensors", "learning rate", "rank", "optimizer state"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(

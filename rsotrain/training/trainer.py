@@ -19,6 +19,7 @@ from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
+from rsotrain.models.architecture import flops_per_token
 from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.generation import generate_texts
@@ -27,7 +28,6 @@ from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.evaluation import evaluate
-from rsotrain.training.flops import training_flops_per_token
 from rsotrain.training.lr_scheduler import lr_factor
 
 NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
@@ -155,7 +155,7 @@ class Trainer:
 
     @property
     def flops_per_token(self) -> int:
-        return training_flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
+        return flops_per_token(self.model, self.config.seq_len)
 
     @property
     def _batch_size_of_rank(self) -> int:

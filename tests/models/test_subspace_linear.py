@@ -13,7 +13,8 @@ from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precisi
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model
 from rsotrain.models.functional import rotary_tables, shared_input_linear
-from rsotrain.models.llama import Linear, Llama
+from rsotrain.models.layers import Linear
+from rsotrain.models.llama import Llama
 from rsotrain.models.subspace_linear import SubspaceLinear, subspace_linear
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -247,8 +248,8 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     optimizer = rso_for(model, SAMPLERS["svd"])
     inputs: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
-    original: Callable[[Tensor], Tensor] = down.forward
-    down.forward = lambda x: (inputs.append(x.detach()), original(x))[1]
+    original: Callable[..., Any] = down.products
+    down.products = lambda layers, x: (inputs.append(x.detach()), original(layers, x))[1]
     seen = []
     for seed in range(2):
         with optimizer.observing():

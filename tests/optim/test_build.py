@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from rsotrain.config.methods import (
 )
 from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError
+from rsotrain.models.architecture import Kind, Weight
 from rsotrain.optim.build import build_optimizer, build_sampler, method_of
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.state_size import WeightsLayout
@@ -206,19 +207,12 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
 }
 
 
-@dataclass(frozen=True)
-class SmallWeight:
-    name: str
-    shape: tuple[int, ...]
-    site: str = ""
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_bytes_equal_the_formula(name: str) -> None:
     optimizer = build(tiny(), OPTIMIZERS[name], sampler_of(name))
     rest = 4 * 2 * (2 * IN + 5 * IN)
     config, sampler = OPTIMIZERS[name], build_sampler(sampler_of(name))
-    weights = [SmallWeight(str(shape), shape) for shape in MATRICES]
+    weights = [Weight(str(shape), shape, Kind.linear) for shape in MATRICES]
     layout = WeightsLayout(
         1,
         config.state_dtype,

@@ -200,7 +200,7 @@ def test_parameter_table_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert cells == [
-        ["group", "parameters", "tensors", "learning rate", "rank", "state"],
+        ["group", "parameters", "tensors", "learning rate", "rank", "optimizer state"],
         ["blocks", "25,296,896", "56", "0.0025", "128", "1.00 MiB"],
         ["rest", "32,776,704", "19", "0.01", "-", "1.00 MiB"],
         ["frozen", "10", "1", "-", "-", "0 B"],
