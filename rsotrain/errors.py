@@ -1,29 +1,11 @@
 """The exceptions that end a run with one sentence instead of a traceback."""
 
-import re
-
 
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence that names it and the fix.
 
     The command line prints it without a traceback and exits with status 2.
     """
-
-
-_LONGEST_WORD, _LONGEST_SENTENCE = 300, 1500  # characters
-
-
-def one_line(sentence: str) -> str:
-    """``sentence`` as it is shown: what a user gave at length is shortened."""
-    shown = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _shortened(word[0], _LONGEST_WORD), sentence)
-    return _shortened(shown, _LONGEST_SENTENCE)
-
-
-def _shortened(text: str, length: int) -> str:
-    """Its begin, which names the key, and its end, which has the advice."""
-    if len(text) <= length:
-        return text
-    return f"{text[: length * 2 // 3]} […] {text[-length // 4 :]}"
 
 
 def require(condition: bool, sentence: str) -> None:

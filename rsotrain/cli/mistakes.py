@@ -15,8 +15,8 @@ from rsotrain.cli.compose import conf_dir
 from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
-from rsotrain.errors import LostRankError, TrainingError, UserError, one_line
-from rsotrain.tracking.escaping import print_line
+from rsotrain.errors import LostRankError, TrainingError, UserError
+from rsotrain.tracking.escaping import one_line, print_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _PATIENCE_SECONDS = 5.0

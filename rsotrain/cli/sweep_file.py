@@ -19,8 +19,8 @@ from hydra.errors import HydraException
 
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text, text_keys
 from rsotrain.config.keys import did_you_mean, flatten, known_keys
-from rsotrain.errors import UserError, one_line
-from rsotrain.tracking.escaping import print_line
+from rsotrain.errors import UserError
+from rsotrain.tracking.escaping import one_line, print_line
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
 _PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it

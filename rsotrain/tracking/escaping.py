@@ -14,6 +14,7 @@ _UNPRINTABLE = re.compile(
 )
 # An underscore between letters or digits is one; so is an ampersand or a colon that names nothing.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$#]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|:(?=[\w+-]+:)")
+_LONGEST_WORD, _LONGEST_SENTENCE = 300, 1500  # characters
 _FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet takes for one, also in full width
 
 
@@ -33,6 +34,20 @@ def _shown(character: str) -> str:
 def print_line(text: object, file: TextIO | None = None) -> None:
     """Print ``text`` as one line, on standard output or in ``file``."""
     print(for_terminal(text), file=file, flush=True)
+
+
+def one_line(sentence: str) -> str:
+    """A sentence as it is shown: ``for_terminal``, and what a user gave at length shortened."""
+    shown = for_terminal(sentence)
+    shown = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _shortened(word[0], _LONGEST_WORD), shown)
+    return _shortened(shown, _LONGEST_SENTENCE)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Its begin, which names the key, and its end, which has the advice."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 2 // 3]} […] {text[-length // 4 :]}"
 
 
 def for_html(text: object) -> str:

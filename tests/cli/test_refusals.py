@@ -9,8 +9,8 @@ from helpers.command import Cli, call_main
 
 from rsotrain.cli.flags import split_flags
 from rsotrain.cli.overrides import check_overrides
-from rsotrain.errors import UserError, one_line
-from rsotrain.tracking.escaping import for_terminal
+from rsotrain.errors import UserError
+from rsotrain.tracking.escaping import one_line
 
 LONG = "a" * 300
 
@@ -178,7 +178,7 @@ def test_a_pretrained_model_that_is_out_of_range_is_named_by_its_folder(
     }  # fmt: skip
     for change, sentence in (
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not split into"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000, but it must be at most 10000"),
+        ({"num_hidden_layers": 10**6}, "model.num_hidden_layers=1000000 must be at most 10_000"),
         ({"hidden_size": "64"}, "hidden_size=64, but it must be a positive number"),
     ):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(sizes | change))
@@ -222,7 +222,7 @@ def test_what_makes_sense_passes() -> None:
 
 def test_a_sentence_is_one_line_of_a_bearable_length() -> None:
     assert one_line("a/b c=1 must be é") == "a/b c=1 must be é"
-    assert for_terminal(one_line("a\nb\x1b\x85\udcff\0")) == r"a\nb\x1b\x85\udcff\x00"
+    assert one_line("a\nb\x1b\x85\udcff\0") == r"a\nb\x1b\x85\udcff\x00"
     word = one_line(f"run_name={'a' * 3000} must be b")
     assert word.startswith("run_name=aaa")
     assert word.endswith("aaa must be b")
