@@ -13,7 +13,7 @@ from torch import Tensor
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.refresh_record import RefreshRecord
-from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
+from rsotrain.subspace.samplers import Sampler, SampleRequest, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source, spread
@@ -21,9 +21,9 @@ from rsotrain.subspace.sources import Source, spread
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Elements of gathered matrices that one rank holds while the bases of a round are drawn: 128 MiB in float32.
+# Elements of gathered matrices that one rank holds while it samples the bases of a round: 128 MiB in float32.
 _ROUND_ELEMENTS = 1 << 25
-_DRAWN, _NOT_FINITE, _ZERO, _FAILED = range(4)
+_SAMPLED, _NOT_FINITE, _ZERO, _FAILED = range(4)
 _REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 
@@ -103,13 +103,13 @@ class Bases:
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
         self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
-        self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
+        self._first_refreshes = dict.fromkeys(sizes, 0)  # their steps, of this process
         self.record = RefreshRecord(gap, mesh)
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
             return self.state[name]["basis"]
-        return self._drawn(self._request(name, self.seeds[name]))
+        return self._sampled(self._request(name, self.seeds[name]))
 
     def resume(self) -> None:
         """The state has been loaded."""
@@ -121,13 +121,13 @@ class Bases:
     def _seed_of(self, name: str, index: int | str) -> int:
         return seed_of(self.seed, "basis", name, index)
 
-    def request(self, name: str, index: int | str) -> Draw:
+    def request(self, name: str, index: int | str) -> SampleRequest:
         """The draw with this index, without data."""
         return self._request(name, self._seed_of(name, index))
 
-    def _request(self, name: str, seed: int) -> Draw:
+    def _request(self, name: str, seed: int) -> SampleRequest:
         size, rank = self.sizes[name]
-        return Draw(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
+        return SampleRequest(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
 
     def place(self, name: str, basis: Tensor) -> None:
         """Put an orthonormal ``basis`` in the place of the one in use."""
@@ -137,11 +137,11 @@ class Bases:
         kept.copy_(basis.to(wide) * self._scale(size, rank))
         self.waiting.discard(name)
 
-    def _drawn(self, draw: Draw) -> Tensor:
-        basis = self.sampler.draw(draw)
+    def _sampled(self, request: SampleRequest) -> Tensor:
+        basis = self.sampler.sample(request)
         if self.scaled:
             wide = torch.promote_types(self.dtype, basis.dtype)
-            basis = basis.to(wide) * self._scale(draw.size, draw.rank)
+            basis = basis.to(wide) * self._scale(request.size, request.rank)
         # one memory layout for all: products with a stored and a regenerated basis are then bitwise equal
         return basis.to(self.dtype).contiguous()
 
@@ -162,9 +162,9 @@ class Bases:
         """
         if name in self.waiting:
             return not after_update
-        if after_update and self._first_draws[name] == step:
+        if after_update and self._first_refreshes[name] == step:
             return False
-        index = self.schedule.draw_index(self.positions[name], step)
+        index = self.schedule.refresh_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.post_update and index > 0)
 
     @torch.no_grad()
@@ -233,36 +233,36 @@ class Bases:
         device = self.devices[names[0]]
         with self.record.timing(step, device):
             arriving = {name: sources[name].at(owners[name]) for name in names}
-            drawn: dict[str, Tensor] = {}
+            sampled: dict[str, Tensor] = {}
             outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
             for i, name in enumerate(names):
                 if owners[name] == rank:
-                    outcome, new = self._try_draw(
+                    outcome, new = self._try_sample(
                         name, self[name], arriving.pop(name)(), step, lr_factor, number(name)
                     )
                     outcomes[i] = outcome
                     if new is not None:
-                        drawn[name] = new
+                        sampled[name] = new
             for leaving in arriving.values():
                 leaving()
             dist.all_reduce(outcomes)
             found = dict(zip(names, outcomes.tolist(), strict=True))
             for owner in range(size):
-                sent = [name for name in names if owners[name] == owner and found[name] == _DRAWN]
+                sent = [name for name in names if owners[name] == owner and found[name] == _SAMPLED]
                 if sent:
-                    drawn |= self._broadcast(sent, owner, drawn)
+                    sampled |= self._broadcast(sent, owner, sampled)
         changes = {}
         for name in names:
             if reason := _REASONS.get(found[name]):
                 self.record.skip(name, step, reason, name in self.waiting)
-            changes[name] = self._settle(name, self[name], drawn.get(name), step, number(name))
+            changes[name] = self._settle(name, self[name], sampled.get(name), step, number(name))
         return changes
 
-    def _broadcast(self, names: list[str], owner: int, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _broadcast(self, names: list[str], owner: int, sampled: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = [self.sizes[name] for name in names]
         lengths = [size * rank for size, rank in shapes]
         if dist.get_rank() == owner:
-            flat = torch.cat([drawn[name].flatten() for name in names])
+            flat = torch.cat([sampled[name].flatten() for name in names])
         else:
             flat = torch.empty(sum(lengths), dtype=self.dtype, device=self.devices[names[0]])
         dist.broadcast(flat, src=owner)
@@ -289,7 +289,7 @@ class Bases:
         old = self[name]
         with self.record.timing(step, old.device):
             seen = gram() if self.informed(step) else None
-            outcome, new = self._try_draw(name, old, seen, step, lr_factor, index)
+            outcome, new = self._try_sample(name, old, seen, step, lr_factor, index)
         if reason := _REASONS.get(outcome):
             self.record.skip(name, step, reason, name in self.waiting)
         return self._settle(name, old, new, step, index)
@@ -303,10 +303,10 @@ class Bases:
         first = name in self.waiting or step == 1
         change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
         if self.record.measures(index):
-            self.record.drawn(name, None if change is None else change.overlap(self.sampler.orthonormal))
+            self.record.sampled(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
             self.waiting.remove(name)
-            self._first_draws[name] = step
+            self._first_refreshes[name] = step
         if self.stored:
             old.copy_(new)
         else:
@@ -314,23 +314,23 @@ class Bases:
             self.state[name]["basis_seed"].fill_(self.seeds[name])
         return change
 
-    def _try_draw(
+    def _try_sample(
         self, name: str, old: Tensor, seen: Gram | None, step: int, lr_factor: float, index: int
     ) -> tuple[int, Tensor | None]:
         """(outcome, basis if there is one). ``seen`` is None where there is nothing finite to see."""
-        draw = self.request(name, index)
+        request = self.request(name, index)
         if self.informed(step):
             if seen is None:
                 return _NOT_FINITE, None
             if not bool(seen.energy() > 0):
                 return _ZERO, None
-        draw.gram = seen
-        draw.switched = self._switched(step)
-        draw.lr_factor = lr_factor
-        draw.state = self.state[name]
+        request.gram = seen
+        request.switched = self._switched(step)
+        request.lr_factor = lr_factor
+        request.state = self.state[name]
         if index > 0 and name not in self.waiting:
-            draw.previous = old / self._scale(draw.size, draw.rank) if self.scaled else old
+            request.previous = old / self._scale(request.size, request.rank) if self.scaled else old
         try:
-            return _DRAWN, self._drawn(draw)
+            return _SAMPLED, self._sampled(request)
         except torch.linalg.LinAlgError:
             return _FAILED, None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rsotrain.config.methods import OnlinePCAConfig, PCASolver
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.samplers import Columns, Draw, Sampler, no_state, orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state, orthonormalised
 from rsotrain.subspace.spectral import svd
 
 BETAS = (0.9, 0.999)
@@ -32,22 +32,24 @@ def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
     return {"basis_exp_avg": shape, "basis_exp_avg_sq": shape, "basis_step": ()}
 
 
-def online_pca(draw: Draw, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool) -> Tensor:
+def online_pca(
+    request: SampleRequest, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool
+) -> Tensor:
     """The SVD's basis at the first draw, then one Adam (or SGD) step on the loss of ``pca_gradient``.
 
     The step comes after the weights' update, from step 2 on: the basis of step 1 is exact for its gradient.
     """
-    if draw.previous is None:
-        return svd(draw)
-    assert draw.gram is not None
-    basis = draw.previous.float()
-    descent = -pca_gradient(draw.gram, basis, penalty)
+    if request.previous is None:
+        return svd(request)
+    assert request.gram is not None
+    basis = request.previous.float()
+    descent = -pca_gradient(request.gram, basis, penalty)
     if use_adam:
-        state = draw.state
+        state = request.state
         state["basis_step"] += 1.0
         moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
         descent = _adam_descent(-descent, *moments, state["basis_step"])
-    basis = torch.add(basis, descent, alpha=lr * draw.lr_factor)
+    basis = torch.add(basis, descent, alpha=lr * request.lr_factor)
     return orthonormalised(basis) if orthonormalize else basis
 
 

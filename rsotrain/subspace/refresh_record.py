@@ -37,7 +37,7 @@ class RefreshRecord:
         """Is draw number ``index`` of a basis one to measure?"""
         return index == 0 or index % self._every == 1 % self._every
 
-    def drawn(self, name: str, overlap: Tensor | None) -> None:
+    def sampled(self, name: str, overlap: Tensor | None) -> None:
         """Note a measured draw, and its overlap with the basis before if there was one."""
         self.unobserved.add(name)
         if overlap is not None:

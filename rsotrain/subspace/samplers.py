@@ -1,7 +1,7 @@
-"""What a sampler is: (Gram matrix or size, rank, generator) -> basis of k×r in float32.
+"""Samplers: functions from a SampleRequest (Gram matrix or size, rank, generator) to a basis, k×r in float32.
 
-Random samplers look only at ``Draw.size`` (``random_bases.py``), data-dependent ones at ``Draw.gram``
-(``spectral.py``, ``online_pca.py``).
+Random samplers (``random_bases.py``) use only ``SampleRequest.size``; data-dependent ones (``spectral.py``,
+``online_pca.py``) use ``SampleRequest.gram``.
 """
 
 import math
@@ -16,7 +16,7 @@ from rsotrain.subspace.gram import Gram
 
 
 @dataclass
-class Draw:
+class SampleRequest:
     """One request for a basis.
 
     ``previous``: the basis in use (k×r), None at the first draw. ``switched``: training is past the
@@ -67,7 +67,7 @@ class Sampler:
     """
 
     name: str
-    draw: Callable[[Draw], Tensor]
+    sample: Callable[[SampleRequest], Tensor]
     columns: Columns = Columns.orthonormal
     informed: bool = False
     needs_gradient: bool = False

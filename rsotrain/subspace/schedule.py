@@ -16,7 +16,7 @@ class RefreshSchedule:
     staggered: bool
     restart: int | None = None
 
-    def draw_index(self, position: int, step: int) -> int | None:
+    def refresh_index(self, position: int, step: int) -> int | None:
         """0 for the first draw of matrix ``position``, 1 for the next, …; None: ``step`` has no refresh."""
         index, since = self.latest(position, step)
         return index if since == 0 else None
