@@ -1,4 +1,4 @@
-"""The bases of a set of matrices: drawing and replacing them."""
+"""The bases of a set of matrices, and their refreshes."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ _REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 @dataclass(frozen=True)
 class BasisChange:
-    """``old``: Q_old, k×r; ``new``: Q_new; both have columns of norm ``scale``."""
+    """A refresh of one basis from ``old``, Q_old (k×r), to ``new``, Q_new; columns have norm ``scale``."""
 
     old: Tensor
     new: Tensor
@@ -42,7 +42,7 @@ class BasisChange:
         return (self.new.to(wide).T @ self.old.to(wide)) / self.scale**2
 
     def overlap(self, orthonormal: bool) -> Tensor:
-        """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of the two subspaces: 1 if they are the same."""
+        """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of both subspaces, which is 1 if these are the same."""
         transition = self.transition
         if not orthonormal:
             old, new = (orthonormalised(q.to(transition.dtype)) for q in (self.old, self.new))
@@ -51,16 +51,15 @@ class BasisChange:
 
 
 class Bases:
-    """One basis for each name: draws it when due, and remembers how the last draws went.
+    """One basis for each name. It is refreshed when due, and ``record`` keeps the metrics of refreshes.
 
-    ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, zeros until the first draw, so that
-    nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
-    from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
-    ``stored``: they are then drawn again, bitwise the same, at each use, and the state holds the seed that
-    these three give, ``basis_seed``, so that a run which goes on with other settings has the bases that its
-    moments are expressed in. ``scaled``: what the sampler draws
-    is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
-    the ranks that have the same bases; they call ``refresh_all`` together.
+    ``sizes``: (k, r) of each basis. ``state[name]`` holds the sampler's own tensors and ``basis`` (k×r). This
+    is zero until the first refresh, so that nothing is projected before there is a subspace. Random numbers
+    are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
+    ``stored``: each use samples it again, bitwise the same, and the state holds its seed ``basis_seed``,
+    which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
+    sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones.
+    ``mesh``: the ranks that have the same bases; they call ``refresh_all`` together.
     """
 
     def __init__(
@@ -78,11 +77,11 @@ class Bases:
         stored: bool = True,
         mesh: "DeviceMesh | None" = None,
     ) -> None:
-        assert stored or not sampler.informed, "data cannot be drawn again"
+        assert stored or not sampler.informed, "a data-dependent basis cannot be sampled again"
         self.sizes = sizes
         self.sampler = sampler
         self.switch_step: int | None = None
-        if sampler.switch is not None:  # 1 − 0.7 is rounded up: not a step later for that
+        if sampler.switch is not None:  # the tolerance keeps rounding errors (of 1 − 0.7) from adding a step
             self.switch_step = 1 + math.ceil(sampler.switch * total_steps - 1e-6)
         restart = self.switch_step if self.switch_step != 1 else None
         self.schedule = RefreshSchedule(gap, len(sizes), staggered, restart)
@@ -93,7 +92,7 @@ class Bases:
         self.stored = stored
         self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
-        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the draws in use
+        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the bases in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
             if stored:
@@ -102,8 +101,8 @@ class Bases:
                 self.state[name] = {"basis_seed": torch.tensor(self.seeds[name], device=devices[name])}
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
-        self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
-        self._first_refreshes = dict.fromkeys(sizes, 0)  # their steps, of this process
+        self.waiting = set(sizes) if stored else set()  # names whose first refresh has not succeeded yet
+        self._first_refreshes = dict.fromkeys(sizes, 0)  # step of each first refresh in this process; 0: none
         self.record = RefreshRecord(gap, mesh)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -112,7 +111,7 @@ class Bases:
         return self._sampled(self._request(name, self.seeds[name]))
 
     def resume(self) -> None:
-        """The state has been loaded."""
+        """Called after the optimizer state has been loaded."""
         if self.stored:
             self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
         else:
@@ -122,7 +121,7 @@ class Bases:
         return seed_of(self.seed, "basis", name, index)
 
     def request(self, name: str, index: int | str) -> SampleRequest:
-        """The draw with this index, without data."""
+        """The request for the refresh ``index``, without data."""
         return self._request(name, self._seed_of(name, index))
 
     def _request(self, name: str, seed: int) -> SampleRequest:
@@ -130,7 +129,7 @@ class Bases:
         return SampleRequest(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
 
     def place(self, name: str, basis: Tensor) -> None:
-        """Put an orthonormal ``basis`` in the place of the one in use."""
+        """Replace the basis in use by an orthonormal ``basis``, which is scaled if ``scaled``."""
         size, rank = self.sizes[name]
         kept = self.state[name]["basis"]
         wide = torch.promote_types(self.dtype, basis.dtype)
@@ -149,16 +148,16 @@ class Bases:
         return (size / rank) ** 0.5 if self.scaled else 1.0
 
     def informed(self, step: int) -> bool:
-        """Does a draw for ``step`` need data?"""
+        """Does a refresh for ``step`` need data?"""
         return self.sampler.informed and not self._switched(step)
 
     def _switched(self, step: int) -> bool:
         return self.switch_step is not None and step >= self.switch_step
 
     def due(self, name: str, step: int, *, after_update: bool) -> bool:
-        """Is a draw due at ``step`` before (or after) the weights are updated?
+        """Is a refresh due at ``step`` before (or after) the weights are updated?
 
-        The first draw is due until it has succeeded; no other follows in that step.
+        The first refresh stays due until it succeeds; no other refresh follows in the same step.
         """
         if name in self.waiting:
             return not after_update
@@ -175,9 +174,9 @@ class Bases:
         lr_factor: float,
         index: Callable[[str], int] | None = None,
     ) -> dict[str, BasisChange]:
-        """Draw these bases, those of a mesh divided among its ranks; the changes there were, by name.
+        """Refresh the bases of ``sources``; return the changes by name. Ranks of a mesh divide the work.
 
-        ``index``: number of each draw; None: of that which is due at ``step``.
+        ``index``: the refresh index of each basis; None: the index of the refresh that is due at ``step``.
         """
         if not sources:
             return {}
@@ -206,7 +205,7 @@ class Bases:
         return {name: change for name, change in changes.items() if change is not None}
 
     def _rounds(self, names: list[str], sources: Mapping[str, Source]) -> Iterator[list[str]]:
-        """In order, as many at a time as the ranks may hold, and at least one for each rank."""
+        """Divide ``names``, in order, into rounds whose gathered matrices the ranks can hold together."""
         if not names:
             return
         assert self.mesh is not None
@@ -225,7 +224,7 @@ class Bases:
     def _share(
         self, sources: Mapping[str, Source], step: int, lr_factor: float, number: Callable[[str], int]
     ) -> dict[str, BasisChange | None]:
-        """Each basis is drawn by one rank, which has the whole matrix, and sent to the others."""
+        """Refresh bases: one rank gathers each matrix, samples its basis and broadcasts it."""
         assert self.mesh is not None
         names = list(sources)
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -277,12 +276,12 @@ class Bases:
         lr_factor: float,
         index: int | None = None,
     ) -> BasisChange | None:
-        """Draw the basis that is due at ``step``, or that of number ``index``.
+        """Refresh one basis. ``index``: its refresh index; None: that of the refresh due at ``step``.
 
-        ``gram`` is called only if the sampler needs it, and returns None if the gradient is not finite:
-        the old basis then stays, as it does if the decomposition fails; that is counted, and warned of
-        once. It also stays if the gradient is zero. Returns None at the first draw and where the basis
-        stayed.
+        ``gram`` is called only if the sampler needs data. The old basis stays if ``gram`` returns None
+        because the gradient is not finite, if the decomposition fails, or if the gradient is zero. The first
+        two are counted, and the first time is warned of. Returns None at the first refresh and where the
+        basis stays.
         """
         if index is None:
             index = self.schedule.latest(self.positions[name], step)[0]
@@ -297,7 +296,7 @@ class Bases:
     def _settle(
         self, name: str, old: Tensor, new: Tensor | None, step: int, index: int
     ) -> BasisChange | None:
-        """Put ``new``, if there is one, in the place of ``old``, which is in use."""
+        """Replace ``old``, the basis in use, by ``new`` if there is one."""
         if new is None:
             return None
         first = name in self.waiting or step == 1
@@ -317,7 +316,7 @@ class Bases:
     def _try_sample(
         self, name: str, old: Tensor, seen: Gram | None, step: int, lr_factor: float, index: int
     ) -> tuple[int, Tensor | None]:
-        """(outcome, basis if there is one). ``seen`` is None where there is nothing finite to see."""
+        """(outcome, new basis or None). ``seen``: None if no data are needed or if they are not finite."""
         request = self.request(name, index)
         if self.informed(step):
             if seen is None:

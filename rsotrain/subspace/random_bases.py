@@ -1,4 +1,4 @@
-"""Bases that depend on no data."""
+"""Samplers whose bases depend on no data."""
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ def coordinate(request: SampleRequest) -> Tensor:
 
 
 def srht(request: SampleRequest) -> Tensor:
-    """r random columns of D (H ⊗ C): random signs, Hadamard for the power of two in k, cosines for the rest.
+    """r random columns of D (H ⊗ C), where D has random signs on its diagonal.
 
-    The usual padding to a power of two is not orthonormal for other k; this is, for every k.
+    H is the Hadamard matrix of the largest power of two that divides k, and C a cosine transform of size
+    k/two. Unlike the usual padding to a power of two, this is orthonormal for every k.
     """
     odd = request.size
     while odd % 2 == 0:

@@ -1,4 +1,4 @@
-"""Bases of a gradient's dominant directions: from its Gram matrix's spectrum, products or diagonal."""
+"""Samplers of a gradient's dominant directions, from its Gram matrix."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,18 +22,17 @@ from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot,
 
 
 def _noise(dtype: torch.dtype, size: int) -> float:
-    """Eigenvalues of a k×k Gram matrix below this share of the largest are rounding noise."""
+    """The share of the largest eigenvalue below which those of a k×k Gram matrix are rounding errors."""
     return 4.0 * size**0.5 * torch.finfo(dtype).eps
 
 
 def eigenbasis(gram: Gram, resolved: Callable[[Tensor], bool]) -> tuple[Tensor, Tensor]:
-    """(eigenvalues λ, descending and ≥ 0; eigenvectors, k×k) of AᵀA, scaled to λ ≤ 1 or so.
+    """(eigenvalues λ, descending and ≥ 0; orthonormal eigenvectors, k×k) of AᵀA as ``gram`` scales it.
 
-    The Gram matrix squares A's condition: singular values below √noise·σ₁ are lost. So float32 is tried
-    first, float64 if ``resolved(λ)`` (noise already set to 0) says that this lost too much, and the
-    SVD of A in float64 if that still does, unless what float64 lost is no more than A's own rounding.
-    An eigh that does not converge is passed over in the same way. Always orthonormal: it is eigh's, or
-    the SVD's. Raises LinAlgError if none converges.
+    The Gram matrix squares the condition number of A: singular values below √noise·σ₁ are lost. float32 is
+    tried first, then float64 if ``resolved(λ)`` (with noise set to 0) is False, then the SVD of A in float64,
+    unless float64 lost no more than the rounding errors of A itself. A decomposition that does not converge
+    is skipped in the same way. Raises LinAlgError if none converges.
     """
     found = None
     for dtype in (torch.float32, torch.float64):
@@ -49,7 +48,7 @@ def eigenbasis(gram: Gram, resolved: Callable[[Tensor], bool]) -> tuple[Tensor, 
     factor = gram.factor()
     if found is None:
         if factor is None:
-            # symmetric and positive: its singular vectors are its eigenvectors
+            # the matrix is symmetric and positive, so its singular vectors are its eigenvectors
             vectors, values, _ = torch.linalg.svd(gram.matrix(torch.float64))
             return values, vectors
     elif factor is None or _is_rounding(gram, factor @ found[1][:, found[0] == 0], factor):
@@ -60,13 +59,13 @@ def eigenbasis(gram: Gram, resolved: Callable[[Tensor], bool]) -> tuple[Tensor, 
     return values, vectors_h.T
 
 
-def _is_rounding(gram: Gram, part: Tensor, factor: Tensor) -> bool:
-    ratio = torch.linalg.vector_norm(part) / torch.linalg.vector_norm(factor)
+def _is_rounding(gram: Gram, lost: Tensor, factor: Tensor) -> bool:
+    ratio = torch.linalg.vector_norm(lost) / torch.linalg.vector_norm(factor)
     return bool(ratio <= 16 * gram.resolution)
 
 
 def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
-    """Flip columns to point the way of the columns of ``previous``, for moments that are kept."""
+    """Flip columns that point against those of ``previous``, so that kept moments still fit."""
     if previous is None:
         return basis
     cosines = (basis * previous.to(basis.dtype)).sum(0)
@@ -81,10 +80,10 @@ def svd(request: SampleRequest) -> Tensor:
 
 
 def full_svd(request: SampleRequest) -> Tensor:
-    """The same from ``torch.linalg.svd`` of the gradient in float32, signs as LAPACK leaves them.
+    """The r dominant singular vectors from ``torch.linalg.svd`` in float32, with the signs of LAPACK.
 
-    LAPACK's signs differ between a matrix and its transpose, so the gradient is decomposed as it lies in
-    memory: with the signs, kept moments are those of GaLore's code.
+    With these signs kept moments are those of GaLore's code. As they differ between a matrix and its
+    transpose, the gradient is decomposed in its memory layout.
     """
     assert request.gram is not None
     factor = request.gram.factor()
@@ -95,21 +94,21 @@ def full_svd(request: SampleRequest) -> Tensor:
 
 
 def importance(request: SampleRequest, power: float) -> Tensor:
-    """r distinct singular vectors, drawn one after another with weights σ^power (I3S, arXiv 2502.05790).
+    """r singular vectors, sampled without replacement with weights σ^power (I3S, arXiv 2502.05790).
 
-    Indices ascend, so that kept moments loosely match; columns are orthonormal, no importance weights.
-    Vectors of σ = 0 come only when there are no others.
+    Columns are ordered by descending σ, so that kept moments roughly match. They are orthonormal: there are
+    no importance weights. Vectors with σ = 0 are sampled only if there are no others.
     """
     assert request.gram is not None
 
     def resolved(values: Tensor) -> bool:
-        # singular values that were cut to 0 lay below √noise·σ₁: may they hold 1 % of the weight?
+        # singular values set to 0 were below √noise·σ₁; together they must have at most 1 % of the weight
         bound = int((values == 0).sum()) * _noise(torch.float32, request.size) ** (power / 2)
         shares = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)) ** (power / 2)
         return values.dtype is torch.float64 or bound <= 0.01 * float(shares.sum())
 
     values, vectors = eigenbasis(request.gram, resolved)
-    # the r largest of log w + Gumbel noise are a draw without replacement
+    # the indices of the r largest log w + Gumbel noise are a sample without replacement
     uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
     keys = 0.5 * power * values.double().log().to(gumbel.device) + gumbel
@@ -118,16 +117,16 @@ def importance(request: SampleRequest, power: float) -> Tensor:
 
 
 def randomized_svd(request: SampleRequest, rounds: int) -> Tensor:
-    """Block power iteration Q ← orth(AᵀA Q), ``rounds`` of it from the basis in use.
+    """``rounds`` block power iterations Q ← orth(AᵀA Q), starting from the basis in use.
 
-    The first draw starts from a random basis and takes two rounds more. Columns that the gradient has
-    left, where AᵀA Q is rounding noise, start from random ones: they would never find it again.
+    The first refresh starts from a random basis and runs two more iterations. Columns for which AᵀA Q is only
+    rounding errors restart from random vectors, because they cannot return to the gradient's row space.
     """
     assert request.gram is not None
     block = haar(request) if request.previous is None else request.previous.float()
     rounds = rounds + 2 if request.previous is None else rounds
     multiply: Callable[[Tensor], Tensor] = request.gram.matmul
-    if 4 * rounds * request.rank > 1.25 * request.size:  # 4Mkr operations a round, where AᵀA once is 1.1Mk²
+    if 4 * rounds * request.rank > 1.25 * request.size:  # an iteration takes 4Mkr operations, AᵀA 1.1Mk²
         multiply = request.gram.matrix(torch.float32).matmul
     for i in range(rounds):
         product = multiply(block)
@@ -151,18 +150,18 @@ def num_principal(rank: int, principal_fraction: float) -> int:
 
 
 def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
-    """``principal_fraction`` of the columns from svd, the others haar in their orthogonal complement."""
+    """svd for ``principal_fraction`` of the columns, haar in their orthogonal complement for the others."""
     principal = num_principal(request.rank, principal_fraction)
     if principal == 0:
         return haar(request)
     dominant = svd(replace(request, rank=principal, previous=None))
-    # Gram-Schmidt leaves the dominant columns, which are orthonormal already, as they are
+    # orthonormalising leaves the first columns, which are orthonormal already, unchanged
     basis = orthonormalised(torch.cat([dominant, normal(request)[:, principal:]], dim=1))
     return align_signs(basis, request.previous)
 
 
 def golore(request: SampleRequest) -> Tensor:
-    """svd, then haar in the last part of training (GoLore, arXiv 2410.11289)."""
+    """svd, but haar after the switch, in the last share of training (GoLore, arXiv 2410.11289)."""
     return haar(request) if request.switched else svd(request)
 
 
