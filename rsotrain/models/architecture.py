@@ -23,13 +23,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """``shape``: (out, in), or (size,). ``site``: of a linear whose input can be projected, the name of the
-    first linear that reads the same input; empty for all else."""
+    """``shape``: (out, in), or (size,). ``input_group``: for a linear whose input can be projected, the name
+    of the first linear that reads the same input; empty for all other weights."""
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    site: str = ""
+    input_group: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def input_groups(model: nn.Module) -> Iterator[list[Place]]:
 
 def weights_of(model: nn.Module) -> list[Weight]:
     """Every parameter, tied ones once, in the order of ``named_parameters``; whole, where sharded."""
-    sites = {place.name: group[0].name for group in input_groups(model) for place in group}
+    group_names = {place.name: group[0].name for group in input_groups(model) for place in group}
     kinds = _kinds(model)
     return [
-        Weight(name, tuple(parameter.shape), kinds[name], sites.get(name, ""))
+        Weight(name, tuple(parameter.shape), kinds[name], group_names.get(name, ""))
         for name, parameter in model.named_parameters()
     ]
 

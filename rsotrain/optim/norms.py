@@ -1,4 +1,4 @@
-"""Norms of gradients, in float32, without a widened copy of any."""
+"""Norms of gradients in float32, without a float32 copy of a whole gradient."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 def norms_of(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Float32 norms, 0-d, whose squares add up to the squared norm of all ``gradients``.
+    """Norms (0-d, float32) whose squares sum to the squared norm of all ``gradients``.
 
-    A CPU widens a whole bfloat16 tensor for its norm, so there it is taken of runs of a cache's worth.
+    On a CPU, torch's norm converts a whole bfloat16 tensor to float32, so it gets pieces that fit the cache.
     """
     pieces = [piece for gradient in gradients for piece in _pieces(gradient)]
     return list(torch._foreach_norm(pieces, 2, dtype=torch.float32)) if pieces else []

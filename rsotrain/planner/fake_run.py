@@ -74,7 +74,7 @@ class _Data:
 
 
 class _FakeTrainer(Trainer):
-    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
+    def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
         """Whether a sequence is padded is for the data to say: of those that may be, one is."""
         padded = self.config.data.packing is Packing.padded
         return torch.ones_like(targets, dtype=torch.bool) if padded else None

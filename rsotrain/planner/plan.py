@@ -123,7 +123,7 @@ def _refresh_step(group: OptimizerWithBases) -> int:
     bases, schedule, ahead = group.bases, group.bases.schedule, group.samples_ahead
 
     def drawn(step: int) -> int:
-        due = (n for n, i in bases.positions.items() if schedule.draw_index(i, step + ahead) is not None)
+        due = (n for n, i in bases.positions.items() if schedule.refresh_index(i, step + ahead) is not None)
         return sum(bases.sizes[name][0] ** 2 for name in due)
 
     begin = schedule.gap + 1 - ahead

@@ -14,7 +14,7 @@ from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
-from rsotrain.data.targets import IGNORE_INDEX, reached_positions
+from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
@@ -205,12 +205,12 @@ class Trainer:
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed loss of one micro-batch of the step, on the device."""
-        reached = self.reached(targets)
-        if reached is not None:
-            reached = reached.to(self.device, non_blocking=True)
+        valid_mask = self.valid_mask(targets)
+        if valid_mask is not None:
+            valid_mask = valid_mask.to(self.device, non_blocking=True)
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        with self.optimizer.observing(reached):
+        with self.optimizer.observing(valid_mask):
             if self.saved_activations_bytes is not None:
                 return self.model(inputs, targets)
             with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
@@ -218,9 +218,9 @@ class Trainer:
             self.saved_activations_bytes = saved.total
             return loss
 
-    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """``reached_positions`` of one micro-batch."""
-        return reached_positions(targets)
+    def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """``valid_positions`` of one micro-batch."""
+        return valid_positions(targets)
 
     def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
         """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.

@@ -47,5 +47,5 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    for name in a:  # fp32 rounding through 8 updates and 3 draws of bases
+    for name in a:  # fp32 rounding through 8 updates and 3 refreshes
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rsotrain.config.schema import ModelConfig
 from rsotrain.models.architecture import Kind, Weight, count_elements, flops_per_token, weights_of
 from rsotrain.models.build import count_parameters, model_without_memory
-from rsotrain.models.subspace_linear import Site, attach_subspace
+from rsotrain.models.subspace_linear import InputGroup, attach_subspace
 
 FILES = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml") if p.stem != "pretrained")
 
@@ -33,13 +33,13 @@ def test_every_parameter_is_described_once_with_its_kind_and_its_input(name: str
     weights = weights_of(model)
     assert [(w.name, w.shape) for w in weights] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     assert sum(torch.Size(w.shape).numel() for w in weights) == count_parameters(config, VOCAB)
-    assert {w.site for w in weights} <= {w.name for w in weights} | {""}
+    assert {w.input_group for w in weights} <= {w.name for w in weights} | {""}
     for w in weights:
         in_a_layer = w.name.startswith("model.layers.")
         if w.kind is Kind.linear and in_a_layer:
-            assert w.site, f"no `shared_inputs` names {w.name}, so that optimizer=rso cannot train it"
+            assert w.input_group, f"no `shared_inputs` names {w.name}, so that optimizer=rso cannot train it"
         else:
-            assert w.site == ""
+            assert w.input_group == ""
         assert (w.kind is Kind.embedding) == ("embed" in w.name)
         assert (w.kind is Kind.bias) == w.name.endswith(".bias")
         assert (w.kind is Kind.gain) == ("norm" in w.name)
@@ -47,20 +47,20 @@ def test_every_parameter_is_described_once_with_its_kind_and_its_input(name: str
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_linears_of_one_site_read_one_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linears_of_one_input_group_read_one_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each input is looked at once: linears that are called apart would each bring theirs."""
     observed: Counter[str] = Counter()
 
-    def observe(site: Site, x: Tensor) -> None:
-        observed[site.name] += 1
-        assert x.shape[-1] == site.size
+    def observe(group: InputGroup, x: Tensor) -> None:
+        observed[group.name] += 1
+        assert x.shape[-1] == group.size
 
-    monkeypatch.setattr(Site, "observe", observe)
+    monkeypatch.setattr(InputGroup, "observe", observe)
     model = random_model(VARIATIONS[name])
-    linears = {w.name: w.site for w in weights_of(model) if w.site}
-    for site in attach_subspace(model, linears, 2):
-        site.basis = torch.zeros(site.size, site.rank)
-        site.observing = True
+    linears = {w.name: w.input_group for w in weights_of(model) if w.input_group}
+    for group in attach_subspace(model, linears, 2):
+        group.basis = torch.zeros(group.size, group.rank)
+        group.observing = True
     model(*batch())
     assert observed == dict.fromkeys(linears.values(), 1)
 
@@ -113,6 +113,6 @@ def test_what_is_read_does_not_depend_on_how_the_linears_are_trained() -> None:
     before: list[Weight] = weights_of(model)
     measure: Callable[[], int] = lambda: flops_per_token(model, 8)  # noqa: E731
     flops = measure()
-    attach_subspace(model, [w.name for w in before if w.site], 2)
+    attach_subspace(model, [w.name for w in before if w.input_group], 2)
     assert weights_of(model) == before
     assert measure() == flops

@@ -241,7 +241,7 @@ def test_state_bytes_of_reduced_state_and_of_online_pca() -> None:
 def test_block_linears_get_scaled_rates_and_the_schedule_reaches_all() -> None:
     for name, config in OPTIMIZERS.items():
         optimizer = build(tiny(), replace(config, lr=0.02, scale=0.25), sampler_of(name))
-        assert [part.peak_lr for part in optimizer.groups] == [0.005, 0.02]
+        assert [group.peak_lr for group in optimizer.groups] == [0.005, 0.02]
         model = tiny()
         optimizer = build(model, replace(config, weight_decay=0.1), sampler_of(name))
         before = copy.deepcopy(model.state_dict())

@@ -140,9 +140,9 @@ def test_a_refresh_gathers_each_gradient_once_and_sends_each_basis_once(
         gathered = len(shapes) if strategy is Strategy.fsdp else 0
         assert counts.get("gather", 0) == gathered, name
         assert sizes.get("gather", 0) == (sum(4 * m * n for m, n in shapes) // 2 if gathered else 0)
-        assert counts["broadcast"] == 2  # one from each rank, of all that it has drawn
+        assert counts["broadcast"] == 2  # one from each rank, of all that it has sampled
         assert sizes["broadcast"] == sum(4 * 16 * min(shape) for shape in shapes)
-        assert counts["allreduce"] == quiet["allreduce"] + 1  # how each draw went
+        assert counts["allreduce"] == quiet["allreduce"] + 1  # how each refresh went
         assert counts.get("reduce_scatter") == quiet.get("reduce_scatter")
         assert sizes.get("allgather") == quiet_bytes.get("allgather")
 

@@ -84,5 +84,5 @@ def test_a_random_basis_after_golores_switch_counts_as_random(tiny: list[str], c
     settings = ["optimizer=rso", "sampler=golore", "sampler.random_fraction=0.5", "steps=8"]
     rso = trainer([*tiny, *settings, *SIZES], cache_dir)
     group = rso.optimizer.groups[0]
-    weights = {step: group._column_weights(group.sites[0], step) for step in (1, 2, 4, 5, 8)}  # type: ignore[attr-defined]
+    weights = {step: group._column_weights(group.input_groups[0], step) for step in (1, 2, 4, 5, 8)}  # type: ignore[attr-defined]
     assert weights == {1: 1.0, 2: 0.5, 4: 0.5, 5: 1.0, 8: 1.0}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.runs import OPTIMIZERS, compose, trainer
 
-from rsotrain.data.targets import IGNORE_INDEX, reached_positions
+from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.errors import UserError
 from rsotrain.optim.rso import RSO
 from rsotrain.training.trainer import NonFiniteError, Trainer, check_composition
@@ -36,20 +36,20 @@ def test_padding_plays_no_part_in_the_bases(tiny: list[str], cache_dir: Path) ->
         padded = targets.flip(1).ne(IGNORE_INDEX).cumsum(1).flip(1) == 0
         assert 0 < padded.sum() < padded.numel()
         trained.forward(inputs.where(~padded, padding), targets)
-        part = trained.optimizer.groups[0]
-        assert isinstance(part, RSO)
-        found.append([site.take_gram() for site in part.sites])
+        rso = trained.optimizer.groups[0]
+        assert isinstance(rso, RSO)
+        found.append([group.take_gram() for group in rso.input_groups])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
 
 
-def test_positions_are_reached_up_to_the_last_target() -> None:
+def test_positions_are_valid_up_to_the_last_target() -> None:
     ignored = IGNORE_INDEX
     targets = torch.tensor([[ignored, 5, ignored, 6], [ignored, 5, ignored, ignored], [ignored] * 4])
-    reached = reached_positions(targets)
-    assert reached is not None
-    assert reached.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
-    assert reached_positions(targets[:1]) is None
+    valid_mask = valid_positions(targets)
+    assert valid_mask is not None
+    assert valid_mask.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
+    assert valid_positions(targets[:1]) is None
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
