@@ -38,8 +38,9 @@ ROUNDINGS = 32  # sums in float32 between two places where two ways to cut a tex
 
 
 def huggingface_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
-    """The content of each file, by its name. Each text begins with the separator, as every document does in training.
+    """The content of each file, by its name.
 
+    Each text begins with the separator there, as every document does in training.
     A SentencePiece model comes with a tokenizer.json where ``tokenizers`` can run it, otherwise it is run
     by the ``sentencepiece`` package there, too. Raises UserError where neither gives the ids that it gives
     here, on texts chosen to tell them apart.
@@ -158,9 +159,9 @@ def _probes(tokenizer: SentencePieceTokenizer) -> Iterator[str]:
 def _from_huggingface(tokenizer: HuggingFaceTokenizer, max_length: int) -> dict[str, bytes]:
     """The folder's own files, except for what is put before and after a text there."""
     files = dict(tokenizer.files)
-    description = json.loads(files[MAIN_FILE])
+    description = dict(tokenizer.description)
     configuration = json.loads(files.get(OTHER_FILES[0], b"{}"))
-    eos = next(t["content"] for t in description["added_tokens"] if t["id"] == tokenizer.eos_id)
+    eos = tokenizer.eos
     description["truncation"] = description["padding"] = None
     description["post_processor"] = _with_separator(description.get("post_processor"), eos, tokenizer.eos_id)
     special = {"bos_token": eos, "eos_token": eos}
