@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rsotrain.errors import UserError
+from rsotrain.files import read_json
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import Shard
 
@@ -198,8 +200,8 @@ def _prune(final: Path, keep: int) -> None:
 
 def _score(path: Path) -> float:
     try:
-        score = json.loads((path / _RECORD).read_text()).get("score")
-    except (OSError, ValueError, AttributeError):
+        score = read_json(path / _RECORD).get("score")
+    except (UserError, AttributeError):
         score = None
     return score if isinstance(score, int | float) and math.isfinite(score) else math.inf
 
@@ -218,7 +220,7 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
 
     Raises OSError or DamagedError for one that is missing or has changed, or for one too many.
     """
-    checksums = json.loads((path / _CHECKSUMS).read_text())
+    checksums = read_json(path / _CHECKSUMS)
     if not isinstance(checksums, dict) or _RECORD not in checksums:
         raise DamagedError(f"{_CHECKSUMS} is damaged")
     for file in path.rglob("*.safetensors"):  # all that lie there are read
@@ -231,7 +233,7 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
 
 def load_record(path: Path) -> dict[str, Any]:
     """The trainer's record. Raises OSError, or ValueError if it is damaged."""
-    record = json.loads((path / _RECORD).read_text())
+    record = read_json(path / _RECORD)
     if not isinstance(record, dict):
         raise DamagedError(f"{_RECORD} is damaged")
     return record
