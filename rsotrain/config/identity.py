@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
         for key, value in flatten(settings)
         if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
     }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first three settings that differ between two identities, in words; empty where none does."""
+    there, here = (json.loads(json.dumps(dict(settings), default=str)) for settings in (old, new))
+    differing = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
+    return ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in differing[:3])
 
 
 def run_folder_path(config: Config) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rsotrain.config.identity import identity, identity_of, run_folder_path
+from rsotrain.config.identity import differences, identity, identity_of, run_folder_path
 from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config
 from rsotrain.errors import Interrupted, StoppedEarly, UserError, require
@@ -118,13 +118,9 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{error}; so the run there cannot be compared with these settings:"
                 " choose another run_name, or overwrite=true to discard it"
             ) from error
-        old = identity_of(saved)
-        new = identity(config)
-        differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        if differing:
-            shown = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in differing[:3])
+        if differing := differences(identity_of(saved), identity(config)):
             raise UserError(
-                f"{path} holds a run with other settings ({shown});"
+                f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"
             )
     write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))

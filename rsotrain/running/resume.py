@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
+from rsotrain.config.identity import differences, identity
 from rsotrain.config.schema import LoadWhat
-from rsotrain.errors import UserError, require
+from rsotrain.errors import NonFiniteError, UserError, require
 from rsotrain.files import finite
 from rsotrain.training.trainer import Trainer
 
@@ -28,10 +29,15 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)
     record: dict[str, float | int | str] = field(default_factory=dict)
 
-    def to_json(self, fingerprint: str) -> dict[str, Any]:
-        """For a checkpoint; ``fingerprint``: of the data."""
-        own = asdict(self) | {"record": finite(self.record), "data": fingerprint}
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        own = asdict(self) | {"record": finite(self.record)}
         return {key: value for key, value in own.items() if value != math.inf}
+
+    @classmethod
+    def from_json(cls, run: dict[str, Any]) -> "Progress":
+        """``run``: what ``to_json`` gave, and perhaps more."""
+        return cls(**{f.name: run[f.name] for f in fields(cls) if f.name in run})
 
 
 def resume(trainer: Trainer, checkpoints: Path, notify: Callable[[str], None]) -> Progress | None:
@@ -53,6 +59,7 @@ class _Resumption:
         paths = self._listed(checkpoints)
         for path in reversed(paths):
             if (found := self._read(path)) is not None:
+                self._check_settings(found[1], path)
                 return self._take_up(
                     *found,
                     path,
@@ -68,6 +75,14 @@ class _Resumption:
         if self.config.checkpoint.path is not None:
             return self._others(Path(self.config.checkpoint.path).expanduser())
         return None
+
+    def _check_settings(self, run: dict[str, Any], path: Path) -> None:
+        """Refuse another run's checkpoint that was put among this run's own; old ones do not say."""
+        if "settings" in run and (differing := differences(run["settings"], identity(self.config))):
+            raise UserError(
+                f"{path} is of a run with other settings ({differing}); take it away,"
+                " or begin a new run with it by checkpoint.path=… and another run_name"
+            )
 
     def _others(self, given: Path) -> Progress | None:
         """Start from another run's checkpoint, or from its weights alone."""
@@ -99,7 +114,7 @@ class _Resumption:
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
             try:
                 return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
-            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError, NonFiniteError) as error:
                 raise OSError(str(error)) from error
 
         try:
@@ -109,7 +124,7 @@ class _Resumption:
             return None
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path, other_data: str) -> Progress:
-        require(run.pop("data") == self.trainer.data.fingerprint, other_data)
+        require(run["data"] == self.trainer.data.fingerprint, other_data)
         done = state["trainer"]["step"]
         require(
             done <= self.config.steps,
@@ -118,4 +133,4 @@ class _Resumption:
         )
         self.trainer.load_state_dict(state)
         self.notify(f"resumed from {path}")
-        return Progress(**run)
+        return Progress.from_json(run)
