@@ -1,7 +1,7 @@
 """Token-weighted loss, perplexity and bits per byte: the same for every batch size and world size."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -10,6 +10,11 @@ from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+Between = Callable[[], None]  # what it raises ends a long stretch of work early
+
+
+def go_on() -> None:
+    """The ``Between`` of those who do not stop early."""
 
 
 def perplexity(loss: float) -> float:
@@ -42,6 +47,7 @@ def evaluate(
     *,
     bytes_per_token: float,
     legacy_divisor: bool = False,
+    between: Between = go_on,
 ) -> dict[str, float]:
     """``val/loss`` in nats per token, ``val/perplexity`` and ``val/bits_per_byte``; all ranks call it.
 
@@ -55,21 +61,15 @@ def evaluate(
     n / (n + 1) of what it should, and a batch weighs the same whatever its number of targets. Both make it
     depend on the batch size. Here it is that of one process, whatever the number of ranks; that code on W
     processes divides as one process with batches W times as large.
+
+    ``between`` is called before each batch, on all ranks equally often; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
-    total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
-    tokens = num_batches = 0
-    for inputs, targets in batches_of_rank(batches, world.rank, world.size):
-        counted = int((targets != IGNORE_INDEX).sum())
-        loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
-        total += loss_sum
-        if counted > 0:  # none in what stands in for a missing batch
-            means += loss_sum / counted
-            num_batches += 1
-        tokens += counted
-    model.train(was_training)
-    sums = world.sum([total.item(), tokens, means.item(), num_batches])
+    try:
+        sums = _sums(model, batches, world, between)
+    finally:
+        model.train(was_training)
     loss, legacy_loss = sums[0] / sums[1], sums[2] / (sums[3] + 1)
     metrics = {
         "val/loss": loss,
@@ -79,3 +79,19 @@ def evaluate(
     if legacy_divisor:
         metrics |= {"val/legacy_loss": legacy_loss, "val/legacy_perplexity": perplexity(legacy_loss)}
     return metrics
+
+
+def _sums(model: nn.Module, batches: Iterable[Batch], world: World, between: Between) -> list[float]:
+    """Over all ranks: losses in nats, targets, mean losses of batches, batches."""
+    total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
+    tokens = num_batches = 0
+    for inputs, targets in batches_of_rank(batches, world.rank, world.size):
+        between()
+        counted = int((targets != IGNORE_INDEX).sum())
+        loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
+        total += loss_sum
+        if counted > 0:  # none in what stands in for a missing batch
+            means += loss_sum / counted
+            num_batches += 1
+        tokens += counted
+    return world.sum([total.item(), tokens, means.item(), num_batches])
