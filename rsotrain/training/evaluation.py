@@ -1,4 +1,4 @@
-"""Token-weighted loss, perplexity and bits per byte: the same for every batch size and world size."""
+"""Token-weighted loss, perplexity and bits per byte, independent of batch size and world size."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,15 +13,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def perplexity(loss: float) -> float:
-    """exp(nats per token), infinite instead of an overflow."""
+    """exp(loss), ``loss`` in nats per token; infinite instead of an overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def batches_of_rank(batches: Iterable[Batch], rank: int, size: int) -> Iterator[Batch]:
-    """Every ``size``-th batch from number ``rank`` on.
+    """Every ``size``-th batch, starting with the batch of index ``rank``.
 
-    A sharded model's forward passes need all ranks, so all get equally many: a rank for which the last
-    round has none gets the round's first, with no target that counts.
+    A sharded model's forward passes need all ranks, so all ranks get equally many batches: a rank without a
+    batch in the last round gets the first batch of that round with all targets ignored.
     """
     for i, batch in enumerate(batches):
         if i % size == 0:
@@ -49,12 +49,12 @@ def evaluate(
     ``IGNORE_INDEX`` do not count. The sum of the losses is divided by the number of targets once, at the
     end; averaging the averages of batches would weigh short batches too much.
 
-    ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the code
-    of GaLore (arXiv 2403.03507) and its successors reports them. With n batches, l_i the mean loss over
-    the targets of one, in nats, it is Σ l_i / (n + 1): the count of batches begins at 1, so it reads
-    n / (n + 1) of what it should, and a batch weighs the same whatever its number of targets. Both make it
-    depend on the batch size. Here it is that of one process, whatever the number of ranks; that code on W
-    processes divides as one process with batches W times as large.
+    ``legacy_divisor``: also return ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the
+    code of GaLore (arXiv 2403.03507) and its successors report them. For n batches with mean losses l_i, in
+    nats per target, this loss is Σ l_i / (n + 1). Their count of batches begins at 1, so the loss is too
+    small by the factor n / (n + 1), and all batches have the same weight whatever their number of targets.
+    For both reasons it depends on the batch size. Here it is the loss of one process, whatever the number of
+    ranks; their code on W processes gives the loss of one process with batches W times as large.
     """
     was_training = model.training
     model.eval()
@@ -64,7 +64,7 @@ def evaluate(
         counted = int((targets != IGNORE_INDEX).sum())
         loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
         total += loss_sum
-        if counted > 0:  # none in what stands in for a missing batch
+        if counted > 0:  # a batch that replaces a missing one has none
             means += loss_sum / counted
             num_batches += 1
         tokens += counted
