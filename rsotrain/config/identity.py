@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of what a ``config.yaml`` holds, with the fields that it is too old for."""
     flat = dict(flatten(settings))
     return flat | {key: value for key, value in later_defaults().items() if key not in flat}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first three settings that differ between two identities, in words; empty where none does."""
+    there, here = (json.loads(json.dumps(dict(settings), default=str)) for settings in (old, new))
+    differing = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
+    return ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in differing[:3])
 
 
 def run_folder_path(config: Config) -> Path:

@@ -78,7 +78,11 @@ def _validate_instructions(data: InstructionsDataConfig) -> None:
         " the template, which the response follows by itself",
     )
     require(
-        all(name is None or (name.isidentifier() and not form and not kind) for name, form, kind in fields),
+        all(
+            # "a.b": the field b inside the field a
+            name is None or (all(part.isidentifier() for part in name.split(".")) and not form and not kind)
+            for name, form, kind in fields
+        ),
         "data.prompt_template takes fields by name and as they are, as {instruction}; a brace itself is {{",
     )
 

@@ -14,7 +14,7 @@ from rsotrain.data.rows import Damaged, Lines, Position, reason
 GZIP, XZ, ZSTD = b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
 ZSTD_WINDOW_BYTES = 2**31  # of zstd --long=31, the longest there is
-ZSTD_CHUNK_BYTES = 4096  # compressed; of the most repetitive text there are 128 MiB in these
+ZSTD_CHUNK_BYTES = 1024  # compressed; of the most repetitive text there are 32 MiB in these
 BUFFER_BYTES = 2**17
 
 

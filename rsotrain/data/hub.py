@@ -41,8 +41,10 @@ class HubSource:
         place, cure = "from the Hugging Face hub", "check the name and the connection"
         if self.folder is not None:
             place, cure = "as a folder of the Hugging Face hub", "mend the folder"
+        # how ``datasets`` ends when it looks for the fields of a file without a row
+        said = "a file holds no rows" if isinstance(error, StopIteration) else reason(error)
         return UserError(
-            f"{shown(self.name)} cannot be read {place} ({reason(error)}); {cure}, or read local files with"
+            f"{shown(self.name)} cannot be read {place} ({said}); {cure}, or read local files with"
             " data=files or data=c4 data.path=…"
         )
 
@@ -56,6 +58,7 @@ def open_split(source: HubSource) -> Any:
     """
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of what it logs as an error we say more
     if source.folder is not None:
         folder_files(source.folder, "data.name")  # before a pipe is waited for
     try:

@@ -1,6 +1,5 @@
 """What readers give and what can be wrong with it: one row, or the file that it should have come from."""
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from rsotrain.errors import UserError
 Row = Mapping[str, Any]
 
 MAX_SHOWN_FIELDS = 20
+PASSED_OVER_BYTES = 2**17  # at a time, of a line that is too long
 
 
 class BadRow(UserError):  # noqa: N818 (it is a UserError)
@@ -91,5 +91,5 @@ def limited_lines(lines: Lines, limit: int) -> Iterator[bytes | None]:
             yield line
             continue
         while line and not line.endswith(b"\n"):
-            line = lines.readline(io.DEFAULT_BUFFER_SIZE)
+            line = lines.readline(PASSED_OVER_BYTES)
         yield None

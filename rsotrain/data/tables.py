@@ -12,6 +12,8 @@ from rsotrain.errors import UserError, require
 BATCH_ROWS = 256  # bounds memory: documents may be whole books
 ARROW_FILE = b"ARROW1"
 
+_Place = tuple[str, ...]
+
 
 def table_rows(
     path: Path, suffix: str, columns: tuple[str, ...], first: int, step: int
@@ -31,19 +33,18 @@ def table_rows(
         )
     try:
         number = 0
-        for batch in (
-            _parquet_batches(path, columns) if suffix == ".parquet" else _arrow_batches(path, columns)
-        ):
+        batches = _parquet_batches(path, columns) if suffix == ".parquet" else _arrow_batches(path, columns)
+        for places, batch in batches:
             offset = max(first - number, (first - number) % step)
             if offset < batch.num_rows:
-                places = range(offset, batch.num_rows, step)
-                texts = [_texts(path, batch, column, places) for column in columns]
-                for place, values in zip(places, zip(*texts, strict=True), strict=True):
-                    yield number + place, _row(columns, values, number + place)
+                wanted = range(offset, batch.num_rows, step)
+                texts = [_texts(batch, place, wanted) for place in places]
+                for row, values in zip(wanted, zip(*texts, strict=True), strict=True):
+                    yield number + row, _row(columns, values, number + row)
             number += batch.num_rows
-    except UserError:
-        raise
-    except (pa.ArrowException, ValueError, LookupError, TypeError, OverflowError) as error:
+    except pa.ArrowNotImplementedError as error:
+        raise UserError(f"{shown(path)} holds what is not read ({reason(error)}); write it anew") from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter for the names of columns
         raise Damaged(f"{kind} ({reason(error)})") from error
     except OSError as error:
         if error.errno is not None:
@@ -51,98 +52,72 @@ def table_rows(
         raise Damaged(f"{kind} ({reason(error)})") from error  # Arrow's word for what makes no sense, too
 
 
-def _parquet_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
+def _parquet_batches(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[list[_Place], Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_columns(path, columns, file.schema_arrow.names)
-        yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
+        places = _places(path, file.schema_arrow, columns)
+        for group in range(file.num_row_groups):  # a dictionary inside a struct must not change on the way
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns)):
+                yield places, batch
 
 
-def _arrow_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
+def _arrow_batches(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[list[_Place], Any]]:
     import pyarrow as pa
 
     with path.open("rb") as file:
         is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
     with pa.memory_map(str(path)) as source:
         opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        outer = _check_columns(path, columns, opened.schema.names)
+        places = _places(path, opened.schema, columns)
         batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
         for batch in batches:
             batch.validate()  # its lengths; what lies inside is checked where it is used
-            selected = batch.select(outer)
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield selected.slice(start, BATCH_ROWS)
+                yield places, batch.slice(start, BATCH_ROWS)
 
 
-def _check_columns(path: Path, columns: tuple[str, ...], present: list[str]) -> list[str]:
-    """The columns of the table that hold the wanted ones."""
-    found = [outermost(column, present) for column in columns]
-    for column, outer in zip(columns, found, strict=True):
-        if outer is None:
-            raise _no_column(path, column, present)
-        require(present.count(outer) == 1, f"{shown(path)} has several columns {outer!r}; leave one of them")
-    return list(dict.fromkeys(outer for outer in found if outer is not None))
-
-
-def _no_column(path: Path, column: str, present: list[str]) -> UserError:
-    return UserError(
-        f"{shown(path)} has no column {column!r} (its columns: {names(present)}); name the right one in"
-        " data.text_field (data=instructions: data.response_field, data.prompt_template)"
-    )
-
-
-def _row(columns: tuple[str, ...], values: tuple[Any, ...], number: int) -> Row | BadRow:
-    try:
-        return {
-            column: None if value is None else value.decode()
-            for column, value in zip(columns, values, strict=True)
-        }
-    except UnicodeDecodeError:  # a writer's word that its strings are UTF-8 is not checked by Arrow
-        return not_utf8(f"row {number + 1}")
-
-
-def _texts(path: Path, batch: Any, column: str, places: range) -> list[bytes | None]:
-    """The bytes of a column at some places, with None for nulls."""
-    import pyarrow as pa
-
-    array = _inside(batch, column)
-    if array is None:
-        raise _no_column(path, column, _leaves(batch.schema))
-    array = _as_bytes(array.slice(places.start))
-    if array is None:
-        kind = _inside(batch, column).type
-        raise UserError(
-            f"{shown(path)}: the column {column!r} holds {shown(str(kind))} and no text; make it a string, or"
-            " name another with data.text_field=…"
+def _places(path: Path, schema: Any, columns: tuple[str, ...]) -> list[_Place]:
+    """Where the columns are; raises UserError for one that is not there, not the only one, or no text."""
+    places = []
+    for column in columns:
+        present = list(schema.names)
+        outer = outermost(column, present)
+        require(
+            outer is None or present.count(outer) == 1,
+            f"{shown(path)} has several columns {outer!r}; leave one of them",
         )
-    array.validate(full=True)  # before what it points to is touched
-    if places.step > 1:
-        array = array.take(pa.array(range(0, len(array), places.step), pa.int64()))
-    return array.to_pylist()
+        found = _place(schema, column)
+        if found is None:
+            raise UserError(
+                f"{shown(path)} has no column {column!r} (its columns:"
+                f" {names(_leaves(schema) if outer else present)}); name the right one in data.text_field"
+                " (data=instructions: data.response_field, data.prompt_template)"
+            )
+        kind = schema.field(found[0])
+        for name in found[1:]:
+            kind = kind.type.field(name)
+        require(
+            _is_text(kind.type),
+            f"{shown(path)}: column {column!r} holds {shown(str(kind.type))} and no text; make it a string,"
+            " or name another with data.text_field=…",
+        )
+        places.append(found)
+    return places
 
 
-def _inside(table: Any, name: str) -> Any:
-    """The array of a field in a record batch or an array of structs; None where there is none."""
+def _place(fields: Any, name: str) -> _Place | None:
+    """The name of a field in a schema or a struct, or those of the fields around it, from the outside in."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    is_batch = isinstance(table, pa.RecordBatch)
-    fields = table.schema if is_batch else table.type
-    if not is_batch and not pa.types.is_struct(fields):
-        return None
-
-    def child(field: str) -> Any:
-        index = fields.get_field_index(field)
-        if index < 0:
-            return None
-        return table.column(index) if is_batch else pc.struct_field(table, [index])
-
-    if (found := child(name)) is not None:
-        return found
+    if fields.get_field_index(name) >= 0:
+        return (name,)
     for outer, inner in splits(name):
-        if (parent := child(outer)) is not None and (found := _inside(parent, inner)) is not None:
-            return found
+        index = fields.get_field_index(outer)
+        if index >= 0 and pa.types.is_struct(fields.field(index).type):
+            found = _place(fields.field(index).type, inner)
+            if found is not None:
+                return (outer, *found)
     return None
 
 
@@ -159,8 +134,48 @@ def _leaves(fields: Any) -> list[str]:
     return found
 
 
+def _row(columns: tuple[str, ...], values: tuple[Any, ...], number: int) -> Row | BadRow:
+    try:
+        return {
+            column: None if value is None else value.decode()
+            for column, value in zip(columns, values, strict=True)
+        }
+    except UnicodeDecodeError:  # a writer's word that its strings are UTF-8 is not checked by Arrow
+        return not_utf8(f"row {number + 1}")
+
+
+def _texts(batch: Any, place: _Place, wanted: range) -> list[bytes | None]:
+    """The bytes of a column in the wanted rows of a batch, with None for nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    array, valid = batch.column(place[0]), None
+    for name in place[1:]:
+        outer = array.is_valid()
+        valid = outer if valid is None else pc.and_(valid, outer)
+        array = array.field(name)
+    array = _as_bytes(array.slice(wanted.start))
+    array.validate(full=True)  # before what it points to is touched
+    if valid is not None:
+        array = pc.if_else(valid.slice(wanted.start), array, pa.scalar(None, array.type))
+    if wanted.step > 1:
+        array = array.take(pa.array(range(0, len(array), wanted.step), pa.int64()))
+    return array.to_pylist()
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
 def _as_bytes(array: Any) -> Any:
-    """Strings of every encoding as plain binary; None where there is no text."""
+    """Strings of every encoding as plain binary."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -169,8 +184,6 @@ def _as_bytes(array: Any) -> Any:
         return _as_bytes(array.storage)
     if pa.types.is_null(kind):
         return array.cast(pa.binary())
-    if pa.types.is_string(kind):
-        return array.view(pa.binary())
     if pa.types.is_large_string(kind):
         return array.view(pa.large_binary())
     if pa.types.is_string_view(kind):
@@ -179,14 +192,11 @@ def _as_bytes(array: Any) -> Any:
         return views.cast(pa.large_binary())
     if pa.types.is_dictionary(kind):
         values = _as_bytes(array.dictionary)
-        if values is None:
-            return None
         values.validate(full=True)
-        indices = array.indices
-        encoded = pa.DictionaryArray.from_arrays(indices, values, safe=False)
+        encoded = pa.DictionaryArray.from_arrays(array.indices, values, safe=False)
         encoded.validate(full=True)
         return encoded.dictionary_decode()
     if pa.types.is_run_end_encoded(kind):
-        array.validate(full=False)
+        array.validate(full=True)
         return _as_bytes(pc.run_end_decode(array))
-    return None
+    return array.view(pa.binary())

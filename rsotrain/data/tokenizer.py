@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -20,6 +20,7 @@ _NO_CHARACTERS = re.compile(
     r"\[\(?all_chars_count|\[!required_chars_\.empty\(\)\]"
 )  # of SentencePiece's errors
 SPACE_MARK = "\u2581"  # SentencePiece writes a space so, and would read the character itself as a space
+WORD = 3  # TrainerSpec.ModelType
 
 
 class Tokenizer(Protocol):
@@ -62,7 +63,7 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # ValueError: a message that is not UTF-8
             raise UserError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
@@ -104,16 +105,27 @@ class SentencePieceTokenizer:
         return np.array([self._processor.piece_to_id(piece) for piece in pieces], np.int32)
 
     @cached_property
-    def _keeps_space_marks(self) -> bool:
-        """Whether the character can be spelled in bytes, and texts be encoded in parts around it."""
-        if self.unk_id in self._space_mark_ids:
+    def proto(self) -> Any:
+        """The model as ``sentencepiece_model_pb2.ModelProto``."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self.model)
+
+    @cached_property
+    def keeps_space_marks(self) -> bool:
+        """Whether the character can be spelled in bytes, and texts be encoded in parts around it.
+
+        Not where a character map says what becomes of it, nor where words are found by it.
+        """
+        by_words = self.proto.trainer_spec.model_type == WORD
+        if self.unk_id in self._space_mark_ids or by_words or self.proto.normalizer_spec.precompiled_charsmap:
             return False
         return self.decode(self._encode_space_marks(f" a{SPACE_MARK} a")) == f" a{SPACE_MARK} a"
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         ids = self._processor.encode(texts, return_type="numpy", num_threads=self.num_threads)
         for i, text in enumerate(texts):
-            if SPACE_MARK in text and self._keeps_space_marks:
+            if SPACE_MARK in text and self.keeps_space_marks:
                 ids[i] = self._encode_space_marks(text)
         return ids
 
@@ -121,6 +133,11 @@ class SentencePieceTokenizer:
         """As ``encode``, with each character U+2581 as its three bytes."""
         first, *rest = self._processor.encode(text.split(SPACE_MARK), return_type="numpy")
         return np.concatenate([first, *(ids for part in rest for ids in (self._space_mark_ids, part))])
+
+    def encode_by_pieces(self, texts: list[str]) -> list[list[int]]:
+        """As the ``SentencePieceBackend`` of transformers: the ids of the pieces that a text is cut into."""
+        cut = self._processor.encode(texts, out_type=str, num_threads=self.num_threads)
+        return [[self._processor.piece_to_id(piece) for piece in pieces] for pieces in cut]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids])

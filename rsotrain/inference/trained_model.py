@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,10 +16,12 @@ from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
 from rsotrain.errors import UserError
+from rsotrain.files import read_yaml
 from rsotrain.models.build import build_model
 from rsotrain.models.fit import first_difference
 from rsotrain.models.llama import Llama
 from rsotrain.models.pretrained import EMBEDDING, read_huggingface
+from rsotrain.tracking.run_files import CONFIG
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ def _from_run(run: Path, checkpoint: Path, device: torch.device, precision: Prec
 
 def _settings(run: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings = read_yaml(run / CONFIG)
         return settings | {"model": dict(settings["model"]), "data": dict(settings["data"])}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{run} holds no readable config.yaml, so its model is not known") from error
+    except UserError as error:
+        raise UserError(f"{error}; so the model of {run} is not known") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run / CONFIG} describes no run, so the model of {run} is not known") from error
 
 
 def _model_of(run: Path, settings: dict[str, Any]) -> ModelConfig:

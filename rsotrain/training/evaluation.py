@@ -1,7 +1,7 @@
 """Token-weighted loss, perplexity and bits per byte, independent of batch size and world size."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -10,6 +10,11 @@ from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+Between = Callable[[], None]  # raises an exception to end a long computation early
+
+
+def go_on() -> None:
+    """The ``Between`` that never ends a computation early."""
 
 
 def perplexity(loss: float) -> float:
@@ -42,6 +47,7 @@ def evaluate(
     *,
     bytes_per_token: float,
     legacy_divisor: bool = False,
+    between: Between = go_on,
 ) -> dict[str, float]:
     """``val/loss`` in nats per token, ``val/perplexity`` and ``val/bits_per_byte``; all ranks call it.
 
@@ -55,21 +61,16 @@ def evaluate(
     small by the factor n / (n + 1), and all batches have the same weight whatever their number of targets.
     For both reasons it depends on the batch size. Here it is the loss of one process, whatever the number of
     ranks; their code on W processes gives the loss of one process with batches W times as large.
+
+    ``between`` is called before each batch, on all ranks equally often; an exception from it ends the
+    evaluation.
     """
     was_training = model.training
     model.eval()
-    total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
-    tokens = num_batches = 0
-    for inputs, targets in batches_of_rank(batches, world.rank, world.size):
-        counted = int((targets != IGNORE_INDEX).sum())
-        loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
-        total += loss_sum
-        if counted > 0:  # a batch that replaces a missing one has none
-            means += loss_sum / counted
-            num_batches += 1
-        tokens += counted
-    model.train(was_training)
-    sums = world.sum([total.item(), tokens, means.item(), num_batches])
+    try:
+        sums = _sums(model, batches, world, between)
+    finally:
+        model.train(was_training)
     loss, legacy_loss = sums[0] / sums[1], sums[2] / (sums[3] + 1)
     metrics = {
         "val/loss": loss,
@@ -79,3 +80,19 @@ def evaluate(
     if legacy_divisor:
         metrics |= {"val/legacy_loss": legacy_loss, "val/legacy_perplexity": perplexity(legacy_loss)}
     return metrics
+
+
+def _sums(model: nn.Module, batches: Iterable[Batch], world: World, between: Between) -> list[float]:
+    """Sums over all ranks: losses in nats, targets, mean losses of batches, number of batches."""
+    total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
+    tokens = num_batches = 0
+    for inputs, targets in batches_of_rank(batches, world.rank, world.size):
+        between()
+        counted = int((targets != IGNORE_INDEX).sum())
+        loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
+        total += loss_sum
+        if counted > 0:  # a batch that replaces a missing one has none
+            means += loss_sum / counted
+            num_batches += 1
+        tokens += counted
+    return world.sum([total.item(), tokens, means.item(), num_batches])

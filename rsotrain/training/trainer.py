@@ -16,7 +16,7 @@ from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
-from rsotrain.errors import TrainingError, UserError
+from rsotrain.errors import NonFiniteError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
@@ -28,12 +28,8 @@ from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
-from rsotrain.training.evaluation import evaluate
+from rsotrain.training.evaluation import Between, evaluate, go_on
 from rsotrain.training.lr_scheduler import lr_factor
-
-
-class NonFiniteError(TrainingError):
-    """The loss or the gradient norm is not finite. The weights are those before the update."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,8 @@ class Trainer:
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad()
             raise NonFiniteError(
-                f"step {self.step + 1}: the loss is {loss_value} and the gradient norm {norm_value}"
+                f"step {self.step + 1}: the loss is {loss_value} and the gradient norm {norm_value}:"
+                " stopped before the update"
             )
         self.optimizer.set_lr_factor(self._lr_factor())
         with phase(Phase.optimizer_step):
@@ -245,35 +242,42 @@ class Trainer:
             torch._foreach_mul_(self.optimizer.gradients(), factor)
         return result
 
-    def evaluate(self) -> dict[str, float]:
-        """Validation metrics of the current weights."""
+    def evaluate(self, between: Between = go_on) -> dict[str, float]:
+        """Validation metrics of the current weights; ``between``: called before each batch; may raise."""
         config, validation = self.config, self.data.validation
         size = config.evaluation.micro_batch_size or config.micro_batch_size or self._batch_size_of_rank
-        metrics = evaluate(
-            self.model,
-            validation.evaluation_batches(size, config.evaluation.max_tokens),
-            self.world,
-            bytes_per_token=self._validation_bytes_per_token,
-            legacy_divisor=config.evaluation.legacy_divisor,
-        )
-        if self.world.mesh is not None:
-            self.model.reshard()  # type: ignore[operator]
-        return metrics
+        try:
+            return evaluate(
+                self.model,
+                validation.evaluation_batches(size, config.evaluation.max_tokens),
+                self.world,
+                bytes_per_token=self._validation_bytes_per_token,
+                legacy_divisor=config.evaluation.legacy_divisor,
+                between=between,
+            )
+        finally:
+            self._reshard()
 
-    def generate(self) -> list[tuple[str, str]]:
-        """(prompt, continuation) for each of ``generate.prompts``."""
-        config = self.config
-        texts = generate_texts(
-            self.model,
-            self.data.tokenizer,
-            config.generate,
-            max_context=config.model.max_position_embeddings,
-            device=self.device,
-            seed=config.seed,
-        )
+    def _reshard(self) -> None:
+        """Free the weights that forward passes without a backward pass have gathered."""
         if self.world.mesh is not None:
             self.model.reshard()  # type: ignore[operator]
-        return texts
+
+    def generate(self, between: Between = go_on) -> list[tuple[str, str]]:
+        """(prompt, continuation) for each of ``generate.prompts``; ``between``: called before each token."""
+        config = self.config
+        try:
+            return generate_texts(
+                self.model,
+                self.data.tokenizer,
+                config.generate,
+                max_context=config.model.max_position_embeddings,
+                device=self.device,
+                seed=config.seed,
+                between=between,
+            )
+        finally:
+            self._reshard()
 
     @cached_property
     def _validation_bytes_per_token(self) -> float:
