@@ -39,7 +39,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
 
     Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
-    time that drawing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
+    time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
     for what cannot be composed and for a folder that cannot be written.
     """
     world = start(config.parallelism, config.device)

@@ -1,7 +1,7 @@
 """Bytes of the optimizer state in closed form, from the shapes of a model alone.
 
-Each method says what it keeps of a matrix (``matrix_state`` of its class); outside the blocks there is Adam.
-This is the check on the planner, which asks the optimizer itself.
+The class of each method gives the state of a matrix (``matrix_state``); all other parameters have Adam's
+state. The formulas check the planner, which measures the optimizer's tensors.
 """
 
 import re
@@ -18,13 +18,13 @@ from rsotrain.parallel.ranks import shards_of
 
 
 def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
-    """Every parameter of a model; tied ones once."""
+    """All parameters of a model; a tied one once."""
     return architecture.weights_of(model_without_memory(model, vocab_size))
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of rank 0, which has the largest pieces. ``blocks``: of the matrices that the method updates."""
+    """Bytes on rank 0, which has the largest pieces. ``blocks``: for the attention and MLP weights."""
 
     blocks: int
     rest: int
@@ -35,13 +35,13 @@ class StateBytes:
 
 
 def state_bytes(config: Config, vocab_size: int) -> StateBytes:
-    """Of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
+    """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
     optimizer = config.optimizer
-    claimed = [re.compile(pattern) for pattern in optimizer.block_parameters]
+    patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
     blocks: list[Weight] = []
     rest: list[Weight] = []
     for weight in weights_of(config.model, vocab_size):
-        matched = any(pattern.search(weight.name) for pattern in claimed)
+        matched = any(pattern.search(weight.name) for pattern in patterns)
         (blocks if matched else rest).append(weight)
     layout = _layout(config)
     return StateBytes(

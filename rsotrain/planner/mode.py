@@ -1,4 +1,4 @@
-"""mode=plan: tables on the screen, ``plan.json`` and a picture in the folder that the run would have."""
+"""mode=plan: tables on the screen, and ``plan.json`` and a picture in the run folder of the planned run."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ PLAN = "plan.json"
 
 
 def plan_mode(config: Config) -> dict[str, Any]:
-    """Plan, print, write; what ``plan.json`` holds. Raises UserError where that cannot be written."""
+    """Make, print and write a plan; return ``plan.json``'s content. UserError if it cannot be written."""
     plan = make_plan(config)
     print_plan(plan)
     if config.compile:
-        print("compile=true: planned as without it")
+        print("compile=true: the plan is for the run without compilation")
     folder = run_folder_path(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ PLANS = "plans.json"
 
 
 def print_plan(plan: Plan) -> None:
-    """All that a plan says, in tables of 80 columns."""
+    """Print a plan in tables of at most 80 columns."""
     tables = [_phases(plan), _parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
@@ -117,7 +117,7 @@ def _traffic(plan: Plan) -> "Table":
 
 
 def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
-    """Draw bytes by kind, a bar for each name; what to tell the user of it."""
+    """Draw the bytes by kind, a bar for each name; return a sentence for the user."""
     from rsotrain.tracking.drawing import stacked_bytes, write_png
 
     parts = {
@@ -127,23 +127,29 @@ def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
     }
     try:
         write_png(stacked_bytes(list(bars), parts), path)
-    except UserError as error:  # without matplotlib a plan is no less true
+    except UserError as error:  # without matplotlib the plan is still valid
         return f"no picture: {error}"
     return f"picture: {path}"
 
 
-# What a choice brings with it, so that it need not be named beside it.
+# Settings that follow from another one, which labels omit beside it.
 _BROUGHT = {
     "model": ("hidden_size", "num_hidden_layers"),
     "optimizer": ("sampler", "rank", "update_proj_gap", "staggered"),
     "world_size": ("batch_size",),
 }
 _ABSENT = (None, "none", False)
-_BY_ITSELF = ("model", "optimizer", "sampler", "precision", "parallelism")  # its values say what they are
+_BY_ITSELF = (
+    "model",
+    "optimizer",
+    "sampler",
+    "precision",
+    "parallelism",
+)  # clear without their key
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each plan from the others."""
+    """A label for each plan, of the settings by which the plans differ."""
 
     def named(keys: Sequence[str]) -> list[str]:
         return [
@@ -161,9 +167,10 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Several plans, as ``plan.json`` holds them, side by side; also in a file and a picture in ``folder``.
+    """Print several plans, given as in ``plan.json``, side by side; write them and a picture to ``folder``.
 
-    Runs that differ in parallelism or micro-batch alone have one folder, and that the plan of the last.
+    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a run folder,
+    whose ``plan.json`` is that of the last.
     """
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")

@@ -56,7 +56,7 @@ class Bases:
     ``sizes``: (k, r) of each basis. ``state[name]`` holds the sampler's own tensors and ``basis`` (k×r). This
     is zero until the first refresh, so that nothing is projected before there is a subspace. Random numbers
     are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
-    ``stored``: each use samples it again, bitwise the same, and the state holds its seed ``basis_seed``,
+    ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
     which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
     sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones.
     ``mesh``: the ranks that have the same bases; they call ``refresh_all`` together.
@@ -280,7 +280,7 @@ class Bases:
 
         ``gram`` is called only if the sampler needs data. The old basis stays if ``gram`` returns None
         because the gradient is not finite, if the decomposition fails, or if the gradient is zero. The first
-        two are counted, and the first time is warned of. Returns None at the first refresh and where the
+        two are counted, and the first failure is warned of. Returns None at the first refresh and where the
         basis stays.
         """
         if index is None:

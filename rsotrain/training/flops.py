@@ -1,4 +1,4 @@
-"""The device's measured matrix-multiply rate: what model FLOPs are divided by for their utilisation."""
+"""The measured matrix-multiply rate of a device, relative to which the utilisation of FLOPs is reported."""
 
 import statistics
 import time
@@ -7,9 +7,9 @@ import torch
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of one large square matrix product on ``device``: median of five after two to warm up."""
+    """FLOP/s of a large square matrix product on ``device``: median of five runs after two warm-up runs."""
     n = 1024 if device.type == "cpu" else 8192
-    generator = torch.Generator(device).manual_seed(0)  # the global generator is not ours to advance
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global generator as it is
     a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     seconds = []

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: the factor on every peak rate as a pure function of the step."""
+"""The learning-rate schedule: the factor of all peak learning rates as a pure function of the step."""
 
 from rsotrain.config.schedules import LRSchedulerConfig
 

@@ -1,4 +1,4 @@
-"""The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
+"""The training step and its state. The one clock is ``step``, the number of optimizer updates."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,8 +34,8 @@ from rsotrain.training.lr_scheduler import lr_factor
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean nats per valid token of the batch. ``grad_norm``: before clipping. Of all ranks, as are
-    ``tokens``; ``signals``: the sums over ranks of what ``train_step`` was given to pass around."""
+    """``loss``: mean over the valid tokens of the batch, in nats. ``grad_norm``: before clipping. ``tokens``:
+    number of valid tokens. All three are of all ranks. ``signals``: sums over ranks of the given signals."""
 
     loss: float
     grad_norm: float
@@ -51,9 +51,9 @@ def no_signals() -> tuple[float, ...]:
 
 
 def check_composition(config: Config) -> None:
-    """Refuse, before any data is read, what cannot be composed: device, model, optimizer and sampler.
+    """Raise UserError if device, model, optimizer and sampler cannot be combined, before any data is read.
 
-    Builds model and optimizer on the meta device, which takes no memory. Raises UserError.
+    Model and optimizer are built on the meta device, which takes no memory.
     """
     resolve_device(config.device)
     model = build_model(
@@ -87,17 +87,17 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
 
 
 def share_of_batch(batch_size: int, world: World) -> range:
-    """The places of a batch that are this rank's."""
+    """The indices within a batch of this rank's sequences."""
     own = batch_size // world.size
     return range(world.rank * own, (world.rank + 1) * own)
 
 
 class Trainer:
-    """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
+    """Model, optimizer, data order and clock of one run. It does not use folders, loggers or the screen.
 
-    ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs. With
-    several ranks each has a Trainer; all call its methods together, and each batch is divided among them.
-    ``model``: that of ``model_without_memory``, where it is there already.
+    ``train_step`` is exactly one optimizer update; ``state_dict`` holds all that an exact resume needs. Each
+    rank has a Trainer. All ranks call its methods together, and each batch is divided among them. ``model``:
+    the result of ``model_without_memory``, if the caller has built it already.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Trainer:
             compile_blocks(self.model)
         self.order = data.train.order(config.seed)
         self.step = 0
-        self.tokens = 0  # predicted so far, ignored positions not counted
-        self.position = 0  # in the data: sequences taken so far
+        self.tokens = 0  # targets so far, without ignored ones
+        self.position = 0  # number of sequences taken from the data so far
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
@@ -136,7 +136,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update, for the parameters outside the blocks."""
+        """Learning rate of the next update for embedding, head and norms."""
         return self.config.optimizer.lr * self._lr_factor()
 
     def _lr_factor(self) -> float:
@@ -151,28 +151,29 @@ class Trainer:
         return self.config.batch_size // self.world.size
 
     def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
+        """This rank's share of the next batch, whose sequences do not depend on the number of ranks."""
         share = share_of_batch(self.config.batch_size, self.world)
         indices = self.order.indices(self.position, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
         batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
-        if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
+        if self.device.type == "cuda":  # copies from pinned memory do not block the host
             return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
         return batches
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
 
-        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens,
-        so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
-        update, and what the ranks answer is summed. Raises NonFiniteError before the update.
+        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens, so
+        that gradient accumulation over k micro-batches, or k ranks, gives the update of one batch.
+        ``signals`` is called before the update, and its results are summed over ranks. Raises NonFiniteError
+        before the update.
         """
         batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(batches):
-            if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
+            if self.world.mesh is not None:  # replicas reduce once, after all micro-batches
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
             with phase(Phase.forward):
                 loss = self.forward(inputs, targets) / tokens
@@ -216,13 +217,13 @@ class Trainer:
             return loss
 
     def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """``valid_positions`` of one micro-batch."""
+        """``valid_positions`` of one micro-batch; a plan replaces it."""
         return valid_positions(targets)
 
     def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
         """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.
 
-        The norm is fp32, and that before they are scaled down.
+        The norm is in float32 and of the gradients before clipping.
         """
         norm = torch.linalg.vector_norm(torch.stack(self.optimizer.gradient_norms()))
         if self.world.size == 1:
@@ -242,7 +243,7 @@ class Trainer:
         return result
 
     def evaluate(self, between: Between = go_on) -> dict[str, float]:
-        """Validation metrics at the present weights; ``between``: called before each batch, and may raise."""
+        """Validation metrics of the current weights; ``between``: called before each batch; may raise."""
         config, validation = self.config, self.data.validation
         size = config.evaluation.micro_batch_size or config.micro_batch_size or self._batch_size_of_rank
         try:
@@ -258,7 +259,7 @@ class Trainer:
             self._reshard()
 
     def _reshard(self) -> None:
-        """Give back the memory of what forward passes alone have gathered."""
+        """Free the weights that forward passes without a backward pass have gathered."""
         if self.world.mesh is not None:
             self.model.reshard()  # type: ignore[operator]
 
@@ -280,13 +281,13 @@ class Trainer:
 
     @cached_property
     def _validation_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
+        """UTF-8 bytes of text for each target within ``evaluation.max_tokens``."""
         validation, limit = self.data.validation, self.config.evaluation.max_tokens
         num_bytes = validation.num_target_bytes(self.data.tokenizer.decode, limit)
         return num_bytes / validation.num_targets(limit)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank by part; peak memory is the process's and is measured by whoever logs it."""
+        """Bytes on this rank by kind. Loggers measure the peak memory of the process themselves."""
         return {
             "memory/parameters_bytes": tensors_bytes(self.model.parameters()),
             "memory/gradients_bytes": self.gradients_bytes,
@@ -295,9 +296,9 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """``model`` and ``optimizer``: flat name -> tensor, of which this rank's piece, as ``shards`` says.
+        """``model`` and ``optimizer``: this rank's piece of each tensor by name, as ``shards`` describes it.
 
-        ``trainer``: what JSON can hold, the same on every rank.
+        ``trainer``: values that JSON can hold, the same on every rank.
         """
         train = self.data.train
         data = merged_states(self.world.gathered(train.state_dict(self.position)))
@@ -315,14 +316,14 @@ class Trainer:
         }
 
     def shards(self) -> dict[str, Shard]:
-        """Which piece of each tensor ``state_dict`` has, by name; what is absent is whole."""
+        """Which piece of the whole each tensor of ``state_dict`` is, by name; the others are whole."""
         shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
         return {name: s for name, s in (shards | self.optimizer.shards()).items() if s.dim is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError, changing no tensor, if ``state`` is not of this model, optimizer and data.
+        """Raises UserError and changes no tensor if ``state`` is of another model, optimizer or data.
 
-        Training goes on with the sequence after the last one taken, whatever the batch size was.
+        Training continues with the sequence after the last one taken, whatever the batch size was.
         """
         position = saved_position(state["trainer"], self.data.train, self.config.batch_size)
         self._check_weights(state["model"], same_dtype=True)
@@ -334,7 +335,7 @@ class Trainer:
         self.tokens = state["trainer"]["tokens"]
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """The weights alone, of any dtype, for a new run; UserError if they are another model's."""
+        """Load weights alone, of any dtype, for a new run; UserError if they are of another model."""
         self._check_weights(weights, same_dtype=False)
         self._copy_weights(weights)
 
@@ -342,7 +343,7 @@ class Trainer:
         shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
 
         def described(name: str, tensor: torch.Tensor) -> Described:
-            """With the shape of the whole: ``saved`` has pieces of what is whole as large as here."""
+            """(shape of the whole, dtype). A saved tensor of this rank's piece's shape is such a piece."""
             shard, shape = shards.get(name), tuple(tensor.shape)
             if shard is not None and shape == shard.piece_shape and not tensor.is_meta:
                 shape = shard.shape
