@@ -99,8 +99,8 @@ def _places(path: Path, schema: Any, columns: tuple[str, ...]) -> list[_Place]:
             kind = kind.type.field(name)
         require(
             _is_text(kind.type),
-            f"{shown(path)}: column {column!r} holds {shown(str(kind.type))} and no text; make it a string, or"
-            " name another with data.text_field=…",
+            f"{shown(path)}: column {column!r} holds {shown(str(kind.type))} and no text; make it a string,"
+            " or name another with data.text_field=…",
         )
         places.append(found)
     return places

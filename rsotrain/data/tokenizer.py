@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, UnicodeDecodeError) as error:  # the last of its own message
             raise UserError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
