@@ -21,6 +21,10 @@ class TrainingError(RuntimeError):
     """
 
 
+class NonFiniteError(TrainingError):
+    """Loss, gradient norm, weights or states are not numbers any more."""
+
+
 class LostRankError(TrainingError):
     """Another process of the run has ended or cannot be reached; each of those left says so."""
 

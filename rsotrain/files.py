@@ -1,10 +1,29 @@
-"""Files that are written whole or not at all, and what JSON can hold."""
+"""Files that are written whole or not at all, read within limits, and what JSON can hold.
 
+Whatever lies in a run folder may be damaged or somebody else's: ``read_json`` and ``read_yaml`` neither hang
+nor fill the memory, and say in one sentence what is wrong. ``os_errors_said`` does so for the disk.
+"""
+
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rsotrain.errors import TrainingError, UserError
+
+MAX_JSON_BYTES = 64 * 2**20  # the position in streamed data may be long
+MAX_YAML_BYTES = 2**20  # the parser is slow, and a config.yaml has some KiB
+MAX_DEPTH = 100
+MAX_YAML_NODES = 200_000  # aliases counted as often as they are used
+MAX_YAML_SCALAR = 1000  # characters of what is read as a number or a date
 
 
 def finite(value: object) -> object:
@@ -18,12 +37,47 @@ def finite(value: object) -> object:
     return value
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader, or a crash, sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+# --- errors of the disk --------------------------------------------------------------------------
+
+# Those who lose the number of an error on the way still quote it: safetensors and torch.distributed.
+_LACK_OF_ROOM = re.compile(rf"(?:os error|Errno) (?:{errno.ENOSPC}|{errno.EDQUOT})\b")
+
+
+def lacks_room(error: OSError) -> bool:
+    """Would deleting something elsewhere help?"""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or _LACK_OF_ROOM.search(str(error)) is not None
+
+
+def reason(error: OSError) -> str:
+    """What the system says, in a few words, and the advice to make room where that is what it lacks."""
+    said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{said}; make room on that disk" if lacks_room(error) else said
+
+
+@contextmanager
+def os_errors_said(what: str, kind: type[UserError] | type[TrainingError] = UserError) -> Iterator[None]:
+    """Turn an OSError into one sentence of ``kind``: ``what`` ("… cannot be written") and the reason."""
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {reason(error)}") from error
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by ``content`` so that a reader, or a crash, sees the old file or the new one, whole.
+
+    A symbolic link in its place is replaced, too, not followed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()  # of a killed process with this number, or a trap
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,3 +92,139 @@ def write_json_atomic(path: Path, mapping: Mapping[str, object]) -> None:
     Raises TypeError for a value that JSON cannot hold and leaves an existing file as it was.
     """
     write_atomic(path, json.dumps(finite(mapping), indent=2, allow_nan=False) + "\n")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file. Raises UserError for anything else, or for more than ``max_bytes``."""
+    with os_errors_said(f"{path} cannot be read"):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a device may act on that
+            raise UserError(f"{path} cannot be read: it is no regular file")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it be a FIFO by now
+        with open(descriptor, "rb") as file:
+            content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path} cannot be read: it has more than {max_bytes // 2**20} MiB")
+    return content
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """What the JSON file ``path`` holds.
+
+    Raises UserError, with one sentence, where it is missing, no regular file, too large, nested deeper than
+    ``MAX_DEPTH``, not UTF-8 or not JSON.
+    """
+    content = read_regular(path, max_bytes)
+    with _damage_said(path):
+        value = json.loads(content.decode())
+        _check_depth(value)
+    return value
+
+
+def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
+    """What the YAML file ``path`` holds, plain data only; None where it is empty.
+
+    Raises UserError, with one sentence, where it is missing, no regular file, too large, nested deeper than
+    ``MAX_DEPTH``, larger than ``MAX_YAML_NODES`` with its aliases replaced, not UTF-8 or not YAML.
+    """
+    content = read_regular(path, max_bytes)
+    with _damage_said(path):
+        loader = yaml.SafeLoader(content.decode())
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_node(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+
+
+@contextmanager
+def _damage_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: it is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is not UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"{path} is damaged: not valid YAML{where} ({_short(problem)})") from error
+    except ValueError as error:  # JSONDecodeError, 5,000 digits, a date that does not exist
+        raise UserError(f"{path} is damaged: {_short(error)}") from error
+
+
+def _short(message: object) -> str:
+    return " ".join(str(message).split("\n")[0].split())[:200]
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError beyond ``MAX_DEPTH``: who walks through the value may do so recursively."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def _check_node(root: yaml.Node) -> None:
+    """Raises ValueError where the YAML below ``root`` is too large or too deep, or contains itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        known = sizes.get(id(node))
+        if known == 0:
+            raise ValueError("it contains itself")
+        if known is not None:
+            return known
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        sizes[id(node)] = 0  # on the way
+        total = 1
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag != "tag:yaml.org,2002:str" and len(node.value) > MAX_YAML_SCALAR:
+                raise ValueError(f"a value of {len(node.value)} characters is no number")
+        elif isinstance(node, yaml.MappingNode):
+            total += sum(size(part, depth + 1) for pair in node.value for part in pair)
+        else:
+            total += sum(size(part, depth + 1) for part in node.value)
+        if total > MAX_YAML_NODES:
+            raise ValueError("it has too many values")
+        sizes[id(node)] = total
+        return total
+
+    size(root, 1)
+
+
+def read_json_object(path: Path, largest_bytes: int = 64 * 2**20) -> dict[str, Any]:
+    """The object in a JSON file that somebody else has written.
+
+    Raises OSError where it cannot be read, and ValueError, with a message of one line, where it is no
+    regular file, too large, or not a JSON object: text cut off, nested without end, numbers of thousands of
+    digits.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device might never end
+        raise ValueError("it is not a regular file")
+    if found.st_size > largest_bytes:
+        raise ValueError(f"it has {found.st_size} bytes, more than the {largest_bytes} that are read")
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content

@@ -25,6 +25,7 @@ from rsotrain.errors import UserError
 from rsotrain.files import write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
@@ -38,7 +39,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
 
     Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
-    time that drawing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
+    time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
     for what cannot be composed and for a folder that cannot be written.
     """
     world = start(config.parallelism, config.device)
@@ -54,7 +55,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     if world.is_main:
         print_benchmark(result)
         write_json_atomic(folder / RESULT, result)
-        print(f"{folder / RESULT}")
+        print_line(folder / RESULT)
     return result
 
 
@@ -126,7 +127,8 @@ def _profile(trainer: Trainer, folder: Path) -> float:
         rank = f"_rank{world.rank}" if world.size > 1 else ""
         profile.export_chrome_trace(str(folder / f"trace{rank}.json"))
         if world.is_main:
-            print(f"{folder / f'trace{rank}.json'}: open it in chrome://tracing or https://ui.perfetto.dev")
+            trace = folder / f"trace{rank}.json"
+            print_line(f"{trace}: open it in chrome://tracing or https://ui.perfetto.dev")
     return communication_seconds(profile, settings.profile_steps)
 
 

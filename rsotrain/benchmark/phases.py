@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
-from rsotrain.optim.rso import RSO
-from rsotrain.optim.subspace_part import SubspacePart
+from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.parallel import exchange
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.training.trainer import Trainer
@@ -69,8 +68,8 @@ class PhaseClock:
         return seconds
 
 
-def parts_with_bases(trainer: Trainer) -> list[SubspacePart | RSO]:
-    return [part for part in trainer.optimizer.parts if isinstance(part, SubspacePart | RSO)]
+def groups_with_bases(trainer: Trainer) -> list[OptimizerWithBases]:
+    return [group for group in trainer.optimizer.groups if isinstance(group, OptimizerWithBases)]
 
 
 def attach(clock: PhaseClock, trainer: Trainer) -> None:
@@ -86,12 +85,8 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
         (trainer.optimizer, "reduce_gradients", OPTIMIZER, OTHER),
         (trainer.optimizer, "step", OPTIMIZER, OTHER),
     ]
-    for part in parts_with_bases(trainer):
-        wraps.append((part, "refresh", REFRESH, None))
-        if isinstance(part, SubspacePart):
-            wraps.append((part, "record_energy", REFRESH, None))
-        if isinstance(part, RSO):  # XᵀX, gathered in the forward passes of a step that ends with draws
-            wraps += [(site, "observe", REFRESH, None) for site in part.sites]
+    for group in groups_with_bases(trainer):
+        wraps += [(owner, name, REFRESH, None) for owner, name in group.refresh_work()]
     for owner, name, inside, after in wraps:
         wrapped = clock.timed(getattr(owner, name), inside, after)
         if name == "observe" and trainer.config.compile:  # called from within compiled blocks
@@ -101,26 +96,25 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
 
 def update_gap(trainer: Trainer) -> int | None:
     """Steps between refreshes; None for a method without bases."""
-    parts = parts_with_bases(trainer)
-    return parts[0].subspace.gap if parts else None
+    groups = groups_with_bases(trainer)
+    return groups[0].subspace.gap if groups else None
 
 
 @contextmanager
 def all_bases_due(trainer: Trainer) -> Iterator[None]:
-    """The next step draws all bases, and none for the first time, whatever the schedule."""
-    optimizer, parts = trainer.optimizer, parts_with_bases(trainer)
-    schedules, steps_done = [part.bases.schedule for part in parts], optimizer.steps_done
-    for part in parts:
-        gap = part.subspace.gap
-        part.bases.schedule = RefreshSchedule(gap, len(part.bases.sizes), staggered=False)
-        # RSO draws at the end of a step, for the next one
-        optimizer.steps_done = 2 * gap - isinstance(part, RSO)
+    """The next step refreshes all bases, none of them for the first time, whatever the schedule."""
+    optimizer, groups = trainer.optimizer, groups_with_bases(trainer)
+    schedules, steps_done = [group.bases.schedule for group in groups], optimizer.steps_done
+    for group in groups:
+        gap = group.subspace.gap
+        group.bases.schedule = RefreshSchedule(gap, len(group.bases.sizes), staggered=False)
+        optimizer.steps_done = 2 * gap - group.samples_ahead
     try:
         yield
     finally:
         optimizer.steps_done = steps_done
-        for part, schedule in zip(parts, schedules, strict=True):
-            part.bases.schedule = schedule
+        for group, schedule in zip(groups, schedules, strict=True):
+            group.bases.schedule = schedule
 
 
 def communication_seconds(profile: torch.profiler.profile, num_steps: int) -> float:

@@ -9,7 +9,6 @@ disk and renamed when whole: one with its final name is complete, whenever a pro
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,20 +22,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rsotrain.checkpoints.record import RECORD, DamagedError, add_evaluation, check_record, load_record, score
+from rsotrain.errors import NonFiniteError
+from rsotrain.files import read_json
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import Shard
 
 _NAME = re.compile(r"^step_(\d{8})$")
 _PARTIAL = ".partial-"
 _CHECKSUMS = "checksums.json"
-_RECORD = "trainer.json"
 KINDS = ("model", "optimizer")
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not as it was written; the message says how."""
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -108,7 +105,7 @@ def _save_together(
 
 
 def _prepare(unfinished: Path) -> None:
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.parent.mkdir(exist_ok=True)  # the run's own folder is there, or has been taken away
     for left in unfinished.parent.glob(f"{_PARTIAL}*"):  # before anything is written: it takes room
         shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir()
@@ -166,10 +163,10 @@ def _digest(file: Path) -> str:
 def _finish(
     unfinished: Path, final: Path, record: Mapping[str, Any], checksums: dict[str, str], keep: int
 ) -> None:
-    (unfinished / _RECORD).write_text(json.dumps(dict(record), indent=1))
-    checksums |= {_RECORD: _digest(unfinished / _RECORD)}
+    (unfinished / RECORD).write_text(json.dumps(dict(record), indent=1))
+    checksums |= {RECORD: _digest(unfinished / RECORD)}
     (unfinished / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
-    mode = (unfinished / _RECORD).stat().st_mode
+    mode = (unfinished / RECORD).stat().st_mode
     for path in unfinished.rglob("*"):
         if path.is_file():
             path.chmod(mode)  # safetensors writes files that only their owner reads
@@ -179,6 +176,31 @@ def _finish(
     unfinished.rename(final)
     _sync(final.parent)
     _prune(final, keep)
+
+
+def score_checkpoint(folder: Path, step: int, loss: float, run: Mapping[str, Any], *, keep: int) -> None:
+    """Add the evaluation to ``step``'s checkpoint, the newest, and keep those that then are to be kept.
+
+    Nothing happens where it could not be written. Raises OSError.
+    """
+    final = folder / f"step_{step:08d}"
+    if final.is_dir():
+        add_evaluation(final, loss, run)
+        _prune(final, keep)
+
+
+def check_finite(tensors: Mapping[str, Tensors]) -> None:
+    """Raises NonFiniteError for NaN, and for infinite weights, in tensors in CPU memory.
+
+    ``tensors``: by kind and name. A state may be infinite: a second moment that overflows stops its weight.
+    """
+    for kind, named in tensors.items():
+        for name, tensor in named.items() if kind in KINDS else ():
+            if tensor.is_floating_point() and tensor.numel() > 0:
+                wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+                ends = torch.stack(torch.aminmax(wide))  # one pass; NaN comes through
+                if bool(ends.isnan().any()) or (kind == "model" and not bool(ends.isfinite().all())):
+                    raise NonFiniteError(f"{name} is not finite")
 
 
 def _sync(path: Path) -> None:
@@ -192,16 +214,8 @@ def _sync(path: Path) -> None:
 def _prune(final: Path, keep: int) -> None:
     others = [path for path in list_checkpoints(final.parent) if path != final]
     earlier = [path for path in others if path.name < final.name]
-    kept = {*earlier[max(0, len(earlier) - keep + 1) :], min([final, *reversed(earlier)], key=_score)}
+    kept = {*earlier[max(0, len(earlier) - keep + 1) :], min([final, *reversed(earlier)], key=score)}
     _remove([path for path in others if path not in kept])
-
-
-def _score(path: Path) -> float:
-    try:
-        score = json.loads((path / _RECORD).read_text()).get("score")
-    except (OSError, ValueError, AttributeError):
-        score = None
-    return score if isinstance(score, int | float) and math.isfinite(score) else math.inf
 
 
 def _remove(checkpoints: list[Path]) -> None:
@@ -218,8 +232,8 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
 
     Raises OSError or DamagedError for one that is missing or has changed, or for one too many.
     """
-    checksums = json.loads((path / _CHECKSUMS).read_text())
-    if not isinstance(checksums, dict) or _RECORD not in checksums:
+    checksums = read_json(path / _CHECKSUMS)
+    if not isinstance(checksums, dict) or RECORD not in checksums:
         raise DamagedError(f"{_CHECKSUMS} is damaged")
     for file in path.rglob("*.safetensors"):  # all that lie there are read
         if file.relative_to(path).as_posix() not in checksums:
@@ -229,21 +243,13 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
             raise DamagedError(f"{name} is damaged: its checksum does not fit")
 
 
-def load_record(path: Path) -> dict[str, Any]:
-    """The trainer's record. Raises OSError, or ValueError if it is damaged."""
-    record = json.loads((path / _RECORD).read_text())
-    if not isinstance(record, dict):
-        raise DamagedError(f"{_RECORD} is damaged")
-    return record
-
-
 def load_tensors(
     path: Path, kind: str, shards: Mapping[str, Shard] | None = None, world: World | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors of one kind ("model", "optimizer"), by name, in CPU memory.
 
-    Whole, or with several ranks those that ``shards`` names in the piece it says; without those of them
-    that are stored in another shape.
+    Whole, or with several ranks those that ``shards`` names in the piece it says; of those of them that are
+    stored in another shape the model's on the meta device, to say so, and the optimizer's not at all.
     Raises OSError, ValueError or safetensors' SafetensorError if a file is missing or damaged.
     """
     single = path / f"{kind}.safetensors"
@@ -259,8 +265,12 @@ def load_tensors(
     if single.is_file():  # that of the other kind lies beside it
         stored = {name: stored[name] for name in _names(single)}
     pieces = {n: shard for n, shard in (shards or {}).items() if n in stored and shard.dim is not None}
+    unlike: dict[str, torch.Tensor] = {}
     for name, shard in list(pieces.items()):
-        if shard.shape != tuple(stored[name].size):  # whole, it might have the shape of a piece
+        size = tuple(stored[name].size)
+        if shard.shape != size:  # whole, it might have the shape of a piece
+            if kind == KINDS[0]:
+                unlike[name] = torch.empty(size, dtype=stored[name].properties.dtype, device="meta")
             del pieces[name], stored[name]
     state = {
         name: torch.empty(
@@ -276,7 +286,7 @@ def load_tensors(
         except CheckpointException as error:
             causes = sorted({str(cause) for cause, _ in error.failures.values()})
             raise DamagedError("; ".join(causes)) from error
-    return state
+    return state | unlike
 
 
 def _names(file: Path) -> list[str]:
@@ -307,14 +317,14 @@ def read_checkpoint(
     ``kinds``: of the tensors to read.
 
     Each rank verifies some of the files. Raises OSError, ValueError, LookupError, TypeError or
-    SafetensorError if the checkpoint is not whole.
+    SafetensorError if the checkpoint is not whole, and NonFiniteError if weights or states are not finite.
     """
     verify(path, world.rank, world.size)
     record = load_record(path)
+    check_record(record)
     run = record["run"]
-    for key in ("data", "seconds", "validation", "record"):
-        run[key]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
+    check_finite(state)
     trainer = {"step": record["step"], "tokens": record["tokens"]}
     # older checkpoints lack these
     trainer |= {key: record[key] for key in ("sequences", "order", "data") if key in record}

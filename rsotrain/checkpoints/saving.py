@@ -1,15 +1,18 @@
 """Checkpoints written in the background, from a copy, while training goes on."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from rsotrain.checkpoints.files import KINDS, Tensors, save_checkpoint
+from rsotrain.checkpoints.files import KINDS, Tensors, check_finite, save_checkpoint, score_checkpoint
+from rsotrain.errors import NonFiniteError
+from rsotrain.files import reason
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import Shard
 
@@ -17,26 +20,44 @@ from rsotrain.parallel.sharding import Shard
 _LAST_SECONDS = 20.0
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    step: int
+    loss: float
+    run: Mapping[str, Any]
+
+
 class BackgroundSaver:
     """One checkpoint at a time. All ranks call its methods together, with their pieces.
 
-    ``start`` copies the tensors to CPU memory, which is all that training waits for.
+    ``start`` copies the tensors to CPU memory, which is all that training waits for. ``check`` is called on
+    rank 0 before anything is written, and what it raises is raised by ``wait``; ``warn`` is told of an
+    evaluation that could not be added, possibly from the thread.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        keep: int,
+        *,
+        check: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self.folder, self.world, self.keep = folder, world, keep
+        self.begun: int | None = None  # the last step that was
+        self._check, self._warn = check, warn
         self._running: tuple[int, futures.Future[Path], threading.Thread] | None = None
-
-    @property
-    def step(self) -> int | None:
-        """Of what was begun and not waited for."""
-        return None if self._running is None else self._running[0]
+        self._lock = threading.Lock()  # for the two that follow
+        self._writing = False
+        self._evaluation: _Evaluation | None = None
 
     def start(
         self, step: int, tensors: Mapping[str, Tensors], shards: Mapping[str, Shard], record: dict[str, Any]
     ) -> None:
         """Begin to write; what was begun before must have been waited for."""
         assert self._running is None
+        self.begun, self._writing = step, True
         staged = {kind: {name: _copied(t) for name, t in tensors[kind].items()} for kind in KINDS}
         future: futures.Future[Path] = futures.Future()
         # a daemon: it may wait for a rank that never answers, and must not keep the process from ending
@@ -59,15 +80,44 @@ class BackgroundSaver:
     ) -> None:
         try:
             with self.world.reporting_losses():
+                self.world.main_together(self._check)
+                self.world.together(lambda: _check(step, tensors))
                 written = save_checkpoint(
                     self.folder, step, tensors, record, keep=self.keep, shards=shards, world=self.world
                 )
+            self._end_writing()
         except SafetensorError as error:  # its word for a full disk
             future.set_exception(OSError(str(error)))
         except BaseException as error:  # for ``wait`` to raise
             future.set_exception(error)
         else:
             future.set_result(written)
+
+    def score(self, step: int, loss: float, run: Mapping[str, Any]) -> None:
+        """Add the evaluation of ``step``, the newest checkpoint's, as soon as that is whole.
+
+        Rank 0 alone writes it. ``run``: what the run's own record says from now on.
+        """
+        evaluation = _Evaluation(step, loss, run)
+        with self._lock:
+            if self._writing:
+                self._evaluation = evaluation
+                return
+        self._add(evaluation)
+
+    def _end_writing(self) -> None:
+        with self._lock:
+            self._writing, evaluation, self._evaluation = False, self._evaluation, None
+        if evaluation is not None:
+            self._add(evaluation)
+
+    def _add(self, evaluation: _Evaluation) -> None:
+        if not self.world.is_main:
+            return
+        try:
+            score_checkpoint(self.folder, evaluation.step, evaluation.loss, evaluation.run, keep=self.keep)
+        except OSError as error:
+            self._warn(f"warning: the evaluation of step {evaluation.step} was not recorded: {reason(error)}")
 
     def wait(self) -> tuple[int, OSError] | None:
         """Until all is written; the step and the error of a checkpoint that could not be.
@@ -104,6 +154,13 @@ def _join(future: futures.Future[Path], thread: threading.Thread) -> None:
     """
     if future.done():
         thread.join()
+
+
+def _check(step: int, tensors: Mapping[str, Tensors]) -> None:
+    try:
+        check_finite(tensors)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"step {step}: {error}, so no checkpoint of it is kept") from error
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """What a multirun knows of its members, and the tables and pictures that it ends with."""
 
+import functools
+import inspect
 import os
 import shlex
 import sys
@@ -21,8 +23,9 @@ def keep_outcomes() -> list[dict[str, Any]]:
     from hydra.types import RunMode
 
     outcomes: list[dict[str, Any]] = []
-    multirun = Hydra.multirun
+    multirun = inspect.unwrap(Hydra.multirun)  # of an earlier command in this process
 
+    @functools.wraps(multirun)
     def kept(self: Hydra, **call: Any) -> Any:
         shared = self.compose_config(call["config_name"], call["overrides"], RunMode.MULTIRUN)
         if shared.mode is Mode.train and shared.report.path is not None:

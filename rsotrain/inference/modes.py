@@ -17,6 +17,7 @@ from rsotrain.inference.trained_model import TrainedModel, open_trained
 from rsotrain.models.generation import generate_texts
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.tracking.display import print_result_table
+from rsotrain.tracking.escaping import for_terminal, print_line
 from rsotrain.training.evaluation import evaluate
 
 
@@ -39,7 +40,12 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         )
     limit = config.evaluation.max_tokens
     validation = build_validation(
-        config.data, trained.tokenizer, seq_len=seq_len, cache_dir=cache_dir, notify=print, max_tokens=limit
+        config.data,
+        trained.tokenizer,
+        seq_len=seq_len,
+        cache_dir=cache_dir,
+        notify=print_line,
+        max_tokens=limit,
     )
     trained.model.model.separator_id = trained.tokenizer.eos_id if config.data.document_mask else None
     num_targets = validation.num_targets(limit)
@@ -69,7 +75,7 @@ def _record(result: dict[str, Any], path: Path) -> None:
         with path.open("a") as file:
             file.write(json.dumps(finite(result)) + "\n")
     except OSError as error:  # somebody else's run, perhaps; the result is on the screen
-        print(f"warning: {path} cannot be written ({error.strerror})")
+        print_line(f"warning: {path} cannot be written ({error.strerror})")
 
 
 def generate_mode(config: Config) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def generate_mode(config: Config) -> dict[str, Any]:
         seed=config.seed,
     )
     for prompt, text in samples:
-        print(f"--- {prompt!r}\n{prompt}{text}")
+        print(for_terminal(f"--- {prompt!r}\n{prompt}{text}", keep="\n\t"))
     return {"model": str(trained.path), "samples": [list(sample) for sample in samples]}
 
 
@@ -109,7 +115,7 @@ def export_mode(config: Config) -> dict[str, Any]:
         export_huggingface(trained, folder, None if dtype is None else DTYPES[dtype])
     except OSError as error:
         raise UserError(f"export.path={folder} cannot be written ({error.strerror or error})") from error
-    print(f"{trained.path} is now a Hugging Face folder: {folder}")
+    print_line(f"{trained.path} is now a Hugging Face folder: {folder}")
     return {"model": str(trained.path), "path": str(folder)}
 
 

@@ -1,6 +1,6 @@
 """Text from a model, for the eye: the whole sequence is computed anew for each token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ def generate_tokens(
     max_context: int,
     device: torch.device,
     seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, ended by eos (left out) or ``max_new_tokens``.
 
     prompts: at least one token each. ``num_ids``: ids from there on, which pad the vocabulary, are never
     drawn. The model sees the last ``max_context`` tokens. Each prompt has a generator of its own, so what
-    follows it does not depend on the others.
+    follows it does not depend on the others. ``between`` is called before each token; it may raise.
     """
     was_training = model.training
     model.eval()
@@ -35,19 +36,22 @@ def generate_tokens(
     unfinished = set(range(len(rows)))
     # One shape throughout, for compiled models; what stands after a row's end is not attended to.
     length = min(max_context, max(map(len, rows)) + config.max_new_tokens)
-    for _ in range(config.max_new_tokens):
-        contexts = [row[-length:] for row in rows]
-        tokens = torch.tensor([context + [0] * (length - len(context)) for context in contexts])
-        logits = model(tokens.to(device))
-        for i in sorted(unfinished):
-            token = _draw(logits[i, len(contexts[i]) - 1, :num_ids].float().cpu(), config, generators[i])
-            if token == eos_id:
-                unfinished.remove(i)
-            else:
-                rows[i].append(token)
-        if not unfinished:
-            break
-    model.train(was_training)
+    try:
+        for _ in range(config.max_new_tokens):
+            between()
+            contexts = [row[-length:] for row in rows]
+            tokens = torch.tensor([context + [0] * (length - len(context)) for context in contexts])
+            logits = model(tokens.to(device))
+            for i in sorted(unfinished):
+                token = _draw(logits[i, len(contexts[i]) - 1, :num_ids].float().cpu(), config, generators[i])
+                if token == eos_id:
+                    unfinished.remove(i)
+                else:
+                    rows[i].append(token)
+            if not unfinished:
+                break
+    finally:
+        model.train(was_training)
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
@@ -69,6 +73,7 @@ def generate_texts(
     max_context: int,
     device: torch.device,
     seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) for each of ``config.prompts``; a text begins after the separator."""
     encoded = tokenizer.encode(list(config.prompts))
@@ -82,5 +87,6 @@ def generate_texts(
         max_context=max_context,
         device=device,
         seed=seed,
+        between=between,
     )
     return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.prompts, continued, strict=True)]

@@ -1,59 +1,66 @@
 """AdamW at full rank."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rsotrain.optim.base import Part, Settings, buckets, gradient_of, work_dtype
+from rsotrain.config.methods import OptimizerConfig
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
+from rsotrain.optim.moments import Moment, work_dtype
+from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import local
 
-# Elements that are widened at a time: 4 MiB of float32 each for weight and gradient, to stay in the cache
+# Elements converted to float32 at a time: 4 MiB each for weight and gradient, which stay in the cache
 PIECE_ELEMENTS = 1 << 20
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class _Piece:
-    """A run of elements of one parameter, flat; all but ``gradient`` are views to write to."""
+    """A run of rows of one parameter. ``weight`` is a view: writing to it updates the parameter."""
 
-    label: str
     weight: Tensor
     gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
 
 
-class AdamW(Part):
-    """AdamW with decoupled weight decay; in float32 bitwise ``torch.optim.AdamW(fused=True)``.
+class AdamW(ParamGroupOptimizer):
+    """AdamW with decoupled weight decay; in float32 it equals ``torch.optim.AdamW(fused=True)`` bitwise.
 
-    The fused kernel takes one dtype, so bfloat16 weights, their gradients and bfloat16 moments pass
-    through float32 copies, a cache's worth at a time; bfloat16 weights are then rounded to nearest, as in
-    the papers' pure bfloat16 runs.
+    The fused kernel takes one dtype, so bfloat16 weights, their gradients and bfloat16 moments are copied
+    to float32, in pieces that fit the cache. Updated bfloat16 weights are rounded to nearest, as in the
+    papers' pure bfloat16 runs.
     """
 
     def __init__(
-        self, label: str, parameters: dict[str, nn.Parameter], peak_lr: float, settings: Settings
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        config: OptimizerConfig,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings)
+        super().__init__(label, parameters, peak_lr, settings, config)
         for name, parameter in parameters.items():
-            shape = local(parameter).shape
-            self.state[name] = {
-                "exp_avg": self.keeper.zeros(shape, parameter),
-                "exp_avg_sq": self.keeper.zeros(shape, parameter),
-            }
+            for key in _MOMENTS:
+                self.add_moment(name, key, local(parameter).shape, self.shards[name].dim)
 
-    def state_dim(self, name: str, key: str) -> int | None:
-        return self.shards[name].dim
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        return StateSize((matrix.piece, matrix.piece))
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
-        # the kernel works on lists of one dtype and device
+        # the kernel takes lists of one dtype and device
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name, parameter in self.parameters.items():
             kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
         for (dtype, device), names in kinds.items():
-            count = torch.full((), float(step), device=device)  # no copy that waits
+            count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.dtype is torch.bfloat16
             limit = PIECE_ELEMENTS if copies else None
             pieces = [piece for name in names for piece in self._pieces(name, limit)]
@@ -62,15 +69,14 @@ class AdamW(Part):
                 self._update_group(group, count, step, self.peak_lr * lr_factor)
 
     def _pieces(self, name: str, limit: int | None) -> list[_Piece]:
-        parameter, state = self.parameters[name], self.state[name]
-        weight = local(parameter).detach()
-        tensors = (weight, gradient_of(name, parameter), state["exp_avg"], state["exp_avg_sq"])
+        parameter, moments = self.parameters[name], [self.moments[name][key] for key in _MOMENTS]
+        weight, gradient = local(parameter).detach(), gradient_of(name, parameter)
         if limit is None:
-            return [_Piece(name, *tensors)]
-        assert weight.is_contiguous(), "its flat view must write to it"
-        flat = [t.reshape(-1).split(limit) for t in tensors]
-        label = f"{name}{self.shards[name].label}"
-        return [_Piece(f"{label}:{i}", *run) for i, run in enumerate(zip(*flat, strict=True))]
+            return [_Piece(weight, gradient, *moments)]
+        exp_avgs, exp_avg_sqs = (moment.rows(limit) for moment in moments)
+        counts = [run.values.shape[0] for run in exp_avgs]
+        runs = zip(weight.split(counts), gradient.split(counts), exp_avgs, exp_avg_sqs, strict=True)
+        return [_Piece(*run) for run in runs]
 
     def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float) -> None:
         weights = [p.weight for p in pieces]
@@ -91,5 +97,4 @@ class AdamW(Part):
         )
         if wide is not weights[0].dtype:
             torch._foreach_copy_(weights, wide_weights)
-        labels = [f"{p.label}.{kind}" for kind in ("exp_avg", "exp_avg_sq") for p in pieces]
-        self.keeper.write(moments, wide_moments, labels, step)
+        self.keeper.write(moments, wide_moments, step)

@@ -1,4 +1,4 @@
-"""What every optimizer part shares: claimed parameters, eager tensor state, a step on local tensors."""
+"""The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -6,15 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from rsotrain.config.methods import OptimizerConfig
+from rsotrain.errors import require
 from rsotrain.optim.functional import Betas
-from rsotrain.optim.rounding import stochastic_round_
+from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
+from rsotrain.optim.norms import norms_of
+from rsotrain.optim.parameter_groups import ParameterGroups
+from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
 from rsotrain.parallel.sharding import Shard, local, shard_of
-from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.samplers import Sampler
 
-# Elements that one batch of matrices may hold in temporaries of each kind: 32 MiB in float32.
+# Matrices are updated in buckets whose temporaries have at most so many elements each: 32 MiB in float32.
 BUCKET_ELEMENTS = 1 << 23
 
 Item = TypeVar("Item")
@@ -23,7 +27,7 @@ Item = TypeVar("Item")
 def buckets(
     items: Iterable[Item], size: Callable[[Item], int], limit: int = BUCKET_ELEMENTS
 ) -> list[list[Item]]:
-    """``items`` in order, in runs of at most ``limit`` elements (or of a single item)."""
+    """Split ``items``, in order, into runs of at most ``limit`` elements; a larger item gets its own run."""
     result: list[list[Item]] = []
     filled = 0
     for item in items:
@@ -42,42 +46,9 @@ def gradient_of(name: str, parameter: Tensor) -> Tensor:
     return local(parameter.grad)
 
 
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that moments are computed in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class StateKeeper:
-    """Moments kept in float32 or bfloat16 and always computed in float32 (float64 for float64 weights).
-
-    bfloat16 moments are rounded stochastically, from a generator seeded by (run seed, state name, step).
-    """
-
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        self.dtype = dtype
-        self.seed = seed
-
-    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        dtype = self.dtype if self.dtype is torch.bfloat16 else work_dtype(like.dtype)
-        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
-
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors themselves where they are wide enough, wide copies otherwise."""
-        return [t.to(work_dtype(t.dtype)) for t in tensors]
-
-    def write(
-        self, tensors: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[str], step: int
-    ) -> None:
-        """Store what ``read`` gave, after it was changed in place. ``labels`` name each tensor."""
-        for tensor, value, label in zip(tensors, values, labels, strict=True):
-            if value is not tensor:
-                random = generator(self.seed, "rounding", label, step, device=tensor.device)
-                stochastic_round_(tensor, value, random)
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What every part has. ``weight_decay``: decoupled, W ← (1 − η·weight_decay)W."""
+    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W."""
 
     keeper: StateKeeper
     betas: Betas = (0.9, 0.999)
@@ -85,17 +56,19 @@ class Settings:
     weight_decay: float = 0.0
 
 
-class Part(ABC):
-    """A rule, the parameters it updates, and one dictionary of state tensors for each.
+class ParamGroupOptimizer(ABC):
+    """An update rule, the parameters that it updates, and a dictionary of state tensors for each of them.
 
-    ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
-    Parameters may be sharded: a part reads and writes this rank's piece of each, and keeps its state laid
-    out like it.
-    ``own_settings``: what the constructor takes beside that and keeps as attributes, by the names of the
-    configuration.
+    ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule's factor is 1.
+    ``config``: the method's own settings. Where parameters are sharded, the optimizer reads and writes this
+    rank's pieces and shards its state in the same way. All optimizer state is created in the constructor, by
+    ``add_moment`` and ``add_tensor``.
     """
 
-    own_settings: ClassVar[tuple[str, ...]] = ()
+    # State that may be replicated although the parameter is sharded; all ranks then hold the same values.
+    replicated_state: ClassVar[frozenset[str]] = frozenset()
+    # May ``betas[1]`` be 1, which gives AdaGrad?
+    takes_adagrad_beta: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -103,45 +76,97 @@ class Part(ABC):
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
-        **own: Any,
+        config: OptimizerConfig,
     ) -> None:
-        if own.keys() != set(self.own_settings):
-            raise TypeError(f"{type(self).__name__} takes {self.own_settings}, not {tuple(own)}")
-        vars(self).update(own)
         self.label = label
         self.parameters = parameters
         self.peak_lr = peak_lr
         self.settings = settings
+        self.config: Any = config
         self.keeper = settings.keeper
         self.shards: dict[str, Shard] = {name: shard_of(p) for name, p in parameters.items()}
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+        self.moments: dict[str, dict[str, Moment]] = {name: {} for name in parameters}
+        self._dims: dict[tuple[str, str], int | None] = {}
+
+    # --- what a method may define beside its constructor ---------------------------------------------
 
     @abstractmethod
     def update(self, step: int, lr_factor: float) -> None:
-        """Apply the gradients. ``step``: 1-based; the learning rate is ``peak_lr * lr_factor``."""
+        """Update the parameters. ``step`` is 1-based; the learning rate is ``peak_lr * lr_factor``."""
 
-    def gradient_holders(self) -> dict[str, Tensor]:
-        """The leaves whose ``grad`` this part reads: the parameters, unless others stand in for them."""
-        return dict(self.parameters)
+    @classmethod
+    def refuse(cls, config: Any, sampler: Sampler | None) -> None:
+        """Raise UserError for settings that make no sense; ``sampler`` is None for sampler=none."""
+        require(
+            sampler is None,
+            f"optimizer={config.name} has no subspace, so sampler={sampler and sampler.name} would do"
+            " nothing; leave it out",
+        )
 
-    def reduce_gradients(self) -> None:  # noqa: B027, FSDP has reduced those of the parameters
-        """Sum over ranks what the backward pass has not, after the last micro-batch."""
+    @classmethod
+    def prepare_model(
+        cls, model: Any, groups: ParameterGroups, config: Any
+    ) -> tuple[ParameterGroups, dict[str, Any]]:
+        """Change the model's modules, before the model is sharded and has memory.
 
-    def gradients(self) -> dict[str, Tensor]:
-        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
-        return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+        Returns the parameter groups of the changed model and further keyword arguments for the constructor.
+        A method that trains other parameters than those of ``groups.blocks`` adds them to the model here,
+        freezes the old ones and returns groups with the new ones.
+        """
+        return groups, {}
 
-    def state_dim(self, name: str, key: str) -> int | None:
-        """The dimension in which this state is split like its parameter; None: whole on every rank."""
-        return None
+    @classmethod
+    def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
+        """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
+        return sum(layout.bytes_of(cls.matrix_state(config, layout.matrix(w))) for w in weights)
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        """Size of the optimizer state of one matrix."""
+        raise NotImplementedError(
+            f"{cls.__module__}.{cls.__name__} does not say how large its state is: define matrix_state"
+        )
+
+    # --- optimizer state ----------------------------------------------------------------------------
+
+    def add_moment(self, name: str, key: str, shape: Sequence[int], dim: int | None) -> Moment:
+        """Add a moment of the parameter ``name``: zeros of ``shape``, the shape of this rank's piece.
+
+        ``dim``: the dimension in which the moment is sharded as its parameter is; None: it is replicated.
+        """
+        parameter, shard = self.parameters[name], self.shards[name]
+        dim = None if shard.dim is None else dim
+        label = f"{name}{'' if dim is None else shard.label}.{key}"
+        moment = self.keeper.moment(key, shape, parameter, label=label, dim=dim)
+        self.moments[name][key] = moment
+        for state_key, tensor in moment.tensors.items():
+            self.add_tensor(name, state_key, tensor, dim)
+        return moment
+
+    def add_tensor(self, name: str, key: str, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """Add a state tensor of the parameter (or input group) ``name``; ``dim`` as in ``add_moment``."""
+        self.state.setdefault(name, {})[key] = tensor
+        shard = self.shards.get(name)
+        if shard is not None and shard.dim is not None and dim is None:
+            assert self.is_replicated(name, key), (
+                f"{type(self).__name__} replicates {key} on all ranks: give the dimension in which it is"
+                " sharded, or name it in replicated_state"
+            )
+        self._dims[name, key] = dim
+        return tensor
+
+    def is_replicated(self, name: str, key: str) -> bool:
+        """May this state tensor be replicated although the parameter is sharded?"""
+        return key in self.replicated_state
 
     def state_shards(self) -> dict[str, Shard]:
-        """Which piece each state tensor is, by ``<parameter name>.<state name>``."""
+        """Which piece of the whole each state tensor is, by ``<parameter name>.<state name>``."""
         result = {}
         for name, state in self.state.items():
             own = self.shards[name]
             for key, tensor in state.items():
-                shape, dim = list(tensor.shape), self.state_dim(name, key)
+                shape, dim = list(tensor.shape), self._dims[name, key]
                 if own.dim is None or dim is None:
                     result[f"{name}.{key}"] = Shard(tuple(shape), mesh=own.mesh)
                 else:
@@ -151,47 +176,71 @@ class Part(ABC):
                     )
         return result
 
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer state on this rank."""
+        return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())
+
+    def resume(self) -> None:  # noqa: B027, most methods have nothing to do
+        """Called after the optimizer state has been loaded."""
+
+    # --- gradients ------------------------------------------------------------------------------------
+
+    def gradient_holders(self) -> dict[str, Tensor]:
+        """The leaf tensors whose ``grad`` is read: the parameters, or tensors that replace them."""
+        return dict(self.parameters)
+
+    def reduce_gradients(self) -> None:  # noqa: B027, FSDP reduces the gradients of parameters
+        """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
+        return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Norms (0-d, float32) of this rank's pieces; their squares sum to the square of the gradient norm.
+
+        ``step``: the 1-based step whose gradients these are.
+        """
+        return norms_of(self.gradients().values())
+
     def zero_grad(self) -> None:
         for holder in self.gradient_holders().values():
             holder.grad = None
 
-    def observing(self, step: int, reached: Tensor | None) -> AbstractContextManager[None]:
-        """Around each forward pass of ``step``: for what the part needs to see beside the gradients.
+    def observing(self, step: int, valid_mask: Tensor | None) -> AbstractContextManager[None]:
+        """A context around each forward pass of ``step``, for methods that use activations.
 
-        ``reached``: as in ``CompositeOptimizer.observing``.
+        ``valid_mask``: as in ``CompositeOptimizer.observing``.
         """
         return nullcontext()
 
-    def begins_round(self, step: int) -> bool:
-        """Is ``step`` the first that uses new bases? Of staggered ones: the first of them all."""
-        return False
+    # --- weights --------------------------------------------------------------------------------------
 
-    def resume(self) -> None:  # noqa: B027, most parts have nothing to do
-        """Called when the state has been loaded."""
-
-    def kept_share(self, lr: float) -> float:
-        """1 − ηλ: what decoupled weight decay leaves of a weight."""
+    def decay_factor(self, lr: float) -> float:
+        """1 − ηλ, the factor of a weight under decoupled weight decay."""
         return 1.0 - lr * self.settings.weight_decay
 
     def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
-        """W ← (1 − ηλ)W + η·update, rounded once; may overwrite ``update``."""
+        """W ← (1 − ηλ)W + η·update, rounded once. May overwrite ``update``."""
         if self.settings.weight_decay:
             update = update.to(work_dtype(update.dtype)).sub_(weight, alpha=self.settings.weight_decay)
         weight.add_(update, alpha=lr)
 
+    # --- metrics and tables -----------------------------------------------------------------------------
+
+    def begins_round(self, step: int) -> bool:
+        """Does a round of refreshes take effect in ``step``? Where staggered: the round's first refresh."""
+        return False
+
     def metrics(self) -> dict[str, float]:
-        """Of the last refresh; reads device tensors, so it may synchronise."""
+        """Metrics of the last refresh. They are read from the device, which may synchronise."""
         return {}
 
     def ranks(self) -> list[int]:
-        """Those that occur; none for a method of full rank."""
+        """The ranks of all matrices; empty for a full-rank method."""
         return []
 
     def describe_rank(self) -> str:
-        """For the table of claims."""
+        """The rank as the table of parameter groups shows it."""
         ranks = sorted(set(self.ranks()))
         return f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "full"
-
-    def state_bytes(self) -> int:
-        """On this rank."""
-        return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())

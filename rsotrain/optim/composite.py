@@ -1,4 +1,4 @@
-"""The optimizer of a run: several parts with one clock."""
+"""The optimizer of a run: one optimizer for each group of parameters, all with one clock."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,89 +7,94 @@ import torch
 from torch import Tensor
 
 from rsotrain.errors import UserError
-from rsotrain.optim.base import Part
-from rsotrain.optim.param_groups import ClaimRow, Claims
+from rsotrain.optim.base import ParamGroupOptimizer
+from rsotrain.optim.parameter_groups import GroupRow, ParameterGroups
 from rsotrain.parallel.sharding import Shard
 
 _STEP = "step"
 
 
 class CompositeOptimizer:
-    """Steps its parts together, and saves them as one flat dictionary of tensors.
+    """Steps the optimizers of all groups together and saves their state as one flat dictionary of tensors.
 
-    Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all are there
-    from construction on. ``set_lr_factor`` is the schedule's only handle on the learning rates.
+    Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all of them exist
+    from construction on. The schedule acts on the learning rates through ``set_lr_factor`` only.
     """
 
-    def __init__(self, parts: list[Part], claims: Claims) -> None:
-        names = [name for part in parts for name in part.parameters]
-        assert sorted(names) == sorted([*claims.blocks, *claims.rest]), "each parameter in exactly one part"
-        self.parts = parts
-        self.claims = claims
+    def __init__(self, groups: list[ParamGroupOptimizer], parameter_groups: ParameterGroups) -> None:
+        names = [name for group in groups for name in group.parameters]
+        trained = [*parameter_groups.blocks, *parameter_groups.rest]
+        assert sorted(names) == sorted(trained), "each parameter in exactly one group"
+        self.groups = groups
+        self.parameter_groups = parameter_groups
         self.lr_factor = 1.0
         self.steps_done = 0
 
     def set_lr_factor(self, factor: float) -> None:
-        """Every part's learning rate becomes its peak rate times ``factor``."""
+        """Set the learning rate of every group to its peak rate times ``factor``."""
         self.lr_factor = factor
 
     def step(self) -> None:
-        """One update. RuntimeError, nothing changed, if a parameter has no gradient."""
+        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient."""
         self.gradients()
         self.steps_done += 1
-        for part in self.parts:
-            part.update(self.steps_done, self.lr_factor)
+        for group in self.groups:
+            group.update(self.steps_done, self.lr_factor)
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
+        for group in self.groups:
+            group.zero_grad()
 
     def gradient_holders(self) -> list[Tensor]:
-        """The leaves whose gradients ``step`` reads, each once."""
-        return [holder for part in self.parts for holder in part.gradient_holders().values()]
+        """The leaf tensors whose gradients ``step`` reads, each once."""
+        return [holder for group in self.groups for holder in group.gradient_holders().values()]
 
     def reduce_gradients(self) -> None:
-        """Sum over ranks the gradients that the backward pass leaves to the optimizer."""
-        for part in self.parts:
-            part.reduce_gradients()
+        """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
+        for group in self.groups:
+            group.reduce_gradients()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
-        return [gradient for part in self.parts for gradient in part.gradients().values()]
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
+        return [gradient for group in self.groups for gradient in group.gradients().values()]
+
+    def gradient_norms(self) -> list[Tensor]:
+        """Norms (0-d, float32) whose squares sum to the squared gradient norm that is logged and clipped."""
+        return [norm for group in self.groups for norm in group.gradient_norms(self.steps_done + 1)]
 
     @contextmanager
-    def observing(self, reached: Tensor | None = None) -> Iterator[None]:
-        """Each forward pass of training runs inside it; backward passes do not.
+    def observing(self, valid_mask: Tensor | None = None) -> Iterator[None]:
+        """A context for each forward pass of training; backward passes run outside it.
 
-        ``reached``: at which positions (batch, seq_len) the loss has a gradient; None: at all.
+        ``valid_mask``: True at positions (batch, seq_len) where the loss has a gradient; None: at all.
         """
         with ExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.observing(self.steps_done + 1, reached))
+            for group in self.groups:
+                stack.enter_context(group.observing(self.steps_done + 1, valid_mask))
             yield
 
     def begins_round(self, step: int) -> bool:
-        """Is ``step`` the first that uses new bases?"""
-        return any(part.begins_round(step) for part in self.parts)
+        """Does a round of refreshes take effect in ``step``?"""
+        return any(group.begins_round(step) for group in self.groups)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors, not copies; only ``step`` is made anew. Of sharded state this rank's pieces."""
+        """The state tensors themselves, not copies, and ``step``. Sharded state: this rank's pieces."""
         result = {_STEP: torch.tensor(self.steps_done)}
-        for part in self.parts:
-            for name, state in part.state.items():
+        for group in self.groups:
+            for name, state in group.state.items():
                 result |= {f"{name}.{key}": tensor for key, tensor in state.items()}
         return result
 
     def shards(self) -> dict[str, Shard]:
-        """Which piece of each state tensor ``state_dict`` has."""
+        """Which piece of the whole each state tensor of ``state_dict`` is."""
         result: dict[str, Shard] = {}
-        for part in self.parts:
-            result |= part.state_shards()
+        for group in self.groups:
+            result |= group.state_shards()
         return result
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError, changing nothing, if names, shapes or dtypes are not those of ``state_dict``."""
+        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``."""
         own = self.state_dict()
         hint = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
         for name in [*sorted(own.keys() - state.keys()), *sorted(state.keys() - own.keys())]:
@@ -105,44 +110,44 @@ class CompositeOptimizer:
             if name != _STEP:
                 tensor.copy_(state[name])
         self.steps_done = int(state[_STEP])
-        for part in self.parts:
-            part.resume()
+        for group in self.groups:
+            group.resume()
 
     def state_bytes(self) -> int:
-        """Of all state tensors but the shared ``step``."""
-        return sum(part.state_bytes() for part in self.parts)
+        """Bytes of all optimizer state but the shared ``step``, on this rank."""
+        return sum(group.state_bytes() for group in self.groups)
 
     def block_state_bytes(self) -> int:
-        """Those of the matrices that the method updates; the rest's are the same for every method."""
-        return sum(part.state_bytes() for part in self.parts if self._is_of_blocks(part))
+        """Bytes of the state of attention and MLP weights; the rest has the same state for all methods."""
+        return sum(group.state_bytes() for group in self.groups if self._is_of_blocks(group))
 
-    def _is_of_blocks(self, part: Part) -> bool:
-        return part.parameters.keys() <= self.claims.blocks.keys()
+    def _is_of_blocks(self, group: ParamGroupOptimizer) -> bool:
+        return group.parameters.keys() <= self.parameter_groups.blocks.keys()
 
     def metrics(self) -> dict[str, float]:
-        """Of the last refreshes; waits for the device."""
+        """Metrics of the last refresh; waits for the device."""
         result: dict[str, float] = {}
-        for part in self.parts:
-            result |= part.metrics()
+        for group in self.groups:
+            result |= group.metrics()
         return result
 
-    def table(self) -> list[ClaimRow]:
-        """Which parameters go where: one row for each part, one for the frozen."""
-        patterns = " | ".join(self.claims.patterns)
+    def table(self) -> list[GroupRow]:
+        """The parameter groups: one row for each optimizer, one for frozen parameters."""
+        patterns = " | ".join(self.parameter_groups.patterns)
         rows = []
-        for part in self.parts:
+        for group in self.groups:
             rows.append(
-                ClaimRow(
-                    group=part.label,
-                    pattern=patterns if self._is_of_blocks(part) else "all others",
-                    num_tensors=len(part.parameters),
-                    num_elements=sum(p.numel() for p in part.parameters.values()),
-                    lr=part.peak_lr,
-                    rank=part.describe_rank(),
-                    state_bytes=part.state_bytes(),
+                GroupRow(
+                    group=group.label,
+                    pattern=patterns if self._is_of_blocks(group) else "all others",
+                    num_tensors=len(group.parameters),
+                    num_elements=sum(p.numel() for p in group.parameters.values()),
+                    lr=group.peak_lr,
+                    rank=group.describe_rank(),
+                    state_bytes=group.state_bytes(),
                 )
             )
-        if frozen := self.claims.frozen:
+        if frozen := self.parameter_groups.frozen:
             elements = sum(p.numel() for p in frozen.values())
-            rows.append(ClaimRow("frozen", ", ".join(frozen), len(frozen), elements, None, "–", 0))
+            rows.append(GroupRow("frozen", ", ".join(frozen), len(frozen), elements, None, "–", 0))
         return rows

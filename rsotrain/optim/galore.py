@@ -1,67 +1,68 @@
-"""Adam in a subspace: GaLore."""
+"""GaLore: a solver in the subspace, Adam as published or another one."""
+
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import OnRefresh
-from rsotrain.optim.functional import adam_descent, transport_adam_
-from rsotrain.optim.subspace_part import Matrix, SubspacePart
+from rsotrain.optim.matrix import Matrix
+from rsotrain.optim.solvers import Solver, solver_of
+from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from rsotrain.subspace.projection import add_lifted_, resolve_rank
 
 
-class GaLore(SubspacePart):
-    """Adam on R = A Q; the rest of the gradient is dropped (GaLore, arXiv 2403.03507, algorithm 2).
+class GaLore(SubspaceOptimizer):
+    """A solver on R = A Q that drops the rest of the gradient (GaLore, arXiv 2403.03507, algorithm 2).
 
-    N = M̂/(√V̂ + ε);  W ← (1 − ηλ)W − η·lift(N). ε is outside the bias correction, as in the paper's
-    text; its code has it inside. I3S and OSD are this with other samplers. At a refresh the moments are
-    kept as they are (the paper), zeroed with their step count, or transported to the new basis.
+    W ← (1 − ηλ)W − η·lift(N), where for Adam N = M̂/(√V̂ + ε). ε is outside the bias correction, as in the
+    paper's text; the authors' code has it inside. I3S and OSD are GaLore with other samplers. A refresh keeps
+    the moments as they are (as in the paper), zeros them and their step count, or transports them to the new
+    basis.
     """
 
-    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
-        shape = (matrix.num_rows, matrix.rank)
-        return {
-            "exp_avg": self.keeper.zeros(shape, matrix.parameter),
-            "exp_avg_sq": self.keeper.zeros(shape, matrix.parameter),
-            "step": torch.zeros((), device=matrix.parameter.device),  # gradients in the moments
-        }
+    replicated_state: ClassVar = frozenset({"step"})
+
+    @classmethod
+    def solver_for(cls, config: Any) -> Solver:
+        return solver_of(config.solver)
+
+    @property
+    def solver(self) -> Solver:
+        return self.solver_for(self.config)
+
+    def add_state(self, matrix: Matrix) -> None:
+        for key in self.solver.moments:
+            self.add_moment(matrix.name, key, (matrix.num_rows, matrix.rank), matrix.rows_dim)
+        # the number of gradients in the moments
+        self.add_tensor(matrix.name, "step", torch.zeros((), device=matrix.parameter.device))
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        rank = resolve_rank(config.rank, matrix.size, matrix.name)
+        moments = len(cls.solver_for(config).moments)
+        return StateSize(((matrix.rows, rank),) * moments, ((matrix.size, rank),), wide=1)
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
-        state = self.state[matrix.name]
-        if self.subspace.on_refresh is OnRefresh.reset:
-            for key in (*_MOMENTS, "step"):
-                state[key].zero_()
-        elif self.subspace.on_refresh is OnRefresh.transport:
-            moments = [state[kind] for kind in _MOMENTS]
-            wide = self.keeper.read(moments)
-            transport_adam_(wide[0], wide[1], change.transition, state["step"], self.settings.betas)
-            labels = [f"{matrix.label}.{kind}.transport" for kind in _MOMENTS]
-            self.keeper.write(moments, wide, labels, step)
-
-    def descend(self, bucket: list[Matrix], projected: list[Tensor], step: int) -> list[Tensor]:
-        """Take R into the moments; return −N, M×r each."""
-        states = [self.state[m.name] for m in bucket]
-        counts = [s["step"] for s in states]
-        torch._foreach_add_(counts, 1.0)
-        moments = [s[kind] for kind in _MOMENTS for s in states]
-        wide = self.keeper.read(moments)
-        descents = adam_descent(
-            projected,
-            wide[: len(bucket)],
-            wide[len(bucket) :],
-            counts,
-            betas=self.settings.betas,
-            eps=self.settings.eps,
+        self.solver.basis_changed(
+            self.subspace.on_refresh,
+            self.moments[matrix.name],
+            self.state[matrix.name]["step"],
+            lambda: change.transition,
+            self.settings,
+            step,
         )
-        labels = [f"{m.label}.{kind}" for kind in _MOMENTS for m in bucket]
-        self.keeper.write(moments, wide, labels, step)
-        return descents
+
+    def negative_updates(self, bucket: list[Matrix], projected: list[Tensor], step: int) -> list[Tensor]:
+        """Update the moments by R; return −N, M×r each."""
+        kept = [self.moments[m.name] for m in bucket]
+        counts = [self.state[m.name]["step"] for m in bucket]
+        return self.solver.negative_updates(projected, kept, counts, self.settings, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
-        descents = self.descend(bucket, projected, step)
-        for m, descent in zip(bucket, descents, strict=True):
-            add_lifted_(m.weight, descent, self.basis(m), lr, self.kept_share(lr))
+        updates = self.negative_updates(bucket, projected, step)
+        for m, update in zip(bucket, updates, strict=True):
+            add_lifted_(m.weight, update, self.basis(m), lr, self.decay_factor(lr))

@@ -5,20 +5,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh
+from rsotrain.config.methods import OnRefresh, OptimizerConfig
 from rsotrain.errors import UserError
-from rsotrain.optim.base import Part, Settings, gradient_of, work_dtype
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
 from rsotrain.optim.functional import scaled_subsets, subset_norm_factors_, transport_momentum_
-from rsotrain.optim.subspace_part import Matrix, SubspacePart, matrix_of
+from rsotrain.optim.matrix import Matrix, matrix_of
+from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.parallel.sharding import local
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, oriented
+from rsotrain.subspace.projection import add_lifted_, oriented, resolve_rank
 
 _KINDS = ("exp_avg", "subset_sq")
 
 
 def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
-    """Entries in a subset of a row of ``size``; None: all. UserError if it does not divide ``size``."""
+    """Entries in a subset of a row of ``size``; None: all. UserError if they do not divide ``size``."""
     if subset_size is None:
         return size
     if subset_size < 1 or size % subset_size:
@@ -29,16 +32,20 @@ def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
     return subset_size
 
 
-class SubsetNorm(Part):
+def _subsets(config: Any, matrix: MatrixSize) -> tuple[int, int]:
+    """(number of rows, number of subsets in a row)."""
+    return matrix.rows, matrix.size // (config.subset_size or matrix.size)
+
+
+class SubsetNorm(ParamGroupOptimizer):
     """SN: momentum of full size, one second moment for each subset of a row of the oriented gradient.
 
-    M ← β₁M + (1−β₁)A;  V ← β₂V + (1−β₂)s;  W ← (1 − ηλ)W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·M/(√V + ε). A sum, not a
-    mean, over the subset: steps are √subset_size smaller than Adam's. β₁ = 0 is RMSProp-SN, β₂ = 1
-    AdaGrad-SN.
+    M ← β₁M + (1−β₁)A;  V ← β₂V + (1−β₂)s;  W ← (1 − ηλ)W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·M/(√V + ε). s is a sum, not a
+    mean, over the subset, so updates are √subset_size times smaller than Adam's. β₁ = 0 gives RMSProp-SN,
+    β₂ = 1 AdaGrad-SN.
     """
 
-    own_settings: ClassVar = ("subset_size",)
-    subset_size: int | None
+    takes_adagrad_beta: ClassVar = True
 
     def __init__(
         self,
@@ -46,23 +53,23 @@ class SubsetNorm(Part):
         parameters: dict[str, nn.Parameter],
         peak_lr: float,
         settings: Settings,
-        **own: Any,
+        config: OptimizerConfig,
     ) -> None:
-        super().__init__(label, parameters, peak_lr, settings, **own)
+        super().__init__(label, parameters, peak_lr, settings, config)
         self.matrices = [matrix_of(name, p) for name, p in parameters.items()]
-        self.sizes = {m.name: resolve_subset_size(self.subset_size, m.size, m.name) for m in self.matrices}
+        chosen = self.config.subset_size
+        self.sizes = {m.name: resolve_subset_size(chosen, m.size, m.name) for m in self.matrices}
         for m in self.matrices:
+            self.add_moment(m.name, "exp_avg", local(m.parameter).shape, m.shard.dim)
             subsets = (m.num_rows, m.size // self.sizes[m.name])
-            self.state[m.name] = {
-                "exp_avg": self.keeper.zeros(local(m.parameter).shape, m.parameter),
-                "subset_sq": self.keeper.zeros(subsets, m.parameter),
-            }
+            self.add_moment(m.name, "subset_sq", subsets, m.rows_dim)
 
-    def state_dim(self, name: str, key: str) -> int | None:
-        shard = self.shards[name]
-        if key == "exp_avg" or shard.dim is None:
-            return shard.dim
-        return None if matrix_of(name, self.parameters[name]).by_columns else 0
+    def is_replicated(self, name: str, key: str) -> bool:
+        return key == "subset_sq" and matrix_of(name, self.parameters[name]).by_columns
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        return StateSize((matrix.piece, _subsets(config, matrix)))
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
@@ -71,52 +78,54 @@ class SubsetNorm(Part):
         for m in self.matrices:
             size = self.sizes[m.name]
             gradient = gradient_of(m.name, m.parameter).to(work_dtype(m.parameter.dtype))
-            state = [self.state[m.name][kind] for kind in _KINDS]
-            exp_avg, subset_sq = self.keeper.read(state)
+            moments = [self.moments[m.name][kind] for kind in _KINDS]
+            exp_avg, subset_sq = self.keeper.read(moments)
             exp_avg.lerp_(gradient, 1.0 - betas[0])
             sums = m.subset_sums(oriented(gradient, m.side), size)
             factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
             momentum = oriented(exp_avg, m.side)
             self.apply_(m.weight, scaled_subsets(momentum, factors, m.subsets_of_columns(size)), lr)
-            labels = [f"{m.name}{m.shard.label}.exp_avg", f"{m.label}.subset_sq"]
-            self.keeper.write(state, [exp_avg, subset_sq], labels, step)
+            self.keeper.write(moments, [exp_avg, subset_sq], step)
 
 
-class SubspaceMomentum(SubspacePart):
-    """SM over SN: momentum in the subspace, the plain gradient outside, SN's second moment.
+class SubspaceMomentum(SubspaceOptimizer):
+    """SM over SN: momentum in the subspace, the plain gradient outside it, and SN's second moment.
 
-    M ← β₁M + (1−β₁)R;  numerator = lift(M) + (A − lift(R));  the rest as SN, with whose subset_size = 1
-    this is Adam's second moment (SM alone). By default M ← 0 when the basis changes; the authors' code
-    takes one more step with the old momentum there and loses that step's gradient, which this does not.
+    M ← β₁M + (1−β₁)R, and lift(M) + (A − lift(R)) replaces SN's M in the update. With subset_size = 1 the
+    second moment is Adam's (SM alone). By default a refresh sets M ← 0. The authors' code takes one more step
+    with the old momentum at a refresh and loses the gradient of that step; this implementation does not.
     """
 
-    own_settings: ClassVar = ("subset_size",)
     needs_orthonormal: ClassVar = True
-    subset_size: int | None
+    takes_adagrad_beta: ClassVar = True
 
-    def initial_state(self, matrix: Matrix) -> dict[str, Tensor]:
-        subset_size = resolve_subset_size(self.subset_size, matrix.size, matrix.name)
+    def add_state(self, matrix: Matrix) -> None:
+        subset_size = resolve_subset_size(self.config.subset_size, matrix.size, matrix.name)
         subsets = (matrix.num_rows, matrix.size // subset_size)
-        return {
-            "exp_avg": self.keeper.zeros((matrix.num_rows, matrix.rank), matrix.parameter),
-            "subset_sq": self.keeper.zeros(subsets, matrix.parameter),
-        }
+        self.add_moment(matrix.name, "exp_avg", (matrix.num_rows, matrix.rank), matrix.rows_dim)
+        self.add_moment(matrix.name, "subset_sq", subsets, matrix.rows_dim)
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        rank = resolve_rank(config.rank, matrix.size, matrix.name)
+        moments = ((matrix.rows, rank), _subsets(config, matrix))
+        return StateSize(moments, ((matrix.size, rank),))
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
-        exp_avg = self.state[matrix.name]["exp_avg"]
+        exp_avg = self.moments[matrix.name]["exp_avg"]
         if self.subspace.on_refresh is OnRefresh.reset:
             exp_avg.zero_()
         elif self.subspace.on_refresh is OnRefresh.transport:
             wide = self.keeper.read([exp_avg])
             transport_momentum_(wide[0], change.transition)
-            self.keeper.write([exp_avg], wide, [f"{matrix.label}.exp_avg.transport"], step)
+            self.keeper.write([exp_avg], wide, step, "transport")
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         betas, eps = self.settings.betas, self.settings.eps
-        state = [self.state[m.name][kind] for kind in _KINDS for m in bucket]
-        wide = self.keeper.read(state)
+        moments = [self.moments[m.name][kind] for kind in _KINDS for m in bucket]
+        wide = self.keeper.read(moments)
         exp_avgs, subset_sqs = wide[: len(bucket)], wide[len(bucket) :]
         torch._foreach_lerp_(exp_avgs, projected, 1.0 - betas[0])
         differences = torch._foreach_sub(exp_avgs, projected)  # M − R
@@ -127,4 +136,4 @@ class SubspaceMomentum(SubspacePart):
             numerator = a.to(basis.dtype, copy=True)
             add_lifted_(numerator, difference, basis, 1.0)
             self.apply_(m.weight, scaled_subsets(numerator, factors, m.subsets_of_columns(size)), lr)
-        self.keeper.write(state, wide, [f"{m.label}.{kind}" for kind in _KINDS for m in bucket], step)
+        self.keeper.write(moments, wide, step)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rsotrain.config.schema import Device, ParallelismConfig, Strategy
-from rsotrain.errors import LostRankError, TrainingError, UserError
+from rsotrain.errors import LostRankError, NonFiniteError, TrainingError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _LOST = re.compile(
     r"gloo|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL", re.IGNORECASE
 )
-_PASSED_ON = (UserError, TrainingError, OSError)
+_PASSED_ON = (UserError, NonFiniteError, TrainingError, OSError)  # the first that fits
 # Set-up and saving may take as long as they like on one rank; a rank that dies is noticed all the same.
 _PATIENCE = timedelta(days=1)
 

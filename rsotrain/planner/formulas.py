@@ -1,73 +1,30 @@
 """Bytes of the optimizer state in closed form, from the shapes of a model alone.
 
-Of an m×n matrix with larger side M and smaller side k at rank r (elements): adam 2mn; galore and its kin
-kr + 2Mr (a basis, two moments); sn_sm kr + Mr + M·k/subset; sn mn + M·k/subset; muon mn; ldadam mn more
-than galore. rso: 2r·out for each linear and r·in for each input, which several linears share. Outside the
-blocks: adam. This is the check on the planner, which asks the optimizer itself.
+The class of each method gives the state of a matrix (``matrix_state``); all other parameters have Adam's
+state. The formulas check the planner, which measures the optimizer's tensors.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rsotrain.config.methods import (
-    AdamConfig,
-    ApolloConfig,
-    BasisStorage,
-    FiraConfig,
-    InnerSolver,
-    LDAdamConfig,
-    MuonConfig,
-    OnlinePCAConfig,
-    PCASolver,
-    RSOConfig,
-    SNConfig,
-    SNSMConfig,
-    StateDtype,
-    SubspaceConfig,
-)
 from rsotrain.config.schema import Config, ModelConfig, Precision
+from rsotrain.models import architecture
+from rsotrain.models.architecture import Weight
+from rsotrain.models.build import model_without_memory
+from rsotrain.optim.adamw import AdamW
+from rsotrain.optim.build import build_sampler, method_of
+from rsotrain.optim.state_size import WeightsLayout
 from rsotrain.parallel.ranks import shards_of
-from rsotrain.parallel.sharding import preferred_dim
-from rsotrain.subspace.projection import resolve_rank
-
-_SEED = 8  # bytes of a regenerated basis' seed, int64
-_COUNT = 4  # bytes of a step count or a norm: one float32 a matrix
 
 
-@dataclass(frozen=True)
-class Weight:
-    """``shape``: (out, in), or (size,). ``site``: name of the first linear that reads the same input."""
-
-    name: str
-    shape: tuple[int, ...]
-    site: str = ""
-
-
-def weights_of(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
-    """Every parameter of a LLaMA; tied ones once."""
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    yield Weight("model.embed_tokens.weight", (vocab_size, hidden))
-    for layer in range(model.num_hidden_layers):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        query, gate = f"{attention}.q_proj.weight", f"{mlp}.gate_proj.weight"
-        yield Weight(query, (hidden, hidden), query)
-        yield Weight(f"{attention}.k_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.v_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.o_proj.weight", (hidden, hidden), f"{attention}.o_proj.weight")
-        yield Weight(gate, (ffn, hidden), gate)
-        yield Weight(f"{mlp}.up_proj.weight", (ffn, hidden), gate)
-        yield Weight(f"{mlp}.down_proj.weight", (hidden, ffn), f"{mlp}.down_proj.weight")
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield Weight(f"model.layers.{layer}.{norm}.weight", (hidden,))
-    yield Weight("model.norm.weight", (hidden,))
-    if not model.tie_word_embeddings:
-        yield Weight("lm_head.weight", (vocab_size, hidden))
+def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
+    """All parameters of a model; a tied one once."""
+    return architecture.weights_of(model_without_memory(model, vocab_size))
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of rank 0, which has the largest pieces. ``blocks``: of the matrices that the method updates."""
+    """Bytes on rank 0, which has the largest pieces. ``blocks``: for the attention and MLP weights."""
 
     blocks: int
     rest: int
@@ -78,86 +35,30 @@ class StateBytes:
 
 
 def state_bytes(config: Config, vocab_size: int) -> StateBytes:
-    """Of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
-    formula = _Formula(config)
-    claimed = [re.compile(pattern) for pattern in config.optimizer.block_parameters]
+    """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
+    optimizer = config.optimizer
+    patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
     blocks: list[Weight] = []
-    rest = 0
+    rest: list[Weight] = []
     for weight in weights_of(config.model, vocab_size):
-        if any(pattern.search(weight.name) for pattern in claimed):
-            blocks.append(weight)
-        else:
-            rest += 2 * formula.moment * formula.piece(weight.shape)
-    return StateBytes(formula.blocks(blocks), rest)
+        matched = any(pattern.search(weight.name) for pattern in patterns)
+        (blocks if matched else rest).append(weight)
+    layout = _layout(config)
+    return StateBytes(
+        method_of(optimizer).state_bytes_formula(optimizer, blocks, layout) if blocks else 0,
+        AdamW.state_bytes_formula(optimizer, rest, layout),
+    )
 
 
-class _Formula:
-    def __init__(self, config: Config) -> None:
-        self.optimizer, self.sampler = config.optimizer, config.sampler
-        self.pieces = shards_of(config.parallelism, config.parallelism.world_size or 1)
-        self.moment = 2 if self.optimizer.state_dtype is StateDtype.bfloat16 else 4
-        lagged = isinstance(self.sampler, OnlinePCAConfig) and not isinstance(self.optimizer, RSOConfig)
-        self.basis = 4 if lagged or config.precision is Precision.fp32 else 2
-
-    def piece(self, shape: tuple[int, ...], rows: bool = False) -> int:
-        """Elements of the largest piece."""
-        dim = preferred_dim(shape, self.pieces, rows=rows)
-        others = shape[1 - dim] if len(shape) == 2 else 1
-        return -(-shape[dim] // self.pieces) * others
-
-    def blocks(self, weights: list[Weight]) -> int:
-        if isinstance(self.optimizer, RSOConfig):
-            return self._rso(self.optimizer, weights)
-        return sum(self._matrix(weight) for weight in weights)
-
-    def _matrix(self, weight: Weight) -> int:
-        optimizer, shape = self.optimizer, weight.shape
-        size = min(shape)
-        whole = self.moment * self.piece(shape)
-        right = shape[0] >= shape[1]
-        projected_is_sharded = preferred_dim(shape, self.pieces, rows=False) == (1 if right else 0)
-        rows = max(shape) if projected_is_sharded else -(-max(shape) // self.pieces)
-        match optimizer:
-            case AdamConfig():
-                return 2 * whole
-            case MuonConfig():
-                return whole
-            case SNConfig():
-                return whole + self.moment * rows * (size // (optimizer.subset_size or size))
-        assert isinstance(optimizer, SubspaceConfig)
-        rank = resolve_rank(optimizer.rank, size, weight.name)
-        basis = self._bases(size, rank)
-        low_rank = self.moment * rows * rank
-        match optimizer:
-            case SNSMConfig():
-                return basis + low_rank + self.moment * rows * (size // (optimizer.subset_size or size))
-            case FiraConfig() | ApolloConfig():
-                return basis + 2 * low_rank + 2 * _COUNT
-            case LDAdamConfig():
-                return basis + 2 * low_rank + _COUNT + 4 * self.piece(shape)
-        return basis + 2 * low_rank + _COUNT
-
-    def _bases(self, size: int, rank: int) -> int:
-        result = self.basis * size * rank
-        if isinstance(self.sampler, OnlinePCAConfig) and self.sampler.solver is PCASolver.adam:
-            result += 2 * 4 * size * rank + _COUNT
-        return result
-
-    def _rso(self, optimizer: RSOConfig, weights: list[Weight]) -> int:
-        sites: dict[str, list[Weight]] = {}
-        for weight in weights:
-            sites.setdefault(weight.site, []).append(weight)
-        moments = 2 if optimizer.solver is InnerSolver.adam else 1
-        total = 0
-        for name, members in sites.items():
-            rank = resolve_rank(optimizer.rank, max(min(w.shape) for w in members), name)
-            if optimizer.projection is BasisStorage.stored:
-                total += self._bases(members[0].shape[1], rank)
-            else:
-                total += _SEED
-            for weight in members:
-                rows = -(-weight.shape[0] // self.pieces)
-                total += moments * self.moment * rows * rank + _COUNT
-                if optimizer.proximal_eta is not None:
-                    total += 4 * rows * rank
-        return total
+def _layout(config: Config) -> WeightsLayout:
+    pieces = shards_of(config.parallelism, config.parallelism.world_size or 1)
+    sampler = build_sampler(config.sampler)
+    if sampler is None:
+        return WeightsLayout(pieces, config.optimizer.state_dtype)
+    return WeightsLayout(
+        pieces,
+        config.optimizer.state_dtype,
+        basis_bytes=4 if config.precision is Precision.fp32 else 2,
+        bases_are_optimised=sampler.post_update,
+        sampler_state=sampler.state_bytes,
+    )

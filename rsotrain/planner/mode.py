@@ -1,4 +1,4 @@
-"""mode=plan: tables on the screen, ``plan.json`` and a picture in the folder that the run would have."""
+"""mode=plan: tables on the screen, and ``plan.json`` and a picture in the run folder of the planned run."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from rsotrain.errors import UserError
 from rsotrain.files import write_json_atomic
 from rsotrain.planner.plan import make_plan
 from rsotrain.planner.show import print_plan, write_picture
+from rsotrain.tracking.escaping import print_line
 
 PLAN = "plan.json"
 
 
 def plan_mode(config: Config) -> dict[str, Any]:
-    """Plan, print, write; what ``plan.json`` holds. Raises UserError where that cannot be written."""
+    """Make, print and write a plan; return ``plan.json``'s content. UserError if it cannot be written."""
     plan = make_plan(config)
     print_plan(plan)
     if config.compile:
-        print("compile=true: planned as without it")
+        print("compile=true: the plan is for the run without compilation")
     folder = run_folder_path(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,6 +26,6 @@ def plan_mode(config: Config) -> dict[str, Any]:
         said = write_picture(plan.phases, folder / "plan.png")
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
-    print(f"plan: {folder / PLAN}")
-    print(said)
+    print_line(f"plan: {folder / PLAN}")
+    print_line(said)
     return plan.as_dict()

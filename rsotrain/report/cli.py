@@ -9,6 +9,7 @@ from rsotrain.errors import UserError
 from rsotrain.report.claims import METHODS, examine
 from rsotrain.report.runs import looks, read_runs
 from rsotrain.report.writing import report_on
+from rsotrain.tracking.escaping import one_line, print_line
 
 USER_ERROR_STATUS = 2
 LONGEST_SECONDS = 86_400  # between two looks
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         report(arguments)
     except UserError as error:
-        print(f"rsotrain-report: {error}", file=sys.stderr)
+        print_line(f"rsotrain-report: {one_line(str(error))}", sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rsotrain.report.comparison import LOSS, compare, label_runs
 from rsotrain.report.runs import Run, looks, read_runs
 from rsotrain.report.tables import screen
-from rsotrain.tracking.display import format_count, format_seconds
+from rsotrain.tracking.display import format_count, format_seconds, titled_table
 from rsotrain.tracking.run_files import RunState
 
 if TYPE_CHECKING:
@@ -40,13 +40,11 @@ def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: fl
 
 def runs_table(runs: Sequence[Run]) -> "Table":
     """A line for each run: what it is, how far it is, its latest figures; the running ones first."""
-    from rich.box import ROUNDED
-    from rich.table import Table
     from rich.text import Text
 
     states = [run.state.value for run in runs]
     counts = ", ".join(f"{states.count(s.value)} {s.value}" for s in STATE_STYLES if s.value in states)
-    table = Table(title=f"{len(runs)} runs: {counts}", box=ROUNDED, title_justify="left", title_style="bold")
+    table = titled_table(f"{len(runs)} runs: {counts}")
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     table.add_column("step", no_wrap=True)
@@ -60,7 +58,7 @@ def runs_table(runs: Sequence[Run]) -> "Table":
         bar = "━" * round(BAR * done)
         progress = Text.assemble((bar, "blue"), ("━" * (BAR - len(bar)), "dim"), f" {done:4.0%}")
         table.add_row(
-            Text(label),
+            label,
             Text(run.state.value, style=STATE_STYLES[run.state]),
             progress,
             _time_left(run),

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from rsotrain.config.keys import flatten
+from rsotrain.config.identity import completed
 from rsotrain.errors import INTERRUPTED_STATUS, UserError
 from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
@@ -102,7 +103,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for record in read_offline_runs(offline):
         if record.history:
             state = _state_of_offline(record)
-            runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+            config = completed(record.config)
+            runs.append(Run(record.path, record.name, config, record.history, record.summary, state))
         elif record.path in named:
             raise UserError(f"{record.path} has no metrics: its run has not got to the first step")
     if not runs:
@@ -122,7 +124,7 @@ def read_neighbours(folders: Sequence[Path]) -> list[Run]:
                 try:
                     runs.append(read_run(path))
                 except UserError as error:
-                    print(f"left out of the report: {error}", file=sys.stderr)
+                    print_line(f"left out of the report: {error}", sys.stderr)
     return runs
 
 
@@ -180,7 +182,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path=path,
         name=path.name,
-        config=dict(flatten(config)),
+        config=completed(config),
         history=history,
         summary=summary,
         state=_state(record, summary, path / METRICS),

@@ -11,6 +11,7 @@ from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
@@ -39,10 +40,10 @@ def report_on(
     if refresh_seconds is None:
         print_comparison(groups, findings)
         if paths:
-            print(f"{paths[0]} and {len(paths) - 1} more files")
+            print_line(f"{paths[0]} and {len(paths) - 1} more files")
         return
     finished = sum(run.finished for run in runs)
-    print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
+    print_line(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}")
 
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:

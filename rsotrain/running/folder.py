@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -13,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from rsotrain.config.identity import identity, identity_of, run_folder_path
+from rsotrain.config.identity import differences, identity, identity_of, run_folder_path
 from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config
-from rsotrain.errors import Interrupted, StoppedEarly, UserError
-from rsotrain.files import write_atomic, write_json_atomic
+from rsotrain.errors import Interrupted, StoppedEarly, UserError, require
+from rsotrain.files import read_json, read_yaml, write_atomic, write_json_atomic
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 
@@ -112,21 +111,16 @@ def _settle_config(config: Config, path: Path) -> None:
     # A start that was refused, or ended before its first step, leaves nothing to protect.
     if file.is_file() and any((path / name).exists() for name in ("checkpoints", METRICS)):
         try:
-            saved = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            saved = None
-        if not isinstance(saved, dict):
+            saved = read_yaml(file)
+            require(isinstance(saved, dict), f"{file} is damaged: it holds no settings")
+        except UserError as error:
             raise UserError(
-                f"{file} is damaged, so the run there cannot be compared with these settings;"
+                f"{error}; so the run there cannot be compared with these settings:"
                 " choose another run_name, or overwrite=true to discard it"
-            )
-        old = identity_of(saved)
-        new = identity(config)
-        differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        if differing:
-            shown = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in differing[:3])
+            ) from error
+        if differing := differences(identity_of(saved, config), identity(config)):
             raise UserError(
-                f"{path} holds a run with other settings ({shown});"
+                f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"
             )
     write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
@@ -135,7 +129,7 @@ def _settle_config(config: Config, path: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in ``file``; empty if the file is missing or damaged."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = read_json(file)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}

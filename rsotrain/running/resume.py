@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
+from rsotrain.config.identity import differences, identity
 from rsotrain.config.schema import LoadWhat
 from rsotrain.data.position import other_order
-from rsotrain.errors import UserError, require
-from rsotrain.files import finite
+from rsotrain.errors import NonFiniteError, UserError, require
+from rsotrain.files import finite, read_yaml
 from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
 
@@ -31,10 +31,15 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)
     record: dict[str, float | int | str] = field(default_factory=dict)
 
-    def to_json(self, fingerprint: str) -> dict[str, Any]:
-        """For a checkpoint; ``fingerprint``: of the data."""
-        own = asdict(self) | {"record": finite(self.record), "data": fingerprint}
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        own = asdict(self) | {"record": finite(self.record)}
         return {key: value for key, value in own.items() if value != math.inf}
+
+    @classmethod
+    def from_json(cls, run: dict[str, Any]) -> "Progress":
+        """``run``: what ``to_json`` gave, and perhaps more."""
+        return cls(**{f.name: run[f.name] for f in fields(cls) if f.name in run})
 
 
 def resume(trainer: Trainer, checkpoints: Path, notify: Callable[[str], None]) -> Progress | None:
@@ -56,6 +61,7 @@ class _Resumption:
         paths = self._listed(checkpoints)
         for path in reversed(paths):
             if (found := self._read(path)) is not None:
+                self._check_settings(found[1], path)
                 return self._take_up(
                     *found,
                     path,
@@ -71,6 +77,14 @@ class _Resumption:
         if self.config.checkpoint.path is not None:
             return self._others(Path(self.config.checkpoint.path).expanduser())
         return None
+
+    def _check_settings(self, run: dict[str, Any], path: Path) -> None:
+        """Refuse another run's checkpoint that was put among this run's own; old ones do not say."""
+        if "settings" in run and (differing := differences(run["settings"], identity(self.config))):
+            raise UserError(
+                f"{path} is of a run with other settings ({differing}); take it away,"
+                " or begin a new run with it by checkpoint.path=… and another run_name"
+            )
 
     def _others(self, given: Path) -> Progress | None:
         """Start from another run's checkpoint, or from its weights alone."""
@@ -102,7 +116,7 @@ class _Resumption:
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
             try:
                 return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
-            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError, NonFiniteError) as error:
                 raise OSError(str(error)) from error
 
         try:
@@ -112,7 +126,7 @@ class _Resumption:
             return None
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path, other_data: str) -> Progress:
-        require(run.pop("data") == self.trainer.data.fingerprint, other_data)
+        require(run["data"] == self.trainer.data.fingerprint, other_data)
         trainer = state["trainer"]
         if "sequences" not in trainer:  # an older checkpoint, of a run whose steps were all alike
             trainer |= _position_by_settings(path, trainer["step"])
@@ -126,14 +140,14 @@ class _Resumption:
         self.notify(f"resumed from {path}")
         if (reordered := other_order(trainer, self.trainer.data.train, self.config.seed)) is not None:
             self.notify(reordered)
-        return Progress(**run)
+        return Progress.from_json(run)
 
 
 def _position_by_settings(checkpoint: Path, step: int) -> dict[str, Any]:
     """What a checkpoint does not say of its place in the data, by the settings of the run that it lies in."""
     try:
-        settings = yaml.safe_load((checkpoint.absolute().parents[1] / CONFIG).read_text())
+        settings = read_yaml(checkpoint.absolute().parents[1] / CONFIG)
         batch_size, seq_len = settings["batch_size"], settings["seq_len"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+    except (UserError, LookupError, TypeError):
         return {}  # moved elsewhere: then it is taken to be of a run like this one
     return {"sequences": step * batch_size, "order": {"seq_len": seq_len}}

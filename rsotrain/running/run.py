@@ -1,8 +1,9 @@
 """One run from its configuration to its files: what surrounds the training loop."""
 
+import math
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
+    NonFiniteError,
     StoppedEarly,
     TrainingError,
 )
@@ -30,13 +32,14 @@ from rsotrain.running.folder import RunFolder, open_run_folder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
 from rsotrain.tracking.wandb_logger import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
-from rsotrain.training.trainer import NonFiniteError, StepResult, Trainer, check_composition, share_of_batch
+from rsotrain.training.trainer import StepResult, Trainer, check_composition, share_of_batch
 
 
 def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         folder = RunFolder(Path(path), run_id)
         if summary is not None:
             if world.is_main:
-                print(f"{folder.path} is finished already; overwrite=true runs it again")
+                print_line(f"{folder.path} is finished already; overwrite=true runs it again")
                 print_closing_table(summary, _files(folder))
             return summary
         log_path = folder.path / "train.log"
@@ -93,6 +96,18 @@ def _inside(folder: Path, place: Path | str) -> str:
     return str(Path(place).relative_to(folder) if inside else place)
 
 
+class _StoppedError(Exception):
+    """Training is to stop, for a ``reason``; ``evaluating``: an evaluation was left, to be repeated."""
+
+    def __init__(self, reason: Reason, *, evaluating: bool) -> None:
+        super().__init__(str(reason))
+        self.reason, self.evaluating = reason, evaluating
+
+
+def _evaluation_is_due(config: Config, step: int) -> bool:
+    return config.eval_every is not None and step > 0 and step % config.eval_every == 0
+
+
 class TrainingRun:
     """Drives a Trainer: resuming, logging, evaluating, saving, stopping, the summary."""
 
@@ -120,14 +135,22 @@ class TrainingRun:
         world.main_together(lambda: save_tokenizer(self.data.tokenizer, folder.path))
         self.trainer = Trainer(config, self.data, world)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
-        resumed = None if earlier is None else self.trainer.step
+        self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
+        # the start before this one was stopped, or killed, in it
+        self.repeats_evaluation = (
+            self.resumed is not None
+            and _evaluation_is_due(config, self.resumed)
+            and self.progress.validation.get("step") != self.resumed < config.steps
+        )
+        self.badly_evaluated: int | None = None  # the step whose evaluation was not finite
         self.loggers = Loggers([])
-        world.main_together(lambda: self._start_loggers(resumed))
-        self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints)
+        world.main_together(self._start_loggers)
+        self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints, warn=display.message)
+        self.stop = StopRequest(config.max_seconds)
         self.start = time.monotonic()
 
-    def _start_loggers(self, resumed: int | None) -> None:
+    def _start_loggers(self) -> None:
         self.folder.record(data=self.data.fingerprint)
         print_parameter_table(self.trainer.optimizer.table(), self.folder.path / "train.log")
         self.loggers = build_loggers(
@@ -137,7 +160,8 @@ class TrainingRun:
             run_name=self.folder.path.name,
             flat_config=identity(self.config)
             | dict(flatten({"parallelism": plain(self.config.parallelism)})),
-            resume_step=resumed,
+            resume_step=self.resumed,
+            evaluated=self.progress.validation.get("step") == self.resumed,
             warn=self.display.message,
         )
 
@@ -150,27 +174,18 @@ class TrainingRun:
         summary: dict[str, Any] = {}
         exit_code = 1
         try:
-            stop = StopRequest(self.config.max_seconds)
-            with stop.listening():
-                reason = self._loop(stop)
+            with self.stop.listening():
+                ended = self._loop()
                 self._save_or_fail()
-            if reason is not None:
+            if ended is not None:
                 exit_code = INTERRUPTED_STATUS
-                if stop.signal in SCHEDULERS_WARNINGS:
-                    self.loggers.preempted()
-                self.display.message(
-                    f"stopped by {reason} after step {self.trainer.step}, everything saved;"
-                    f" the same command goes on (exit status {INTERRUPTED_STATUS})"
-                )
-                raise Interrupted(stop.signal) if reason.signalled else StoppedEarly
+                self._say_why(ended)
+                raise Interrupted(self.stop.signal) if ended.reason.signalled else StoppedEarly
             summary = self.world.from_main(self._write_summary)
             exit_code = 0
         except NonFiniteError as error:
-            self._warn_of_failed_save()
-            kept = list_checkpoints(self.folder.checkpoints)[-1:]
-            last = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
             raise TrainingError(
-                f"{error}: stopped before the update, {last}; a lower optimizer.lr or grad_clip=1.0 may help"
+                f"{error}, {self._last_good()}; a lower optimizer.lr or grad_clip=1.0 may help"
             ) from error
         finally:
             self.data.train.close()
@@ -178,37 +193,76 @@ class TrainingRun:
             self.loggers.close(summary, exit_code)
         return summary
 
+    def _say_why(self, ended: "_StoppedError") -> None:
+        if self.stop.signal in SCHEDULERS_WARNINGS:
+            self.loggers.preempted()
+        where, then = "after", "goes on"
+        if ended.evaluating:
+            where, then = "in the evaluation after", "evaluates again and goes on"
+            if not ended.reason.signalled:
+                then += ", which needs more seconds"
+        self.display.message(
+            f"stopped by {ended.reason} {where} step {self.trainer.step}, everything saved;"
+            f" the same command {then} (exit status {INTERRUPTED_STATUS})"
+        )
+
+    def _last_good(self) -> str:
+        """In words, once what is being written has been."""
+        with suppress(NonFiniteError):  # the weights may not have been finite for some steps
+            self._warn_of_failed_save()
+        kept = list_checkpoints(self.folder.checkpoints)
+        if self.badly_evaluated is not None:
+            kept = [path for path in kept if not path.name.endswith(f"_{self.badly_evaluated:08d}")]
+        return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+
     def _write_summary(self) -> dict[str, Any]:
         summary = self._summary()
         write_json_atomic(self.folder.summary, summary)
         return summary
 
-    def _loop(self, stop: StopRequest) -> Reason | None:
-        """Train to the last step, or to the first request to stop, whose reason is returned."""
-        config, trainer = self.config, self.trainer
+    def _loop(self) -> "_StoppedError | None":
+        """Train to the last step, or to the first request to stop, which is returned."""
+        config, trainer, stop = self.config, self.trainer, self.stop
         self.timer = StepTimer()
         reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
-        while trainer.step < config.steps and reason is None:
-            lr = trainer.lr
-            result = trainer.train_step(stop.signals)
-            self.timer.tick(result.tokens)
-            step, last = trainer.step, trainer.step == config.steps
-            if step == 1 or step % config.log_every == 0 or last:
-                self._log_step(result, lr)
-            elif self._memory_is_due(step):
-                self._log(self._memory())
-            with self.timer.pause():
-                if config.eval_every is not None and step % config.eval_every == 0 and not last:
-                    self._evaluate()
-                if config.save_every is not None and step % config.save_every == 0 and not last:
-                    self._begin_save()
-            # with several ranks all stop after the same step, whichever of them was asked to
-            reason = stop.reason() if self.world.size == 1 else agreed_reason(stop, result.signals)
-        if trainer.step == config.steps:
-            if self.progress.validation.get("step") != trainer.step:
+        try:
+            if self.repeats_evaluation:
                 self._evaluate()
-            return None
-        return reason
+            while trainer.step < config.steps and reason is None:
+                lr = trainer.lr
+                result = trainer.train_step(stop.signals)
+                self.timer.tick(result.tokens)
+                step, last = trainer.step, trainer.step == config.steps
+                if step == 1 or step % config.log_every == 0 or last:
+                    self._log_step(result, lr)
+                elif self._memory_is_due(step):
+                    self._log(self._memory())
+                with self.timer.pause():
+                    # begun before the evaluation, in which a run may well be killed
+                    if last or (config.save_every is not None and step % config.save_every == 0):
+                        self._begin_save()
+                    if not last and _evaluation_is_due(config, step):
+                        self._evaluate()
+                # with several ranks all stop after the same step, whichever of them was asked to
+                reason = stop.reason() if self.world.size == 1 else agreed_reason(stop, result.signals)
+            if trainer.step == config.steps:
+                if self.progress.validation.get("step") != trainer.step:
+                    self._evaluate()
+                return None
+        except _StoppedError as stopped:
+            return stopped
+        return None if reason is None else _StoppedError(reason, evaluating=False)
+
+    def _leave_if_asked(self) -> None:
+        """Between the batches of an evaluation, and between the tokens of samples; all ranks call it."""
+        stop = self.stop
+        reason = (
+            stop.reason()
+            if self.world.size == 1
+            else agreed_reason(stop, tuple(self.world.sum(stop.signals())))
+        )
+        if reason is not None:
+            raise _StoppedError(reason, evaluating=True)
 
     def _log_step(self, result: StepResult, lr: float) -> None:
         lap = self.timer.lap()
@@ -249,18 +303,29 @@ class TrainingRun:
         self.display.update(trainer.step, record)
 
     def _evaluate(self) -> None:
-        metrics = self.trainer.evaluate()
-        self.progress.validation = {"step": self.trainer.step, **metrics}
-        self.progress.best_loss = min(self.progress.best_loss, metrics["val/loss"])
+        """Raises _StoppedError where it is left, and NonFiniteError."""
+        step = self.trainer.step
+        metrics = self.trainer.evaluate(self._leave_if_asked)
+        loss = metrics["val/loss"]
+        if not math.isfinite(loss):
+            self.badly_evaluated = step
+            raise NonFiniteError(f"step {step}: the validation loss is {loss}: stopped")
+        with_samples = self.config.logger.wandb and self.config.evaluation.samples
+        samples = self.trainer.generate(self._leave_if_asked) if with_samples else []
+        self.progress.validation = {"step": step, **metrics}
+        self.progress.best_loss = min(self.progress.best_loss, loss)
         self._log(metrics)
-        if self.config.logger.wandb and self.config.evaluation.samples:
-            self.loggers.log_table(
-                "val/samples", ("prompt", "continuation"), self.trainer.generate(), self.trainer.step
-            )
+        if with_samples:
+            self.loggers.log_table("val/samples", ("prompt", "continuation"), samples, step)
+        if step in (self.saver.begun, self.resumed):
+            self.saver.score(step, loss, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        return replace(self.progress, seconds=self.seconds).to_json()
 
     def _save_or_fail(self) -> None:
         """The last checkpoint, and wait for it."""
-        if self.saver.step != self.trainer.step:  # asked to stop, time is short: once is enough
+        if self.saver.begun != self.trainer.step:  # asked to stop, time is short: once is enough
             self._begin_save()
         if (failed := self.saver.wait()) is not None:
             step, error = failed
@@ -285,7 +350,7 @@ class TrainingRun:
             self.trainer.shards(),
             {
                 **state["trainer"],
-                "run": replace(self.progress, seconds=self.seconds).to_json(self.data.fingerprint),
+                "run": self._progress() | {"data": self.data.fingerprint, "settings": identity(self.config)},
                 "score": finite(self.progress.validation["val/loss"]) if evaluated else None,
             },
         )

@@ -1,9 +1,9 @@
-"""The one place that knows left from right.
+"""Projections, and the one place that distinguishes left from right projections.
 
 A weight W (m×n) is projected on its smaller side (GaLore, arXiv 2403.03507): ``right`` if m ≥ n, with a
-basis Q of n×r and R = G Q; else ``left``, with a basis of m×r and R = Qᵀ G. Everything else works on the
-*oriented* view A = G (right) or Gᵀ (left), M×k with M ≥ k, where both cases read R = A Q (M×r) and
-lift(R) = R Qᵀ. Moments therefore have one row for each row or column that is not projected.
+basis Q of n×r and R = G Q; else ``left``, with a basis of m×r and R = Qᵀ G. All other code uses the
+*oriented* view A = G (right) or Gᵀ (left), M×k with M ≥ k. In both cases R = A Q (M×r) and lift(R) = R Qᵀ, so
+moments have one row for each row or column that is not projected.
 """
 
 from enum import Enum
@@ -20,7 +20,7 @@ class Side(Enum):
 
 
 def side_of(shape: torch.Size | tuple[int, int]) -> Side:
-    """The projected side of an unsharded weight of this shape; square counts as right."""
+    """The projected side of a whole weight of this shape; right for a square one."""
     rows, columns = shape
     return Side.right if rows >= columns else Side.left
 
@@ -52,7 +52,7 @@ def resolve_rank(rank: int | float, size: int, name: str) -> int:
 
 
 def project_(out: Tensor, matrix: Tensor, basis: Tensor) -> None:
-    """out ← A Q. ``out``: M×r, any float dtype; ``matrix``: A, M×k; the product runs in the basis' dtype."""
+    """out ← A Q. ``out``: M×r, any float dtype; ``matrix``: A, M×k. The product runs in the basis' dtype."""
     if out.dtype == matrix.dtype == basis.dtype:
         torch.mm(matrix, basis, out=out)
     else:
@@ -60,25 +60,25 @@ def project_(out: Tensor, matrix: Tensor, basis: Tensor) -> None:
 
 
 def add_lifted_(
-    target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float, kept_share: float = 1.0
+    target: Tensor, low_rank: Tensor, basis: Tensor, alpha: float, decay_factor: float = 1.0
 ) -> None:
-    """target ← kept_share · target + alpha · low_rank Qᵀ, in place, rounded once to a bfloat16 target.
+    """target ← decay_factor · target + alpha · low_rank Qᵀ, in place, rounded once to a bfloat16 target.
 
     ``target``: M×k; ``low_rank``: M×r; ``basis``: k×r, whose dtype the product runs in. Where all three
     have one dtype, no M×k temporary is made.
     """
     factor = low_rank.to(basis.dtype)
-    # in the layout of the target: a left-projected one is a transposed view
+    # products have the memory layout of the target, which is a transposed view if it is left-projected
     if target.dtype == basis.dtype:
         if target.is_contiguous():
-            target.addmm_(factor, basis.T, beta=kept_share, alpha=alpha)
+            target.addmm_(factor, basis.T, beta=decay_factor, alpha=alpha)
         else:
-            target.T.addmm_(basis, factor.T, beta=kept_share, alpha=alpha)
+            target.T.addmm_(basis, factor.T, beta=decay_factor, alpha=alpha)
         return
     lifted = factor @ basis.T if target.is_contiguous() else (basis @ factor.T).T
-    if kept_share != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
-        target.add_(lifted.mul_(alpha).add_(target, alpha=kept_share - 1.0))
+    if decay_factor != 1.0 and torch.promote_types(target.dtype, lifted.dtype) is lifted.dtype:
+        target.add_(lifted.mul_(alpha).add_(target, alpha=decay_factor - 1.0))
         return
-    if kept_share != 1.0:
-        target.mul_(kept_share)
+    if decay_factor != 1.0:
+        target.mul_(decay_factor)
     target.add_(lifted, alpha=alpha)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rsotrain.config.schema import LoggerConfig
 from rsotrain.files import finite, write_atomic
+from rsotrain.tracking.run_files import METRICS
 from rsotrain.tracking.wandb_logger import Table, WandbLogger, resolve_mode
 
 Record = Mapping[str, float | int | str]
@@ -28,12 +29,18 @@ class JsonlLogger:
 
     NaN and infinities become null. ``resume_step=n`` keeps the lines of an earlier run up to step n and
     drops what comes after it (and a line torn by a kill), so that the history reads as that of one
-    uninterrupted run; None starts a new file. Raises TypeError for a value that JSON cannot hold. Lines that
+    uninterrupted run; without ``evaluated`` the evaluation of step n is dropped, too, since it is to be
+    repeated. None starts a new file. Raises TypeError for a value that JSON cannot hold. Lines that
     a full disk does not take are lost, which is said once, by ``warn``.
     """
 
     def __init__(
-        self, path: Path, resume_step: int | None = None, warn: Callable[[str], None] = print
+        self,
+        path: Path,
+        resume_step: int | None = None,
+        warn: Callable[[str], None] = print,
+        *,
+        evaluated: bool = True,
     ) -> None:
         self.path = path
         self._warn = warn
@@ -41,7 +48,7 @@ class JsonlLogger:
         if resume_step is None:
             path.write_text("")
         else:
-            _drop_lines_after(path, resume_step)
+            _keep_lines(path, resume_step, evaluated)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
 
     def log(self, record: Record, step: int) -> None:
@@ -64,23 +71,26 @@ class JsonlLogger:
             self._warned = True
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
     """Rewrite a metrics file without the lines beyond ``step`` and without lines that are not records."""
     if not path.exists():
         path.write_text("")
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    write_atomic(path, "".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step))
+    write_atomic(
+        path, "".join(line for line in lines if line.endswith("\n") and _stays(line, step, evaluated))
+    )
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinity for a line that is not a record."""
+def _stays(line: str, last: int, evaluated: bool) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:
-        return float("inf")
+    except (ValueError, RecursionError):
+        return False
     step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else float("inf")
+    if not isinstance(step, int):
+        return False
+    return step < last or (step == last and (evaluated or "val/loss" not in record))
 
 
 class Loggers:
@@ -136,6 +146,7 @@ def build_loggers(
     flat_config: Mapping[str, object],
     resume_step: int | None,
     warn: Callable[[str], None],
+    evaluated: bool = True,
 ) -> Loggers:
     """The loggers of one run, whose files go into ``run_dir`` (which exists).
 
@@ -143,7 +154,7 @@ def build_loggers(
     nested dictionary. ``warn`` is called from another thread, too. Raises UserError when ``WANDB_MODE`` in
     the environment is not a mode of W&B.
     """
-    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl", resume_step, warn)]
+    loggers: list[Logger] = [JsonlLogger(run_dir / METRICS, resume_step, warn, evaluated=evaluated)]
     mode = resolve_mode(config.wandb_mode) if config.wandb else None
     if mode is not None:
         wandb_logger = WandbLogger(

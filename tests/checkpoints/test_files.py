@@ -15,6 +15,7 @@ from rsotrain.checkpoints.files import (
     load_tensors,
     save_checkpoint,
 )
+from rsotrain.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -74,7 +75,8 @@ def test_damage_is_noticed(kind: str, tmp_path: Path) -> None:
         (path / "model/shard.safetensors").write_bytes(content)
     else:
         (file if kind == "missing" else path / "checksums.json").unlink()
-    with pytest.raises(OSError if kind in ("missing", "no checksums") else DamagedError):
+    expected = {"missing": OSError, "no checksums": UserError}
+    with pytest.raises(expected.get(kind, DamagedError)):
         load_checkpoint(path, CPU)
 
 

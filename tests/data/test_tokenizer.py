@@ -1,12 +1,14 @@
 """The tokenizer loses nothing, is the same every time, and refuses what it cannot do."""
 
 import random
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from rsotrain.config.data import TrainedTokenizerConfig
+from rsotrain.config.data import ModelType, TrainedTokenizerConfig
+from rsotrain.config.ranges import check_ranges
 from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
 from rsotrain.errors import UserError
 
@@ -104,6 +106,43 @@ def test_too_few_pieces_for_the_characters_are_refused() -> None:
     text = "".join(chr(0x4E00 + i) for i in range(500))
     with pytest.raises(UserError, match=r"vocab_size=300 is too small .*character_coverage"):
         train_tokenizer([text], TrainedTokenizerConfig(vocab_size=300, character_coverage=1.0))
+
+
+@pytest.mark.parametrize("model_type", list(ModelType))
+@pytest.mark.parametrize("text", ["a", "ab", "aaaa bbbb", "é", "1", " ", "a</s>b", "abc abc abd abe", "名"])
+def test_the_number_that_a_refusal_names_is_taken(text: str, model_type: ModelType) -> None:
+    """Few characters fill few pieces: fewer than 300."""
+    with pytest.raises(UserError, match=r"\(at most \d+\)") as refused:
+        train_tokenizer([text], TrainedTokenizerConfig(vocab_size=4096, model_type=model_type))
+    largest = int(re.findall(r"at most (\d+)", str(refused.value))[0])
+    config = TrainedTokenizerConfig("trained", vocab_size=largest, model_type=model_type)
+    check_ranges(config)
+    tokenizer = SentencePieceTokenizer(train_tokenizer([text], config))
+    assert tokenizer.vocab_size == largest
+    assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+
+
+def test_too_few_pieces_for_the_characters_name_the_number_needed() -> None:
+    with pytest.raises(UserError, match=r"the characters of the training text, which take 265 pieces"):
+        train_tokenizer(["abcdef"], TrainedTokenizerConfig(vocab_size=260))
+    train_tokenizer(["abcdef"], TrainedTokenizerConfig(vocab_size=265))
+
+
+@pytest.mark.parametrize("model_type", list(ModelType))
+@pytest.mark.parametrize("text", ["\0", "</s>", "<s>", "<unk>", "<0x41>"])
+def test_text_without_a_character_to_learn_is_refused(text: str, model_type: ModelType) -> None:
+    for vocab_size in (260, 300):
+        with pytest.raises(UserError, match="no characters that a tokenizer could learn; give other"):
+            train_tokenizer([text], TrainedTokenizerConfig(vocab_size=vocab_size, model_type=model_type))
+
+
+def test_the_range_of_character_coverage_is_sentencepieces_own() -> None:
+    for coverage in (0.98, 1.0):
+        check_ranges(config := TrainedTokenizerConfig(vocab_size=340, character_coverage=coverage))
+        train_tokenizer(SENTENCES, config)
+    for coverage in (0.9799, 1.0001):
+        with pytest.raises(RuntimeError, match="character_coverage"):
+            train_tokenizer(SENTENCES, TrainedTokenizerConfig(vocab_size=340, character_coverage=coverage))
 
 
 @pytest.mark.parametrize(("texts", "max_bytes"), [(["\n\n", "\n"], 100), (SENTENCES, 3)])

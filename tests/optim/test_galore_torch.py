@@ -6,10 +6,11 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import nn
 
-from rsotrain.config.methods import OnRefresh
+from rsotrain.config.methods import GaLoreConfig, OnRefresh
 from rsotrain.optim.base import Settings, StateKeeper
-from rsotrain.optim.subspace_part import Subspace
-from rsotrain.subspace.samplers import Sampler, full_svd
+from rsotrain.optim.subspace_optimizer import Subspace
+from rsotrain.subspace.samplers import Sampler
+from rsotrain.subspace.spectral import full_svd
 
 
 @pytest.fixture
@@ -32,17 +33,18 @@ def test_thirty_steps_with_two_refreshes(
     # Their weight decay comes after the update and at the unscaled rate; ours is before it: leave it out.
     expected = galore_adamw([group], lr=lr, eps=1e-6, no_deprecation_warning=True)  # type: ignore[call-arg]
     sampler = Sampler("svd", full_svd, informed=True)
-    part = UncorrectedEps(
+    group = UncorrectedEps(
         "galore",
         {"w": ours},
         lr * scale,
         Settings(StateKeeper(torch.float32, 0), (0.9, 0.999), 1e-6),
+        GaLoreConfig(name="galore"),
         Subspace(sampler, rank, gap, OnRefresh.keep),
     )
     for step in range(1, steps + 1):
         gradient = torch.randn(shape, generator=random)
         ours.grad, theirs.grad = gradient, gradient.clone()
-        part.update(step, 1.0)
+        group.update(step, 1.0)
         expected.step()
     moved = (theirs.data - start).norm()
     assert float(moved) > 0.05

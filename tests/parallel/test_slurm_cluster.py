@@ -117,6 +117,38 @@ def test_an_array_survives_a_requeue_and_a_preemption(
     assert json.loads((runs[1] / "summary.json").read_text())["val/loss"] == whole["val/loss"]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_signal_to_one_task_restarts_that_one_alone(
+    cluster: dict[str, str], tmp_path: Path, tiny: list[str], place: int
+) -> None:
+    other, cancelled = (task for task in range(3) if task != place)
+    lines = [f"run_name=r{task} steps=500" for task in range(3)]
+    job = submit(tmp_path, cluster, lines, without(tiny, "steps", "save_every"))
+    assert job.stdout is not None
+    number = job.stdout.readline().strip()
+    runs = [tmp_path / f"outputs/r{task}" for task in range(3)]
+    until(lambda: all((run / "metrics.jsonl").exists() and len(steps_of(run)) > 5 for run in runs))
+    subprocess.run(["scancel", f"{number}_{cancelled}"], env=cluster, check=True)
+    until(lambda: not state_of(f"{number}_{cancelled}", cluster).startswith(("RUNNING", "COMPLETING")))
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{number}_{place}"], env=cluster, check=True)
+    job.wait(400)
+    logs = [(tmp_path / f"rsotrain_{number}_{task}.out").read_text() for task in range(3)]
+    starts = [log.count(f"task {task}, start ") for task, log in enumerate(logs)]
+    assert starts == [1 + (task == place) for task in range(3)]
+    assert f"task {place} is queued again" in logs[place]
+    assert state_of(f"{number}_{cancelled}", cluster) == "CANCELLED"
+    for task in (place, other):
+        assert json.loads((runs[task] / "summary.json").read_text())["step"] == 500
+
+
+def state_of(task: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["squeue", "--noheader", "--states=all", "--array", f"--jobs={task}", "--format=%T"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
 def test_mistakes_cost_one_sentence_and_no_second_start(
     cluster: dict[str, str], tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters a method gets: each claimed exactly once, by regular expressions on its name."""
+"""Parameter groups: each parameter is in exactly one, by regular expressions on its name."""
 
 import re
 from collections.abc import Iterable
@@ -10,26 +10,27 @@ from rsotrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Claims:
-    """``blocks``: what the patterns name; ``rest``: all others; ``frozen``: names that are not trained."""
+class ParameterGroups:
+    """``blocks``: the attention and MLP weights that the patterns match, which the method trains; ``rest``:
+    all other trained parameters; ``frozen``: the parameters that are not trained."""
 
     patterns: tuple[str, ...]
     blocks: dict[str, nn.Parameter]
     rest: dict[str, nn.Parameter]
     frozen: dict[str, nn.Parameter]
 
-    def renewed(self, model: nn.Module) -> "Claims":
-        """The same claims on a model whose parameters have been replaced, under the same names."""
+    def renewed(self, model: nn.Module) -> "ParameterGroups":
+        """The same groups with the parameters of ``model``, which have the same names."""
         now = dict(model.named_parameters())
         blocks, rest, frozen = (
             {name: now[name] for name in group} for group in (self.blocks, self.rest, self.frozen)
         )
-        return Claims(self.patterns, blocks, rest, frozen)
+        return ParameterGroups(self.patterns, blocks, rest, frozen)
 
 
 @dataclass(frozen=True)
-class ClaimRow:
-    """One line of the table printed at start. ``lr`` is the peak rate, None where nothing is trained."""
+class GroupRow:
+    """A row of the table printed at start. ``lr``: the peak learning rate; None for frozen parameters."""
 
     group: str
     pattern: str
@@ -40,12 +41,12 @@ class ClaimRow:
     state_bytes: int
 
 
-def claim_parameters(
+def group_parameters(
     model: nn.Module | Iterable[tuple[str, nn.Parameter]], patterns: Iterable[str]
-) -> Claims:
-    """Divide the parameters; a tied one counts once, under its first name.
+) -> ParameterGroups:
+    """Assign each parameter to a group; a tied parameter counts once, under its first name.
 
-    Raises UserError for a pattern that is no regular expression or matches nothing trainable, and for a
+    Raises UserError for a pattern that is no regular expression or matches no trainable parameter, and for a
     matched parameter that is not a matrix.
     """
     named = model.named_parameters() if isinstance(model, nn.Module) else model
@@ -84,4 +85,4 @@ def claim_parameters(
                 f" (names look like {next(iter(unique.values()))[0]!r}, and a tied one goes by its"
                 " first name); remove or correct it"
             )
-    return Claims(patterns, blocks, rest, frozen)
+    return ParameterGroups(patterns, blocks, rest, frozen)

@@ -1,0 +1,88 @@
+"""A parameter with a low-rank basis: which side is projected, and which piece this rank has."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.optim.functional import row_norms, subset_sums
+from rsotrain.parallel.sharding import Shard, local, shard_of
+from rsotrain.subspace.projection import Side, oriented, side_of
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter with a low-rank basis. Oriented, it is M×k; this rank has some rows or columns.
+
+    Where the parameter is sharded in M, only sums over M need communication. Where it is sharded in k, sums
+    over k are all-reduced, and M×r tensors are the same on every rank.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    side: Side
+    rank: int
+    shard: Shard
+
+    @property
+    def size(self) -> int:
+        """k of the whole matrix."""
+        return min(self.shard.shape)
+
+    @property
+    def by_columns(self) -> bool:
+        """Is the matrix sharded in k, the projected dimension?"""
+        return self.shard.dim == (1 if self.side is Side.right else 0)
+
+    @property
+    def num_rows(self) -> int:
+        if self.shard.dim is None or self.by_columns:
+            return max(self.shard.shape)
+        return self.shard.stop - self.shard.start
+
+    @property
+    def rows_dim(self) -> int | None:
+        """The dimension in which M×r tensors are sharded; None: they are replicated."""
+        return None if self.by_columns else 0
+
+    @property
+    def weight(self) -> Tensor:
+        return oriented(local(self.parameter).detach(), self.side)
+
+    def columns_of(self, basis: Tensor) -> Tensor:
+        """The rows of a k×r basis that belong to this rank's columns."""
+        return basis[self.shard.start : self.shard.stop] if self.by_columns else basis
+
+    def norms(self, *pieces: Tensor) -> list[Tensor]:
+        """Frobenius norms of the whole matrices, from this rank's pieces; all pieces are M×k, or all M×r."""
+        return self.shard.norms(*pieces)
+
+    def low_rank_norms(self, *pieces: Tensor) -> list[Tensor]:
+        """Frobenius norms of whole M×r tensors, from this rank's pieces."""
+        return [torch.linalg.vector_norm(p) for p in pieces] if self.by_columns else self.shard.norms(*pieces)
+
+    def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """Norms of the rows of the whole M×k matrix, num_rows×1."""
+        norms = row_norms(piece, dtype)
+        return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
+
+    def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
+        """``subset_sums`` of the whole M×k matrix, num_rows×(k/subset_size)."""
+        if not self.by_columns:
+            return subset_sums(piece, subset_size)
+        sums = piece.new_zeros(piece.shape[0], self.size // subset_size)
+        subsets = self.subsets_of_columns(subset_size)
+        assert subsets is not None
+        return self.shard.sum_(sums.index_add_(1, subsets, piece.square()))
+
+    def subsets_of_columns(self, subset_size: int) -> Tensor | None:
+        """The subset of each of this rank's columns; None where it has all columns."""
+        if not self.by_columns:
+            return None
+        columns = torch.arange(self.shard.start, self.shard.stop, device=self.parameter.device)
+        return columns // subset_size
+
+
+def matrix_of(name: str, parameter: nn.Parameter, rank: int = 1) -> Matrix:
+    shard = shard_of(parameter)
+    return Matrix(name, parameter, side_of(parameter.shape), rank, shard)

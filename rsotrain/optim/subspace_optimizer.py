@@ -1,0 +1,167 @@
+"""The step that all low-rank methods but RSO share: refresh bases, project gradients, apply the method."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.config.methods import SubspaceConfig
+from rsotrain.optim.base import Settings, buckets, gradient_of
+from rsotrain.optim.matrix import Matrix, matrix_of
+from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.state_size import Weight, WeightsLayout
+from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
+from rsotrain.subspace.bases import Bases, BasisChange
+from rsotrain.subspace.projection import oriented, project_, resolve_rank
+from rsotrain.subspace.samplers import Sampler, orthonormalised
+from rsotrain.subspace.sources import GradientSource
+
+
+class SubspaceOptimizer(OptimizerWithBases):
+    """The base of methods with one low-rank basis for each matrix.
+
+    A method defines ``add_state``, ``apply``, ``basis_changed`` and ``matrix_state``. Matrices are updated in
+    buckets: each is projected by one matrix product, and the elementwise work of a bucket runs in fused or
+    foreach calls. ``needs_orthonormal``: the method makes no sense with bases that are not orthonormal.
+    """
+
+    needs_orthonormal: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        config: SubspaceConfig,
+        subspace: Subspace,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings, config)
+        self.subspace = subspace
+        self.matrices = [
+            matrix_of(name, p, resolve_rank(subspace.rank, min(p.shape), name))
+            for name, p in parameters.items()
+        ]
+        self.by_name = {m.name: m for m in self.matrices}
+        dtype = next(iter(parameters.values())).dtype
+        self.product_dtype = subspace.compute_dtype or work_dtype(dtype)
+        self.basis_dtype = work_dtype(dtype) if subspace.sampler.post_update else self.product_dtype
+        self.bases = Bases(
+            {m.name: (m.size, m.rank) for m in self.matrices},
+            subspace.sampler,
+            gap=subspace.gap,
+            staggered=subspace.staggered,
+            seed=subspace.seed,
+            total_steps=subspace.total_steps,
+            dtype=self.basis_dtype,
+            devices={m.name: m.parameter.device for m in self.matrices},
+            mesh=self.matrices[0].shard.mesh,
+        )
+        for m in self.matrices:
+            for key, tensor in self.bases.state[m.name].items():
+                self.add_tensor(m.name, key, tensor)
+            self.add_state(m)
+        # by the sizes of whole matrices, so that all ranks have the same buckets
+        self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
+
+    @classmethod
+    def refuse(cls, config: Any, sampler: Sampler | None) -> None:
+        require_orthonormal(config, require_sampler(config, sampler), always=cls.needs_orthonormal)
+
+    @classmethod
+    def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
+        if layout.bases_are_optimised:
+            layout = replace(layout, basis_bytes=4)
+        return super().state_bytes_formula(config, weights, layout)
+
+    def is_replicated(self, name: str, key: str) -> bool:
+        """Where the projected dimension is sharded, M×r tensors are replicated."""
+        return super().is_replicated(name, key) or matrix_of(name, self.parameters[name]).by_columns
+
+    def refresh_work(self) -> list[tuple[object, str]]:
+        return [*super().refresh_work(), (self, "record_energy")]
+
+    # --- what a method defines -----------------------------------------------------------------
+
+    @abstractmethod
+    def add_state(self, matrix: Matrix) -> None:
+        """Add the method's own state tensors of one matrix, filled with zeros."""
+
+    @abstractmethod
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        """Update the weights.
+
+        ``gradients``: A, M×k each, which must not be changed; ``projected``: R = A Q, M×r each, which may be.
+        """
+
+    @abstractmethod
+    def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
+        """Adapt the moments to the new basis, before the gradient of ``step`` updates them."""
+
+    def basis(self, matrix: Matrix) -> Tensor:
+        """The basis in use, in the dtype of products; the rows that belong to this rank's columns."""
+        return matrix.columns_of(self.bases[matrix.name].to(self.product_dtype))
+
+    def gradient(self, matrix: Matrix) -> Tensor:
+        """This rank's piece of the oriented tensor that is projected."""
+        return oriented(gradient_of(matrix.name, matrix.parameter), matrix.side)
+
+    def sampled_gradient(self, matrix: Matrix, gradient: Tensor, step: int) -> Tensor:
+        """The tensor that the sampler uses; ``gradient``: the result of the method ``gradient``."""
+        return gradient
+
+    # --- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, step: int, lr_factor: float) -> None:
+        lr = self.peak_lr * lr_factor
+        gradients = {m.name: self.gradient(m) for m in self.matrices}
+        self.refresh(gradients, step, lr_factor, after_update=False)
+        for bucket in self.buckets:
+            projected = []
+            for m in bucket:
+                a = gradients[m.name]
+                projected.append(self._project(m, a, self.basis(m)))
+                if m.name in self.bases.record.unobserved:
+                    self.record_energy(m, a, projected[-1])
+            self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
+        if self.subspace.sampler.post_update:
+            self.refresh(gradients, step, lr_factor, after_update=True)
+
+    def _project(self, matrix: Matrix, gradient: Tensor, basis: Tensor) -> Tensor:
+        """R = A Q in at least float32."""
+        dtype = work_dtype(gradient.dtype)
+        projected = torch.empty(matrix.num_rows, matrix.rank, dtype=dtype, device=gradient.device)
+        project_(projected, gradient, basis)
+        return matrix.shard.sum_(projected) if matrix.by_columns else projected
+
+    def record_energy(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
+        """Record the share of the gradient that a new basis captures; called after each refresh."""
+        if not self.subspace.sampler.orthonormal:
+            basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
+            projected = self._project(matrix, gradient, matrix.columns_of(basis))
+        copies = matrix.shard.pieces if matrix.by_columns else 1
+        self.bases.record.observe(matrix.name, gradient, projected, copies)
+
+    def refresh(
+        self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
+    ) -> None:
+        """Refresh the bases that are due before (or after) the update of ``step``."""
+        due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
+        sources = {
+            m.name: GradientSource(
+                partial(self.sampled_gradient, m, gradients[m.name], step), m.shard, m.side, m.by_columns
+            )
+            for m in due
+        }
+        for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
+            self.basis_changed(self.by_name[name], change, step)
+
+    def ranks(self) -> list[int]:
+        return [m.rank for m in self.matrices]
