@@ -237,26 +237,3 @@ def _check_node(root: yaml.Node) -> None:
         return total
 
     size(root, 1)
-
-
-def read_json_object(path: Path, largest_bytes: int = 64 * 2**20) -> dict[str, Any]:
-    """The object in a JSON file that somebody else has written.
-
-    Raises OSError where it cannot be read, and ValueError, with a message of one line, where it is no
-    regular file, too large, or not a JSON object: text cut off, nested without end, numbers of thousands of
-    digits.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe or a device might never end
-        raise ValueError("it is not a regular file")
-    if found.st_size > largest_bytes:
-        raise ValueError(f"it has {found.st_size} bytes, more than the {largest_bytes} that are read")
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"it is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content
