@@ -34,6 +34,7 @@ from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
+from rsotrain.tracking.screen import survive_its_loss
 from rsotrain.tracking.wandb_logger import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
@@ -48,6 +49,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
     checkpoint written.
     """
+    survive_its_loss()
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), ExitStack() as stack:
         world.together(lambda: check_composition(config))
