@@ -372,7 +372,7 @@ def print_table(table: "Table", log_path: Path | None = None) -> None:
     except BrokenPipeError:  # `| head`
         silence(sys.stdout)
     if log_path is not None:
-        with open(log_path, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(log_path, "a", encoding="utf-8") as file:  # as for its lines
             file.write(_text_of(table))
 
 

@@ -166,7 +166,7 @@ def test_no_checkpoint_of_several_ranks_has_a_pickle(shared: tuple[Path, dict[st
         for k in ("model", "optimizer")
         for i in (1, 2, 3, 4)
     ]
-    assert files == sorted([*shards, "checksums.json", "trainer.json"])
+    assert files == sorted([*shards, "checksums.json", "evaluation.json", "trainer.json"])
     executed = folder / "executed"
 
     class Hostile:
