@@ -52,7 +52,11 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """
     survive_its_loss()
     world = start(config.parallelism, config.device)
-    with world.reporting_losses(), ExitStack() as stack:
+    with (
+        world.reporting_losses(),
+        world.ending_together(StoppedEarly, Interrupted),
+        ExitStack() as stack,
+    ):
         world.together(lambda: check_composition(config))
         resolve_mode(config.logger.wandb_mode)
 
