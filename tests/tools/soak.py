@@ -79,7 +79,7 @@ def evaluating(run: Path) -> bool:
 
 
 def wait_until(process: subprocess.Popen[bytes], run: Path, step: int, moment: random.Random) -> bool:
-    """Until ``step`` is saved and a moment longer, which is of one of three kinds; False: the run has ended."""
+    """Until ``step`` is saved and a moment of one of three kinds longer; False: the run has ended."""
     while newest(run / "checkpoints") < step:
         if process.poll() is not None:
             return False
@@ -136,7 +136,7 @@ def main() -> None:
     if losses(folder / "undisturbed") != losses(run):
         sys.exit(f"the histories of losses differ: see {folder}")
     print(
-        f"{arguments.kills} kills ({dict(found)}): bitwise the weights, states and losses of the undisturbed run"
+        f"{arguments.kills} kills ({dict(found)}): bitwise the weights, states and losses of a run without"
     )
 
 
