@@ -87,6 +87,8 @@ def explain(error: Exception) -> str:
     if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
         key = key or unknown[1] or unknown[2]
         return f"unknown key {key}{did_you_mean(key, known_keys())}"
+    if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
+        key = next((given.partition("=")[0] for given in sys.argv[1:] if unresolved[1] in given), None)
     return f"{key}: {text}" if key else " ".join(text.split())
 
 

@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
 from hydra.errors import HydraException
 
 from rsotrain.cli.text_keys import keep_text
-from rsotrain.config.keys import field_types, kinds
+from rsotrain.config.keys import keys_of
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.config.text import NAME_BYTES
 from rsotrain.errors import UserError, require
@@ -31,8 +31,8 @@ def chosen_options(arguments: Sequence[str]) -> dict[str, str]:
 def check_overrides(arguments: Sequence[str]) -> None:
     """Raise UserError for what Hydra takes without a word, or has a traceback only for.
 
-    Such are an empty key, a group that is given null or a number, an empty mapping, a number that is to be a
-    truth value, and a sweep over billions of runs, of which Hydra would make a list.
+    Such are an empty key, a group that is given null or a number, an empty mapping, a number of thousands of
+    digits or for a truth value, and a sweep over billions of runs, of which Hydra would make a list.
     """
     runs = 1
     for argument in arguments:
@@ -44,7 +44,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
         require(
             name != "hydra", f"{argument} is for none of Hydra's settings; name one, as hydra.verbose=true"
         )
-        if _takes_only(bool, name):
+        number = re.search(r"[\d_]{400}", value)  # beyond any float, and soon beyond what Python reads
+        require(number is None or name in keys_of(str), f"{name}={value} is larger than any number may be")
+        if name in keys_of(bool):
             for word in value.split(","):
                 require(not _is_other_number(word), f"{name}={word} must be true or false")
         runs *= _count(argument)
@@ -56,7 +58,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 def _is_other_number(word: str) -> bool:
     """Whether a word is an integer, but neither 0 nor 1: Hydra would read it as true."""
-    return bool(re.fullmatch(r"[+-]?\d[\d_]*", word)) and int(word) not in (0, 1)
+    return bool(re.fullmatch(r"[+-]?\d+(_\d+)*", word)) and int(word) not in (0, 1)
 
 
 def _count(argument: str) -> int:
@@ -103,11 +105,6 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
         )
 
 
-def _takes_only(kind: type, key: str) -> bool:
-    annotations = field_types().get(key, set())
-    return bool(annotations) and all(kinds(annotation) == {kind} for annotation in annotations)
-
-
 def _normalise_value(value: str, integer: bool) -> str:
     if value == "None":
         return "null"
@@ -122,7 +119,7 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         match = _ASSIGNMENT.match(argument)
         if match and not re.search(r"[\[\]{}()'\"]", match["value"]):
-            integer = _takes_only(int, match["key"].lstrip("+"))
+            integer = match["key"].lstrip("+") in keys_of(int)
             values = [_normalise_value(v, integer) for v in match["value"].split(",")]
             argument = f"{match['key']}={','.join(values)}"
         out.append(keep_text(argument))

@@ -17,8 +17,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rsotrain.cli.text_keys import quote, read_yaml, restore_text, text_keys
-from rsotrain.config.keys import did_you_mean, flatten, known_keys
+from rsotrain.cli.text_keys import quote, read_yaml, restore_text
+from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys
 from rsotrain.errors import UserError
 from rsotrain.tracking.escaping import one_line, print_line
 
@@ -113,7 +113,7 @@ def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
 
 def _check_text(path: Path, key: str, values: Sequence[object]) -> None:
     """W&B reads the file itself and hands on what YAML makes of it."""
-    for value in values if key in text_keys() else ():
+    for value in values if key in keys_of(str) else ():
         if isinstance(value, list):
             _check_text(path, key, value)
         elif value is not None and not isinstance(value, str):

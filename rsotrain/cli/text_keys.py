@@ -7,7 +7,7 @@ a YAML file is true. The schemas know which keys are text. null stays null; quot
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, TextIO
 
 import yaml
@@ -22,8 +22,8 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from rsotrain.config.keys import field_types, kinds
-from rsotrain.errors import UserError
+from rsotrain.config.keys import keys_of
+from rsotrain.errors import UserError, require
 
 # Functions of Hydra's grammar whose arguments are numbers, whatever the key.
 _OF_NUMBERS = ("range", "interval", "int", "float", "bool")
@@ -31,13 +31,6 @@ _HYDRA_READS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 _YAML_READS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")}
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _STRUCTURE = re.compile(r"[\[\]{}()'\"\\=]")  # what means something in Hydra's grammar
-
-
-@cache
-def text_keys() -> frozenset[str]:
-    """The keys whose values are text, or lists of it, in every schema that has them."""
-    types = field_types()
-    return frozenset(key for key in types if all(kinds(annotation) == {str} for annotation in types[key]))
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -56,13 +49,13 @@ def keep_text(argument: str) -> str:
     """
     key, equals, value = argument.partition("=")
     name = key.lstrip("+").partition("@")[0]
-    if not equals or not any(f"{text}.".startswith(f"{name}.") for text in text_keys()):
+    if not equals or not any(f"{text}.".startswith(f"{name}.") for text in keys_of(str)):
         return argument
     try:
         spans = list(_misread(_parse(argument), name))
     except HydraException:
         parts = [part.strip(" \t") for part in value.split(",")]
-        if name not in text_keys() or _STRUCTURE.search(value) or not all(parts):
+        if name not in keys_of(str) or _STRUCTURE.search(value) or not all(parts):
             return argument  # Hydra says what is wrong with it
         return f"{key}={','.join(part if part == 'null' else quote(part) for part in parts)}"
     for start, end in sorted(spans, reverse=True):
@@ -84,7 +77,7 @@ def _misread(node: Any, key: str) -> Iterator[tuple[int, int]]:
     """Begin and end of each number and truth value below ``node`` that belongs to a key of text."""
     if isinstance(node, OverrideParser.PrimitiveContext):
         tokens = [t.symbol for t in node.getChildren() if t.symbol.type != OverrideLexer.WS]
-        if key in text_keys() and len(tokens) == 1 and tokens[0].type in _HYDRA_READS:
+        if key in keys_of(str) and len(tokens) == 1 and tokens[0].type in _HYDRA_READS:
             yield node.start.start, node.stop.stop + 1
         return
     if isinstance(node, OverrideParser.FunctionContext) and node.ID().getText() in _OF_NUMBERS:
@@ -105,6 +98,7 @@ def restore_text(node: yaml.Node, prefix: str = "") -> yaml.Node:
     """A mapping as YAML's composer gives it, with the values of text keys as they stand in the file.
 
     ``prefix``: the key of the mapping itself, ended by a point. Shared nodes (aliases) stay as they are.
+    Raises UserError for a number that is to be a truth value: OmegaConf takes every one but 0 for true.
     """
     if not isinstance(node, yaml.MappingNode):
         return node
@@ -113,9 +107,11 @@ def restore_text(node: yaml.Node, prefix: str = "") -> yaml.Node:
         key = f"{prefix}{name.value}"
         if name.tag == "tag:yaml.org,2002:merge":
             value = _each(value, partial(restore_text, prefix=prefix))
-        elif key in text_keys():
+        elif key in keys_of(str):
             value = _each(value, _as_written)
-        elif any(text.startswith(f"{key}.") for text in text_keys()):
+        elif key in keys_of(bool) and value.tag == "tag:yaml.org,2002:int":
+            require(value.value in ("0", "1"), f"{key}={value.value} must be true or false")
+        elif any(text.startswith(f"{key}.") for text in keys_of(str) | keys_of(bool)):
             value = restore_text(value, f"{key}.")
         pairs.append((name, value))
     return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)

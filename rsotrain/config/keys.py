@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,13 @@ def kinds(annotation: Any) -> set[Any]:
     if parts := typing.get_args(annotation):
         return set().union(*map(kinds, parts))
     return set() if annotation is type(None) else {annotation}
+
+
+@functools.cache
+def keys_of(kind: type) -> frozenset[str]:
+    """The keys whose values are of this type alone, or lists of it, in every schema that has them."""
+    types = field_types()
+    return frozenset(key for key in types if all(kinds(annotation) == {kind} for annotation in types[key]))
 
 
 def known_keys() -> list[str]:

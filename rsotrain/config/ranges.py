@@ -101,10 +101,11 @@ def _check(key: str, value: float | None, allowed: Range) -> None:
         require(value in allowed, f"{key}={value} {allowed.demand(value)}")
 
 
-def _check_several(key: str, values: list[float], ranges: tuple[Range, ...]) -> None:
+def _check_several(key: str, values: list[Any], ranges: tuple[Range, ...]) -> None:
     parts = ", ".join(f"the {_ORDINALS[i]} in {allowed}" for i, allowed in enumerate(ranges))
     require(
         len(values) == len(ranges)
+        and all(isinstance(value, int | float) for value in values)  # [[1], [2]] passes for two numbers, too
         and all(value in allowed for value, allowed in zip(values, ranges, strict=True)),
         f"{key}={values} must be {_WORDS[len(ranges)]}, {parts}",
     )

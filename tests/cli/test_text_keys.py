@@ -10,7 +10,8 @@ from helpers.runs import compose
 
 from rsotrain.cli.overrides import normalise
 from rsotrain.cli.sweep_file import check_sweep, configuration
-from rsotrain.cli.text_keys import restore_text, text_keys
+from rsotrain.cli.text_keys import restore_text
+from rsotrain.config.keys import keys_of
 from rsotrain.errors import UserError
 
 # What Hydra reads as an integer, a float, infinity, a truth value or, in a YAML file, as a date or minutes.
@@ -40,8 +41,8 @@ def test_text_keys_are_those_that_are_text_in_every_schema() -> None:
         "data.revision",
         "logger.wandb_tags",
         "model.name",
-    } <= text_keys()
-    assert not {"steps", "optimizer.rank", "optimizer.lr", "mode", "compile", "data.packing"} & text_keys()
+    } <= keys_of(str)
+    assert not {"steps", "optimizer.rank", "optimizer.lr", "mode", "compile", "data.packing"} & keys_of(str)
 
 
 @pytest.mark.parametrize("text", MISREAD)
@@ -182,6 +183,8 @@ def test_a_sweep_of_wandbs_wants_quotes_around_text(tmp_path: Path) -> None:
         (b"run_name: \xff\xfe", "own.yaml cannot be read: 'utf-8' codec"),
         (b"run_name: " + b"[" * 3000, "own.yaml cannot be read: maximum recursion depth"),
         (b"run_name: [1", "not valid YAML"),
+        (b"compile: 7", "compile=7 must be true or false"),
+        (b"logger: {wandb: -1}", "logger.wandb=-1 must be true or false"),
     ],
 )
 def test_a_file_that_is_no_configuration_gets_one_sentence(

@@ -86,6 +86,7 @@ def test_what_lies_beyond_either_end_is_refused_by_name(prefix: str, schema: typ
         (AdamConfig(lr=0.1, betas=(0.9, 1.5)), "the second in [0, 1]"),
         (AdamConfig(lr=0.1, betas=(1.0, 0.9)), "must be two numbers, the first in [0, 1), the second in"),
         (AdamConfig(lr=0.1, betas=(0.9,)), "betas=[0.9] must be two numbers"),  # type: ignore[arg-type]
+        (AdamConfig(lr=0.1, betas=([1], [2])), "betas=[[1], [2]] must be two numbers"),  # type: ignore[arg-type]
         (MuonConfig(lr=0.1, ns_steps=0), "ns_steps=0 must be at least 1"),
         (RandomizedSvdConfig(rounds=10**9), "rounds=1000000000 must be at most 100"),
         (TrainedTokenizerConfig(character_coverage=0.95), "character_coverage=0.95 must lie in [0.98, 1]"),
