@@ -69,9 +69,10 @@ class SyntheticDataConfig(DataConfig):
 class FilesDataConfig(DataConfig):
     """JSON lines, Parquet, Arrow and text, plain or compressed (gz, xz, zst).
 
-    ``path``: a file, a folder, or a glob such as ``'data/*.jsonl.gz'``. Validation is ``validation_path``,
-    or the ``validation_fraction`` of the documents that a hash of their text picks. ``sample_by`` is for
-    text files; null: a file is a document.
+    ``path``: a file, a folder, or a glob such as ``'data/{a,b}/*.jsonl.gz'``. Validation is
+    ``validation_path``, or the ``validation_fraction`` of the documents that a hash of their text picks.
+    ``text_field``: a field of each row, or ``outer.inner`` for one inside another. ``sample_by`` is for text
+    files; null: a file is a document.
     """
 
     path: str = file_path()
@@ -85,7 +86,8 @@ class FilesDataConfig(DataConfig):
 class InstructionsDataConfig(DataConfig):
     """Prompts and responses for fine-tuning; the loss is that of the responses.
 
-    ``prompt_template`` takes the fields of a row in braces; the response follows it at once.
+    ``prompt_template`` takes the fields of a row in braces; the response follows it at once. A field inside
+    another is ``outer.inner``.
     """
 
     path: str = file_path()

@@ -11,8 +11,8 @@ import pytest
 from helpers.damage import JSON_LINES, TEXTS, WHOLE
 
 from rsotrain.config.data import HubDataConfig, InstructionsDataConfig, Packing, TrainedTokenizerConfig
+from rsotrain.config.rules_data import validate_data
 from rsotrain.config.schema import Config
-from rsotrain.config.validation_data import validate_data
 from rsotrain.data.documents import Corpus, TextField
 from rsotrain.data.readers import FileShard
 from rsotrain.data.sources import open_corpora

@@ -1,13 +1,17 @@
 """Every data file that a name, a folder or a glob stands for is read, or named with what is wrong with it."""
 
+import gzip
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.corpora import TEXTS, json_lines, write_c4
+from helpers.damage import zstd
 
 from rsotrain.config.data import C4DataConfig, FilesDataConfig, HubDataConfig, TrainedTokenizerConfig
 from rsotrain.data import finding
@@ -249,6 +253,30 @@ def test_empty_files_of_plain_text_beside_others_are_said_and_hold_nothing(
     built(data, tmp_path, told.append).train.close()
     assert told[0] == f"warning: 1 of 3 files are empty ({folder / 'b.jsonl'})"
     assert len([line for line in told if "are empty" in line]) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_without_a_row_hold_nothing(streaming: bool, tmp_path: Path) -> None:
+    folder, plain = tmp_path / "data", tmp_path / "plain"
+    for path in (folder, plain):
+        path.mkdir()
+        (path / "m.jsonl").write_bytes(json_lines(TEXTS[:40]))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b""))
+    (folder / "b.jsonl.zst").write_bytes(zstd(b""))
+    (folder / "c.jsonl").write_bytes(b"\n")
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, folder / "y.parquet")
+    with pa.ipc.new_file(folder / "z.arrow", empty.schema) as out:
+        out.write_table(empty)
+    rows = []
+    for path in (folder, plain):
+        data = FilesDataConfig(
+            "files", path=str(path), validation_path=str(plain), streaming=streaming, shuffle=False, lanes=1
+        )
+        train = built(data, tmp_path / "cache", lambda _: None).train
+        rows.append(train.batch(train.order(0).indices(0, 64)))
+        train.close()
+    assert rows[0][0].equal(rows[1][0])
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "b.parquet", "b.arrow"])

@@ -185,6 +185,23 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
         data.train.close()
 
 
+def test_a_stream_without_a_state_goes_on_after_as_many_sequences_of_its_own(
+    corpus: Files, cache_dir: Path, tokenizer: Tokenizer
+) -> None:
+    """Three batches and five sequences are passed over: so many windows of each lane, by its places."""
+    data = settings(corpus, streaming=True, lanes=4)
+    late = streamed(open_corpora(data, cache_dir)[0], tokenizer, data)
+    late.load_state_dict({}, 3 * BATCH + 5)
+    order = late.order(0)
+    for batch in range(2):
+        inputs, _ = late.batch(order.indices(3 * BATCH + 5 + batch * BATCH, BATCH))
+        for number, passed in enumerate((8, 8, 7, 6)):  # places 0 and 1, 2 and 3, 4, none
+            one = Lane(open_corpora(data, cache_dir)[0], tokenizer, data, SEQ_LEN, 0, number, 4)
+            windows, _ = take(one.windows(Mark(), ignore), passed + 2 * batch + 2)
+            assert inputs[2 * number : 2 * number + 2].tolist() == windows[-2:, :-1].tolist()
+    late.close()
+
+
 @pytest.mark.parametrize("changes", [{"lanes": 4}, {"shuffle_buffer": 7}, {"packing": Packing.padded}, {}])
 def test_a_state_of_another_order_is_no_place_to_go_on_from(
     changes: dict[str, Any], corpus: Files, cache_dir: Path

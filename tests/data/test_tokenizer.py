@@ -158,3 +158,29 @@ def test_the_embedded_corpus_survives(tokenizer: SentencePieceTokenizer) -> None
     texts = [row["text"] for _, row in FileShard(CORPUS / "validation.json.gz", ("text",)).rows()]
     assert len(texts) == 190
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
+
+
+def test_a_damaged_model_is_one_sentence_or_a_model() -> None:
+    """What is no SentencePiece model is refused, however it came about; the rest encodes and decodes."""
+    model = train_tokenizer(SENTENCES * 5, CONFIG)
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        place = rng.randrange(len(model))
+        damaged = rng.choice(
+            [
+                model[:place],
+                model[:place] + bytes([model[place] ^ 1 << rng.randrange(8)]) + model[place + 1 :],
+                model[:place] + b"\xff" + model[place + 1 :],
+                model[:place] + model[place + 1 :],
+                model[:place] + rng.randbytes(4) + model[place:],
+            ]
+        )
+        try:
+            tokenizer = SentencePieceTokenizer(damaged, "tokenizer.path=x")
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith("tokenizer.path=x ")  # noqa: PT017 (some of them are whole)
+        else:
+            assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode(["the ship é"])[0].tolist())
+    assert refused > 200

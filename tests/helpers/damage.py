@@ -42,8 +42,8 @@ def _arrow(kind: pa.DataType, new: Callable[..., Any], compression: str | None) 
 def zstd(content: bytes, *, frames: int = 1, skippable: bool = False) -> bytes:
     """Frames with checksums, each after a skippable one as pzstd writes them."""
     compressor = zstandard.ZstdCompressor(write_checksum=True)
-    size = -(-len(content) // frames)
-    parts = [compressor.compress(content[i : i + size]) for i in range(0, len(content), size)]
+    size = max(1, -(-len(content) // frames))
+    parts = [compressor.compress(content[i : i + size]) for i in range(0, max(1, len(content)), size)]
     # magic number, length of what is to be skipped, and there the length of the frame
     head = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little")
     return b"".join((head + len(part).to_bytes(4, "little") if skippable else b"") + part for part in parts)
