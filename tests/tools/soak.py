@@ -79,7 +79,7 @@ def evaluating(run: Path) -> bool:
 
 
 def wait_until(process: subprocess.Popen[bytes], run: Path, step: int, moment: random.Random) -> bool:
-    """Until ``step`` is saved and a moment longer, which is of one of three kinds; False: the run has ended."""
+    """Until ``step`` is saved, and on to a moment of one of three kinds; False: the run has ended."""
     while newest(run / "checkpoints") < step:
         if process.poll() is not None:
             return False
