@@ -135,9 +135,7 @@ def main() -> None:
             sys.exit(f"{len(differing)} {kind} tensors differ, {differing[0]} first: see {folder}")
     if losses(folder / "undisturbed") != losses(run):
         sys.exit(f"the histories of losses differ: see {folder}")
-    print(
-        f"{arguments.kills} kills ({dict(found)}): bitwise the weights, states and losses of the undisturbed run"
-    )
+    print(f"{arguments.kills} kills ({dict(found)}): bitwise weights, states, losses of the undisturbed run")
 
 
 if __name__ == "__main__":
