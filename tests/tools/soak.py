@@ -79,7 +79,7 @@ def evaluating(run: Path) -> bool:
 
 
 def wait_until(process: subprocess.Popen[bytes], run: Path, step: int, moment: random.Random) -> bool:
-    """Until ``step`` is saved and a moment of one of three kinds longer; False: the run has ended."""
+    """Until ``step`` is saved, and on to a moment of one of three kinds; False: the run has ended."""
     while newest(run / "checkpoints") < step:
         if process.poll() is not None:
             return False
@@ -135,7 +135,7 @@ def main() -> None:
             sys.exit(f"{len(differing)} {kind} tensors differ, {differing[0]} first: see {folder}")
     if losses(folder / "undisturbed") != losses(run):
         sys.exit(f"the histories of losses differ: see {folder}")
-    print(f"{arguments.kills} kills ({dict(found)}): bitwise the weights, states and losses of a run without")
+    print(f"{arguments.kills} kills ({dict(found)}): bitwise weights, states, losses of the undisturbed run")
 
 
 if __name__ == "__main__":
