@@ -17,7 +17,7 @@ from rsotrain.cli.dispatch import run_mode
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import local, shard_of
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.training.trainer import Trainer
 
 BATCH = 8

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rsotrain.checkpoints.files import load_tensors
 from rsotrain.config.schema import Config
 from rsotrain.parallel.ranks import World
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.training.trainer import StepResult, Trainer
 
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 import memory_tables

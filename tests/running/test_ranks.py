@@ -26,7 +26,7 @@ from rsotrain.checkpoints.files import list_checkpoints, load_checkpoint, load_t
 from rsotrain.config.schema import Config
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 
 RUN = [
     "batch_size=12", "steps=8", "save_every=2", "eval_every=4", "parallelism=fsdp", "optimizer=galore",
