@@ -43,7 +43,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     for what cannot be composed and for a folder that cannot be written.
     """
     world = start(config.parallelism, config.device)
-    with world.reporting_losses():
+    with world.reporting_losses(), world.ending_together():
         world.together(lambda: check_composition(config))
         data = world.in_turn(lambda: random_data(config))
         folder = Path(world.from_main(lambda: str(_make_folder(config))))

@@ -40,7 +40,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in ``folder``, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and _NAME.match(p.name))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and is_checkpoint_name(p.name))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.match(name) is not None
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -107,7 +111,10 @@ def _save_together(
 def _prepare(unfinished: Path) -> None:
     unfinished.parent.mkdir(exist_ok=True)  # the run's own folder is there, or has been taken away
     for left in unfinished.parent.glob(f"{_PARTIAL}*"):  # before anything is written: it takes room
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
     unfinished.mkdir()
 
 

@@ -19,13 +19,13 @@ class Processes:
 
 def processes(environment: Mapping[str, str] = os.environ) -> Processes:
     """Raises UserError for numbers that are none, or that contradict each other."""
-    size = _number(environment, "WORLD_SIZE", 1)
+    size = whole_number(environment, "WORLD_SIZE", 1)
     require(size >= 1, f"WORLD_SIZE={size} must be positive")
-    local_size = _number(environment, "LOCAL_WORLD_SIZE", size)
+    local_size = whole_number(environment, "LOCAL_WORLD_SIZE", size)
     require(
         1 <= local_size <= size, f"LOCAL_WORLD_SIZE={local_size} must lie between 1 and WORLD_SIZE={size}"
     )
-    rank, local_rank = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
+    rank, local_rank = whole_number(environment, "RANK", 0), whole_number(environment, "LOCAL_RANK", 0)
     if "WORLD_SIZE" not in environment:
         return Processes()
     require(0 <= rank < size, f"RANK={rank} must lie between 0 and {size - 1}, for WORLD_SIZE={size}")
@@ -44,11 +44,12 @@ def check_rendezvous(environment: Mapping[str, str] = os.environ) -> None:
             f"WORLD_SIZE={environment.get('WORLD_SIZE')} says that there are several processes, but {name} is"
             " not set; start them with torchrun",
         )
-    port = _number(environment, "MASTER_PORT", 0)
+    port = whole_number(environment, "MASTER_PORT", 0)
     require(0 < port < 2**16, f"MASTER_PORT={port} must lie between 1 and {2**16 - 1}")
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A number in the environment. Raises UserError for what is none."""
     text = environment.get(name, str(default))
     try:
         return int(text)

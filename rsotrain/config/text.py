@@ -74,7 +74,7 @@ def check_path(key: str, text: str) -> None:
         parts = Path(text).expanduser().parts
     except RuntimeError as error:  # ~somebody
         raise UserError(f"{key}={text}: there is no home folder of this name") from error
-    longest = max(len(part.encode()) for part in parts)
+    longest = max((len(part.encode()) for part in parts), default=0)  # of ".": there are none
     require(
         longest <= NAME_BYTES,
         f"{key}={text} has a name of {longest} bytes in it, but a file's may have {NAME_BYTES}; shorten it",

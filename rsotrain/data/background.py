@@ -65,7 +65,7 @@ def _kill(process: ForkServerProcess, receiver: Connection) -> None:
 def _supply(source: Iterable[Any], ahead: int, sender: Connection) -> None:
     """The life of the process: one thread iterates, one sends, one waits for the end of the trainer."""
     # A signal to the whole job is the trainer's affair: it still needs batches to finish its step.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     items: queue.Queue[Any] = queue.Queue(ahead)

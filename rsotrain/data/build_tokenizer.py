@@ -10,7 +10,7 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.data.cache import Facts, cached_file
+from rsotrain.data.cache import BrokenFileError, Facts, cached_file
 from rsotrain.data.documents import Corpus, Notify, sample_texts
 from rsotrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
@@ -60,7 +60,16 @@ def _trained(
         "max_training_bytes": config.max_training_bytes,
         "streaming": streaming,
     }
-    path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify)
+
+    def check(path: Path, _: Facts) -> None:
+        try:
+            found = SentencePieceTokenizer(path.read_bytes())
+        except UserError as error:
+            raise BrokenFileError("it is no SentencePiece model") from error
+        if found.vocab_size != config.vocab_size:
+            raise BrokenFileError(f"it has {found.vocab_size} pieces")
+
+    path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify, check)
     return SentencePieceTokenizer(path.read_bytes())
 
 

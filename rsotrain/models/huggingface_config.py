@@ -12,7 +12,7 @@ from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import FIELDS_OF_THE_RUN, ModelConfig, RopeScalingConfig
 from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
-from rsotrain.files import read_json_object
+from rsotrain.files import read_json
 from rsotrain.models.rope import ROPE_TYPES, rope_fields, rope_scaling
 
 
@@ -70,9 +70,6 @@ SIZES = {
 }
 OPTIONAL = {"rope_theta": 10000.0, "initializer_range": 0.02}  # as transformers fills them in
 _ALL_HAVE = {*SIZES, *FIELDS_OF_THE_RUN, "tie_word_embeddings", "rope_scaling"}
-# Far beyond any model, and far below what overflows an element count or takes forever to build.
-_LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 10**9}
-_LARGEST_SIZE = 10**7
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -95,12 +92,9 @@ def read_window(folder: Path) -> int | None:
 
 def _read(folder: Path) -> tuple[ModelConfig, int | None]:
     file = folder / "config.json"
-    try:
-        values = read_json_object(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); give a Hugging Face folder") from error
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read ({error}); give a Hugging Face folder") from error
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object; give a Hugging Face folder")
     try:
         reader = _Reader(values)
         config = reader.config()
@@ -108,7 +102,8 @@ def _read(folder: Path) -> tuple[ModelConfig, int | None]:
         rope_scaling(config)
         return config, reader.window()
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        sentence = str(error).replace("model.", "")  # the file's own keys are meant
+        raise UserError(f"{file}: {sentence}") from error
 
 
 class _Reader:
@@ -134,7 +129,8 @@ class _Reader:
         if window is not None:
             sizes["max_position_embeddings"] = min(sizes["max_position_embeddings"], window)
         variations = {name: self.told(name) for name in family.told} | dict(family.always)
-        if variations.get("head_dim") == sizes["hidden_size"] / sizes["num_attention_heads"]:
+        head_dim = variations.get("head_dim")
+        if head_dim is not None and head_dim * sizes["num_attention_heads"] == sizes["hidden_size"]:
             variations["head_dim"] = None
         return ModelConfig(
             name="pretrained",
@@ -209,13 +205,14 @@ def _short(value: object) -> str:
 
 
 def _number(name: str, value: object, kind: type[int] | type[float]) -> Any:
+    """A positive number; what is too large a one is for the model's ranges to say."""
     known = (int, float) if kind is float else int
     if isinstance(value, bool) or not isinstance(value, known) or not 0 < value < math.inf:
         raise UserError(f"it has {name}={_short(value)}, but it must be a positive number")
-    largest = _LARGEST.get(name, _LARGEST_SIZE) if kind is int else 10**12
-    if value > largest:
-        raise UserError(f"it has {name}={_short(value)}, but it must be at most {largest}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise UserError(f"it has {name}={_short(value)}, which is too large") from error
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.schema import ModelConfig
 from rsotrain.errors import UserError, require
-from rsotrain.files import read_json_object
+from rsotrain.files import read_json
 from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.huggingface_config import read_config, read_window
 from rsotrain.models.llama import Llama
@@ -83,7 +83,7 @@ def _files(folder: Path) -> list[Path]:
         raise UserError(f"the weights in {folder} cannot be read (no {WEIGHTS[0]} and no {WEIGHTS[2]})")
     if found.suffix != ".json":
         return [found]
-    names = sorted(set(read_json_object(found)["weight_map"].values()))
+    names = sorted(set(read_json(found)["weight_map"].values()))
     for name in names:
         require(Path(name).name == name, f"{found} names {name[:80]!r}, which is no file beside it")
     return [folder / name for name in names]

@@ -1,9 +1,12 @@
 """The ranks of a run: who they are, how they agree, and what happens when one is lost."""
 
+import atexit
+import gc
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +29,8 @@ _LOST = re.compile(
 _PASSED_ON = (UserError, NonFiniteError, TrainingError, OSError)  # the first that fits
 # Set-up and saving may take as long as they like on one rank; a rank that dies is noticed all the same.
 _PATIENCE = timedelta(days=1)
+# That a rank waits, at the end, for those whose last exchange with it may not be over.
+_PARTING = timedelta(seconds=60)
 
 
 def resolve_device(device: Device, local_rank: int = 0) -> torch.device:
@@ -112,6 +117,20 @@ class World:
         return self.gathered(result)[0]  # type: ignore[return-value]
 
     @contextmanager
+    def ending_together(self, *orderly: type[BaseException]) -> Iterator[None]:
+        """Leave the block, at its end or by one of ``orderly``, when all ranks do.
+
+        An exchange may be over on one rank and not yet on another, which fails if the first one ends. What
+        is waited for is therefore counted in the store, beside the connections between ranks.
+        """
+        try:
+            yield
+        except orderly:
+            _part(self.size)
+            raise
+        _part(self.size)
+
+    @contextmanager
     def reporting_losses(self) -> Iterator[None]:
         """Turn the loss of another rank into a LostRankError."""
         try:
@@ -135,6 +154,43 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
 
 
+class _Connections:
+    """Of this process. ``meetings``: how often ``start`` was called, the same on all ranks."""
+
+    store: dist.Store | None = None
+    meetings = 0
+    parted = False  # since the last ``start``
+
+
+def _part(size: int) -> None:
+    """Wait until all ranks have come here, and, on the rank that may have the store, until they have gone."""
+    store = _Connections.store
+    if size == 1 or store is None:
+        return
+    came, gone = (f"{word}_{_Connections.meetings}" for word in ("came", "gone"))
+    with suppress(RuntimeError):  # DistError is one: whoever is missing has said, or will say, why
+        if store.add(came, 1) == size:
+            store.set(f"all_{came}", "")
+        store.wait([f"all_{came}"], _PARTING)
+        _Connections.parted = True
+        left = store.add(gone, 1)
+        deadline = time.monotonic() + _PARTING.total_seconds()
+        while dist.get_rank() == 0 and left < size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            left = store.add(gone, 0)
+
+
+def disconnect() -> None:
+    """Close the connections of ranks that have parted in good order; those of others end with the process.
+
+    The threads that serve them must not outlive Python's interpreter: they would call into it, and abort.
+    """
+    if _Connections.parted and dist.is_initialized():
+        gc.collect()  # models in cycles hold on to their groups
+        dist.destroy_process_group()
+        _Connections.store, _Connections.parted = None, False
+
+
 def start(parallelism: ParallelismConfig, device: Device) -> World:
     """Join the other ranks, as torchrun's environment variables say; at once if there are none.
 
@@ -155,6 +211,8 @@ def start(parallelism: ParallelismConfig, device: Device) -> World:
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         _connect("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", parallelism.timeout_seconds)
+    _Connections.meetings += 1
+    _Connections.parted = False
     mesh = build_mesh(parallelism, where.type)
     return World(
         where,
@@ -173,6 +231,8 @@ def _connect(backend: str, timeout_seconds: float) -> None:
     # torchrun keeps one store over its restarts, with the addresses of those that are gone
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)
+    _Connections.store = dist.PrefixStore("parting", store)
+    atexit.register(disconnect)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 

@@ -18,10 +18,20 @@ PICTURES = {
 
 
 def document(
-    groups: Sequence[Group], findings: Sequence[Finding], pictures: Collection[str], title: str, command: str
+    groups: Sequence[Group],
+    findings: Sequence[Finding],
+    pictures: Collection[str],
+    title: str,
+    command: str,
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The page. ``pictures``: names of PNG files beside it, each in a light and a dark one."""
+    """The page. ``pictures``: names of PNG files beside it, each in a light and a dark one.
+
+    ``left_out``: sentences about other runs.
+    """
     parts = [f"# {for_markdown(title)}", markdown(groups).rstrip()]
+    if left_out:
+        parts.append("\n".join(f"- {for_markdown(sentence)}" for sentence in left_out))
     if findings:
         parts += ["## The papers' claims", claims_table(findings), RULE]
     for name, what in PICTURES.items():

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsotrain.report.comparison import LOSS, compare, label_runs
-from rsotrain.report.runs import Run, looks, read_runs
+from rsotrain.report.comparison import LOSS, comparable, compare, label_runs
+from rsotrain.report.runs import Run
 from rsotrain.report.tables import screen
+from rsotrain.report.watching import Told, looks
 from rsotrain.tracking.display import format_count, format_seconds, titled_table
 from rsotrain.tracking.run_files import RunState
 
@@ -24,16 +25,25 @@ BAR = 16  # characters
 
 
 def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: float) -> None:
-    """Show the runs in ``paths`` until none runs, then how their groups compare."""
+    """Show the runs in ``paths`` until none runs, then how their groups compare.
+
+    Raises UserError for those that cannot be compared when it begins; of one that appears later it says so.
+    """
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
-    runs = read_runs(paths)
+    console, told = Console(), Told()
+    seen = looks(paths, every, told)
+    runs, _ = next(seen)
     compare(runs, keys, mixed=mixed)  # refuse at once what cannot be compared at the end
+    standard = runs[0]
     with Live(runs_table(runs), console=console, auto_refresh=False, transient=False) as live:
-        for runs, _ in looks(paths, every):
+        for runs, _ in seen:
             live.update(runs_table(runs), refresh=True)
+    if not mixed:
+        runs, unlike = comparable(runs, standard)
+        for sentence in unlike:
+            told(sentence)
     if len(runs) > 1:
         console.print(screen(compare(runs, keys, mixed=mixed), console.width))
 

@@ -29,14 +29,18 @@ def page(
     title: str,
     findings: Sequence[Finding] = (),
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The page. ``pictures``: name -> SVG element; ``refresh_seconds``: a browser loads it again so often."""
+    """The page. ``pictures``: name -> SVG element; ``refresh_seconds``: a browser loads it again so often.
+
+    ``left_out``: sentences about other runs.
+    """
     runs = [run for group in groups for run in group.runs]
     again = f'<meta http-equiv="refresh" content="{refresh_seconds:g}">' if refresh_seconds else ""
     body = [
         f"<header><h1>{for_html(title)}</h1><p>{_subtitle(runs)}</p></header>",
         _tiles(groups),
-        f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups)}</section>",
+        f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups, left_out)}</section>",
         *_claims(findings),
         *_pictures(pictures),
         f"<section><h2>Runs</h2>{_runs(runs)}</section>",
@@ -109,9 +113,9 @@ def _swatch(index: int) -> str:
 BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES
 
 
-def _notes(groups: Sequence[Group]) -> str:
-    said = notes(groups)
-    return f'<p class="notes">{for_html(" ".join(said))}</p>' if said else ""
+def _notes(groups: Sequence[Group], left_out: Sequence[str]) -> str:
+    paragraphs = [" ".join(notes(groups)), *left_out]
+    return "".join(f'<p class="notes">{for_html(text)}</p>' for text in paragraphs if text)
 
 
 def _claims(findings: Sequence[Finding]) -> list[str]:

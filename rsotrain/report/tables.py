@@ -51,13 +51,18 @@ def notes(groups: Sequence[Group]) -> list[str]:
         if statistic is not None and (without := len(group.finished) - statistic.number) > 0:
             said.append(f"{without} of the finished runs of {name_of(group)} ended without a finite loss.")
         if group.varies:
-            said.append(f"The runs of {name_of(group)} differ in {', '.join(group.varies)}, too.")
+            said.append(f"The runs of {name_of(group)} differ in {_listed(group.varies)}, too.")
     firsts = [group.runs[0] for group in groups]
     if between := [k for k in differing_keys(firsts, BYTES_KEYS) if k.split(".")[0] in BYTES_KEYS]:
-        said.append(f"Groups differ in {', '.join(between)}, on which bytes and tokens/s depend.")
+        said.append(f"Groups differ in {_listed(between)}, on which bytes and tokens/s depend.")
     if any(group.mark for group in groups):
         said.append("Validation losses of groups with different letters mean different things.")
     return said
+
+
+def _listed(keys: Sequence[str], number: int = 8) -> str:
+    more = f" and {len(keys) - number} more" if len(keys) > number else ""
+    return ", ".join(keys[:number]) + more
 
 
 def markdown(groups: Sequence[Group]) -> str:

@@ -27,16 +27,20 @@ def report_on(
     group_by: Sequence[str] = (),
     mixed: bool = False,
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Compare ``runs``, write the report to ``out`` where that is given, and print the tables.
 
     ``findings``: of the papers' claims. ``refresh_seconds``: it is written again after so long, and a line
-    printed in place of the tables. ``group_by``, ``mixed``: as in ``compare``. Raises UserError.
+    printed in place of the tables. ``group_by``, ``mixed``: as in ``compare``. ``left_out``: sentences about
+    runs that were found and are not among ``runs``. Raises UserError.
     """
     groups = compare(runs, group_by, mixed=mixed)
     paths = []
     if out is not None:
-        paths = write_report(groups, out, title, findings, command=command, refresh_seconds=refresh_seconds)
+        paths = write_report(
+            groups, out, title, findings, command=command, refresh_seconds=refresh_seconds, left_out=left_out
+        )
     if refresh_seconds is None:
         print_comparison(groups, findings)
         if paths:
@@ -63,6 +67,7 @@ def write_report(
     *,
     command: str,
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> list[Path]:
     """Pages, tables and pictures in ``out``; the HTML page first. ``command``: what wrote it, for the reader.
 
@@ -75,8 +80,8 @@ def write_report(
     figures = draw(groups, LIGHT)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
     texts = {
-        PAGE: page(groups, svgs, title, findings, refresh_seconds),
-        "report.md": document(groups, findings, figures, title, command),
+        PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
+        "report.md": document(groups, findings, figures, title, command, left_out),
         "report.csv": comma_separated(groups),
         **{f"{name}.svg": svg for name, svg in svgs.items()},
     }

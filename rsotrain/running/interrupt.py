@@ -10,6 +10,8 @@ from types import FrameType
 from rsotrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The terminal has gone; `nohup` has it ignored, and so it stays.
+HANG_UP = signal.SIGHUP
 # submitit warns with this one. It is left alone, and ends the process, where nobody else handles it.
 FOREIGN = signal.SIGUSR2
 # By these a scheduler says that it takes the machine away; SIGTERM may as well end a run for good.
@@ -58,7 +60,9 @@ class StopRequest:
     def listening(self) -> Iterator["StopRequest"]:
         """Take the signals over inside the block, which must be entered on the main thread."""
         foreign = [FOREIGN] if callable(signal.getsignal(FOREIGN)) else []
-        before = {number: signal.signal(number, self._handle) for number in [*SIGNALS, *foreign]}
+        hang_up = [HANG_UP] if signal.getsignal(HANG_UP) is not signal.SIG_IGN else []
+        numbers = [*SIGNALS, *hang_up, *foreign]
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:

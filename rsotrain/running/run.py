@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rsotrain.config.keys import flatten, plain
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import build_data
-from rsotrain.data.tokenizer import save_tokenizer
+from rsotrain.data.tokenizer import TOKENIZER_FOLDER, save_tokenizer
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
@@ -24,7 +25,7 @@ from rsotrain.errors import (
     StoppedEarly,
     TrainingError,
 )
-from rsotrain.files import finite, write_json_atomic
+from rsotrain.files import finite, os_errors_said, reason, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
@@ -35,6 +36,7 @@ from rsotrain.tracking.display import Display, build_display, print_closing_tabl
 from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
+from rsotrain.tracking.screen import survive_its_loss
 from rsotrain.tracking.wandb_logger import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
@@ -49,28 +51,33 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
     checkpoint written.
     """
+    survive_its_loss()
     world = start(config.parallelism, config.device)
-    with world.reporting_losses(), ExitStack() as stack:
+    with (
+        world.reporting_losses(),
+        world.ending_together(StoppedEarly, Interrupted),
+        ExitStack() as stack,
+    ):
         world.together(lambda: check_composition(config))
         resolve_mode(config.logger.wandb_mode)
 
-        def enter() -> tuple[str, str, dict[str, Any] | None]:
-            folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID")))
-            return str(folder.path), folder.run_id, folder.finished_summary()
+        def enter() -> tuple[RunFolder, dict[str, Any] | None]:
+            folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID") or None))
+            return folder, folder.finished_summary()
 
-        path, run_id, summary = world.from_main(enter)  # rank 0 alone makes and locks it
-        folder = RunFolder(Path(path), run_id)
+        folder, summary = world.from_main(enter)  # rank 0 alone makes and locks it
         if summary is not None:
             if world.is_main:
                 print_line(f"{folder.path} is finished already; overwrite=true runs it again")
                 print_closing_table(summary, _files(folder))
             return summary
-        log_path = folder.path / "train.log"
-        display = build_display(
-            config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
-        )
+        log_path = folder.log
+        with os_errors_said(f"{log_path} cannot be written"):
+            display = build_display(
+                config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
+            )
         try:
-            with guard(config, world):
+            with guard(config, world), _os_errors_said():
                 run = TrainingRun(config, folder, display, world)
                 summary = run.run()
         finally:
@@ -81,6 +88,20 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
                 files["wandb"] = _inside(folder.path, wandb)
             print_closing_table(summary, files, log_path)
         return summary
+
+
+@contextmanager
+def _os_errors_said() -> Iterator[None]:
+    """For what the disk refuses where nobody else says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise TrainingError(
+            f"{error.filename or 'a file'}: {reason(error)};"
+            " the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _files(folder: RunFolder) -> dict[str, Path | str]:
@@ -132,7 +153,7 @@ class TrainingRun:
                 max_validation_tokens=config.evaluation.max_tokens,
             )
         )
-        world.main_together(lambda: save_tokenizer(self.data.tokenizer, folder.path))
+        world.main_together(self._save_tokenizer)
         self.trainer = Trainer(config, self.data, world)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
@@ -146,13 +167,23 @@ class TrainingRun:
         self.badly_evaluated: int | None = None  # the step whose evaluation was not finite
         self.loggers = Loggers([])
         world.main_together(self._start_loggers)
-        self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints, warn=display.message)
+        self.saver = BackgroundSaver(
+            folder.checkpoints, world, config.keep_checkpoints, check=folder.check, warn=display.message
+        )
         self.stop = StopRequest(config.max_seconds)
         self.start = time.monotonic()
 
+    def _save_tokenizer(self) -> None:
+        with os_errors_said(f"{self.folder.path / TOKENIZER_FOLDER} cannot be written"):
+            save_tokenizer(self.data.tokenizer, self.folder.path)
+
     def _start_loggers(self) -> None:
+        with os_errors_said(f"{self.folder.path} cannot be written"):
+            self._open_loggers()
+
+    def _open_loggers(self) -> None:
         self.folder.record(data=self.data.fingerprint)
-        print_parameter_table(self.trainer.optimizer.table(), self.folder.path / "train.log")
+        print_parameter_table(self.trainer.optimizer.table(), self.folder.log)
         self.loggers = build_loggers(
             self.config.logger,
             run_dir=self.folder.path,
@@ -217,7 +248,9 @@ class TrainingRun:
 
     def _write_summary(self) -> dict[str, Any]:
         summary = self._summary()
-        write_json_atomic(self.folder.summary, summary)
+        self.folder.check()
+        with os_errors_said(f"{self.folder.summary} could not be written", TrainingError):
+            write_json_atomic(self.folder.summary, summary)
         return summary
 
     def _loop(self) -> "_StoppedError | None":
@@ -329,16 +362,17 @@ class TrainingRun:
             self._begin_save()
         if (failed := self.saver.wait()) is not None:
             step, error = failed
+            self.world.main_together(self.folder.check)  # has it been taken away?
             raise TrainingError(
-                f"the checkpoint of step {step} could not be written ({error});"
-                " make room, and the same command trains on from the one before"
+                f"the checkpoint of step {step} could not be written: {reason(error)};"
+                " the same command trains on from the one before"
             ) from error
 
     def _warn_of_failed_save(self) -> None:
         """Wait for what is being written. In the middle of a run a full disk costs a warning, not the run."""
         if (failed := self.saver.wait()) is not None:
             step, error = failed
-            self.display.message(f"warning: the checkpoint of step {step} was not written: {error}")
+            self.display.message(f"warning: the checkpoint of step {step} was not written: {reason(error)}")
 
     def _begin_save(self) -> None:
         self._warn_of_failed_save()

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from rsotrain.config.schema import Progress
 from rsotrain.tracking.escaping import for_terminal
+from rsotrain.tracking.screen import silence
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -190,13 +191,10 @@ class Display:
                     self._log.flush()
             if not screen or self._silent:
                 return
-            try:
-                if self._live is not None:
-                    self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-                else:
-                    print(text, flush=True)
-            except BrokenPipeError:  # nobody reads any more (`| head`); training goes on, with its log
-                _silence_stdout()
+            if self._live is not None:
+                self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
 
     def _pace(self, step: int, record: Mapping[str, object]) -> None:
         """Wall time since the first update, evaluation and saving in it, tells when training ends."""
@@ -245,11 +243,6 @@ def _build_live(render: "Callable[[], RenderableType]") -> "Live":
     # Asked for by name, it is drawn even where stdout does not look like a terminal.
     console = Console(force_terminal=True)
     return Live(console=console, get_renderable=render, refresh_per_second=REFRESHES_PER_SECOND)
-
-
-def _silence_stdout() -> None:
-    """Send what is still printed nowhere, so that the interpreter's last flush does not fail either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_display(
@@ -377,10 +370,10 @@ def print_table(table: "Table", log_path: Path | None = None) -> None:
     console = Console()
     try:
         console.print(table, width=min(WIDTH, console.width), highlight=False)
-    except BrokenPipeError:
-        _silence_stdout()
+    except BrokenPipeError:  # `| head`
+        silence(sys.stdout)
     if log_path is not None:
-        with open(log_path, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(log_path, "a", encoding="utf-8") as file:  # as for its lines
             file.write(_text_of(table))
 
 

@@ -6,6 +6,11 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 RUN_RECORD = "run.json"
+LOG = "train.log"
+LOCK = ".lock"
+FILES = (LOCK, CONFIG, METRICS, SUMMARY, RUN_RECORD, LOG)
+CHECKPOINTS = "checkpoints"
+WANDB = "wandb"
 
 
 class RunState(Enum):

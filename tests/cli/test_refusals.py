@@ -178,7 +178,7 @@ def test_a_pretrained_model_that_is_out_of_range_is_named_by_its_folder(
     }  # fmt: skip
     for change, sentence in (
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not split into"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000, but it must be at most 10000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be at most 10_000"),
         ({"hidden_size": "64"}, "hidden_size=64, but it must be a positive number"),
     ):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(sizes | change))

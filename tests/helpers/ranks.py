@@ -15,7 +15,7 @@ import torch.distributed.fsdp
 import torch.multiprocessing
 
 from rsotrain.config.schema import Device, ParallelismConfig, Strategy
-from rsotrain.parallel.ranks import World, start
+from rsotrain.parallel.ranks import World, disconnect, start
 
 Check = Callable[[World], Any]
 
@@ -51,7 +51,11 @@ def _enter(
             outcome = AssertionError(f"rank {rank} of {size}, {name}:\n{traceback.format_exc()}")
         torch.save(outcome, f"{out}/{name}-{rank}.pt")
         dist.barrier()
-    dist.destroy_process_group()
+    # of its own: the runs among the checks have parted by themselves
+    world = start(parallelism, Device.cpu)
+    with world.ending_together():
+        pass
+    disconnect()
 
 
 def run(

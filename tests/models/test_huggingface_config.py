@@ -157,7 +157,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "has hidden_act=gelu, but only silu"),
     ({"attention_bias": "yes"}, "has attention_bias=yes, but it must be true or false"),
     ({"tie_word_embeddings": 1}, "has tie_word_embeddings=1, but it must be true or false"),
-    ({"head_dim": 7}, "model.head_dim=7 must be even"),
+    ({"head_dim": 7}, ": head_dim=7 must be even"),
     ({"head_dim": "x" * 5000}, "but it must be a positive number"),
     (
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
@@ -177,9 +177,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": True}, "has num_attention_heads=True, but it must be"),
     ({"num_key_value_heads": "two"}, "has num_key_value_heads=two, but it must be"),
     ({"num_key_value_heads": 3}, "is not divisible by"),
-    ({"num_hidden_layers": 10**6}, "has num_hidden_layers=1000000, but it must be at most 10000"),
-    ({"hidden_size": 10**30}, "but it must be at most 10000000"),
-    ({"rope_theta": 10**400, "rope_parameters": None}, "but it must be at most"),
+    ({"num_hidden_layers": 10**6}, ": num_hidden_layers=1000000 must be at most 10_000"),
+    ({"hidden_size": 10**30}, "must be at most 1_000_000"),
+    ({"rope_theta": 10**400, "rope_parameters": None}, "which is too large"),
     ({"rms_norm_eps": float("nan")}, "has rms_norm_eps=nan"),
     ({"rms_norm_eps": float("inf")}, "has rms_norm_eps=inf"),
     ({"hidden_size": {"a": [1] * 10_000}}, "but it must be a positive number"),
@@ -203,12 +203,12 @@ def test_what_cannot_be_read_is_one_short_sentence(
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "is not valid JSON"),
-        (b"[]", "it is not a JSON object"),
-        (b"{" * 3, "is not valid JSON"),
-        (b"[" * 200_000, "it is nested too deeply"),
-        (b"\xff\xfe{}\x00", "is not valid JSON"),
-        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b"", "is damaged: Expecting value"),
+        (b"[]", "is not a JSON object"),
+        (b"{" * 3, "is damaged: Expecting property name"),
+        (b"[" * 200_000, "is damaged: it is nested too deeply"),
+        (b"\xff\xfe{}\x00", "is damaged: it is not UTF-8"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is damaged: Exceeds the limit"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(content: bytes, sentence: str, tmp_path: Path) -> None:
@@ -223,12 +223,12 @@ def test_no_file_a_pipe_and_a_huge_one_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path)
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(UserError, match="it is not a regular file"):
+    with pytest.raises(UserError, match="it is no regular file"):
         read_config(tmp_path)
     (tmp_path / "config.json").unlink()
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(2**40)  # a hole: no disk is taken
-    with pytest.raises(UserError, match="more than the 67108864 that are read"):
+    with pytest.raises(UserError, match="it has more than 64 MiB"):
         read_config(tmp_path)
 
 

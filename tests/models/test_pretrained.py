@@ -134,7 +134,7 @@ def test_damaged_and_missing_weights_are_one_sentence(tmp_path: Path) -> None:
         '{"weight_map": {"a": []}}', "[" * 100_000,
     ):  # fmt: skip
         (folder / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(UserError, match=r"weights in .* cannot be read"):
+        with pytest.raises(UserError, match=r"cannot be read|is damaged: it is nested too deeply"):
             load_weights(model, source)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
     with pytest.raises(UserError, match=r"names '\.\./b.safetensors', which is no file beside it"):

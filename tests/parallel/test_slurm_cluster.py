@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,10 @@ import pytest
 import yaml
 from helpers.command import ROOT
 from helpers.fake_wandb_server import FakeWandbServer
+from helpers.slurm_lab import slurm_lab
 
 pytestmark = pytest.mark.skipif("RSOTRAIN_SLURM_LAB" not in os.environ, reason="make test-slurm runs it")
 
-LAB = ROOT / "tests/tools/slurm_lab.sh"
 SCRIPT = ROOT / "sweeps/slurm_array.sbatch"
 OPTIMIZERS = ("adam", "galore", "rso", "apollo", "frugal", "muon")
 SEEDS = (0, 1)
@@ -28,14 +27,8 @@ SEEDS = (0, 1)
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of those who submit."""
-    lab = tmp_path_factory.mktemp("lab")
-    lab.parent.chmod(0o755)  # munge runs as a user of its own and must get through
-    lab.parent.parent.chmod(0o755)
-    own = {"LAB": str(lab)}
-    subprocess.run(["bash", LAB, "start"], env=os.environ | own, check=True, timeout=120)
-    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    yield os.environ | own | {"SLURM_CONF": f"{lab}/slurm.conf", "PYTHON": sys.executable, "PATH": path}
-    subprocess.run(["bash", LAB, "stop"], env=os.environ | own, check=True, timeout=120)
+    with slurm_lab(tmp_path_factory) as environment:
+        yield environment
 
 
 def call(command: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from rsotrain.running.interrupt import FOREIGN, StopRequest, leaving_on_warning
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -53,6 +53,18 @@ def test_a_signal_that_nobody_handles_is_left_alone() -> None:
     signal.signal(FOREIGN, signal.SIG_DFL)
     with StopRequest(None).listening():
         assert signal.getsignal(FOREIGN) is signal.SIG_DFL
+
+
+def test_a_lost_terminal_is_a_request_to_stop_unless_it_was_to_be_ignored() -> None:
+    stop = StopRequest(None)
+    with stop.listening():
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.reason() == "SIGHUP"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    stop = StopRequest(None)
+    with stop.listening():
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.reason() is None
 
 
 def test_a_warning_outside_of_training_asks_to_be_started_again(capfd: pytest.CaptureFixture[str]) -> None:

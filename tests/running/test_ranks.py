@@ -166,7 +166,7 @@ def test_no_checkpoint_of_several_ranks_has_a_pickle(shared: tuple[Path, dict[st
         for k in ("model", "optimizer")
         for i in (1, 2, 3, 4)
     ]
-    assert files == sorted([*shards, "checksums.json", "trainer.json"])
+    assert files == sorted([*shards, "checksums.json", "evaluation.json", "trainer.json"])
     executed = folder / "executed"
 
     class Hostile:
@@ -290,3 +290,14 @@ def test_a_mistake_is_said_once(tiny: list[str], tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert output.count("rsotrain: parallelism.world_size=3, but 2 processes were started") == 1
+
+
+@pytest.mark.slow
+def test_ranks_end_in_good_order_every_time(tiny: list[str], tmp_path: Path) -> None:
+    for number in range(8):
+        command = [*tiny, "parallelism=fsdp", "eval_every=2", f"run_name=r{number}"]
+        process = launch(command, tmp_path, 2)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert not re.search(r"SIG(ABRT|SEGV)|terminate called|Traceback|FATAL", output), output
+        assert json.loads((tmp_path / f"outputs/r{number}/run.json").read_text())["state"] == "finished"
