@@ -73,7 +73,7 @@ class Fira(GaLore):
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             scales = channel_scales(update, r)
-            # ‖φ ⊙ lift(R)‖ = ‖N‖, to which the rounding errors of a residual of zero are relative
+            # rounding errors of the scaled residual are relative to ‖φ ⊙ lift(R)‖ = ‖N‖
             norm, inside = self._norms(m, scaled_row_norms(residual, scales), update)
             noise = rounding_noise(m.size, basis.dtype) * inside
             previous = self.state[m.name]["residual_norm"]

@@ -64,7 +64,7 @@ class OptimizerWithBases(ParamGroupOptimizer):
 
     subspace: Subspace
     bases: Bases
-    # Does the step before the first one that uses a new basis sample it, at its end?
+    # Are bases sampled at the end of the step before the one that first uses them?
     samples_ahead: ClassVar[bool] = False
 
     @classmethod

@@ -99,7 +99,7 @@ def huggingface_bytes(arguments: argparse.Namespace, config: Config, tokens: tor
 
 
 def block_gradient_bytes(trainer: Trainer) -> int:
-    """Of the block linears, by the shapes that the backward pass leaves."""
+    """Bytes of the gradients of attention and MLP weights, by the shapes of the tensors that receive them."""
     layers = [m for m in trainer.model.modules() if isinstance(m, SubspaceLinear)]
     if layers:
         return sum(layer.B.numel() * layer.B.element_size() for layer in layers)
