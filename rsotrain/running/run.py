@@ -33,7 +33,7 @@ from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
-from rsotrain.tracking.wandb_logger import resolve_mode
+from rsotrain.tracking.wandb_environment import init_timeout_seconds, resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
@@ -50,7 +50,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), ExitStack() as stack:
         world.together(lambda: check_composition(config))
-        resolve_mode(config.logger.wandb_mode)
+        resolve_mode(config.logger), init_timeout_seconds(config.logger)
 
         def enter() -> tuple[str, str, dict[str, Any] | None]:
             folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID")))
@@ -125,6 +125,10 @@ class TrainingRun:
         self.progress = earlier or Progress()
         self.loggers = Loggers([])
         world.main_together(lambda: self._start_loggers(resumed))
+        # All ranks generate, or none: rank 0's environment decides. Only W&B shows what they write.
+        self.samples = config.evaluation.samples and world.from_main(
+            lambda: resolve_mode(config.logger) is not None
+        )
         self.saver = BackgroundSaver(folder.checkpoints, world, config.keep_checkpoints)
         self.start = time.monotonic()
 
@@ -136,6 +140,7 @@ class TrainingRun:
             run_dir=self.folder.path,
             run_id=self.folder.run_id,
             run_name=self.folder.path.name,
+            is_named=self.config.run_name is not None,
             flat_config=identity(self.config)
             | dict(flatten({"parallelism": plain(self.config.parallelism)})),
             resume_step=resumed,
@@ -254,7 +259,7 @@ class TrainingRun:
         self.progress.validation = {"step": self.trainer.step, **metrics}
         self.progress.best_loss = min(self.progress.best_loss, metrics["val/loss"])
         self._log(metrics)
-        if self.config.logger.wandb and self.config.evaluation.samples:
+        if self.samples:
             self.loggers.log_table(
                 "val/samples", ("prompt", "continuation"), self.trainer.generate(), self.trainer.step
             )
