@@ -193,11 +193,14 @@ class CheckpointConfig:
 
 
 class WandbMode(Enum):
-    """auto: online when an API key is there, else offline."""
+    """auto: online when an API key is there, else offline. shared: online, and other processes may write to
+    the same run, too."""
 
     auto = "auto"
     online = "online"
     offline = "offline"
+    shared = "shared"
+    disabled = "disabled"
 
 
 class Progress(Enum):
@@ -210,16 +213,19 @@ class Progress(Enum):
 
 @dataclass
 class LoggerConfig:
-    """``metrics.jsonl`` and ``train.log`` are always written; this adds Weights & Biases and a display."""
+    """``metrics.jsonl`` and ``train.log`` are always written; this adds Weights & Biases and a display.
+
+    Of what is null W&B's own variables decide (``WANDB_PROJECT``, ``WANDB_MODE``, ``WANDB_RUN_GROUP``, …);
+    without one the mode is auto, the project rsotrain, and the server has 30 seconds to answer."""
 
     name: str = MISSING
     wandb: bool = False
-    wandb_mode: WandbMode = WandbMode.auto
-    wandb_project: str = "rsotrain"
+    wandb_mode: WandbMode | None = None
+    wandb_project: str | None = None
     wandb_entity: str | None = None
     wandb_group: str | None = None
-    wandb_tags: list[str] = field(default_factory=list)
-    wandb_init_timeout_seconds: float = number(30.0, above=0, at_most=10**5)
+    wandb_tags: list[str] | None = None
+    wandb_init_timeout_seconds: float | None = number(None, above=0, at_most=10**5)
     progress: Progress = Progress.auto
 
 

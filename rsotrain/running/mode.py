@@ -16,7 +16,7 @@ from rsotrain.running.run import TrainingRun
 from rsotrain.tracking.display import build_display, print_closing_table
 from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.screen import survive_its_loss
-from rsotrain.tracking.wandb_logger import resolve_mode
+from rsotrain.tracking.wandb_environment import init_timeout_seconds, resolve_mode
 from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.trainer import check_composition
 
@@ -36,7 +36,8 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         ExitStack() as stack,
     ):
         world.together(lambda: check_composition(config))
-        resolve_mode(config.logger.wandb_mode)
+        resolve_mode(config.logger)
+        init_timeout_seconds(config.logger)
 
         def enter() -> tuple[RunFolder, dict[str, Any] | None]:
             folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID") or None))

@@ -87,6 +87,10 @@ class TrainingRun:
         self.badly_evaluated: int | None = None  # the step whose evaluation was not finite
         self.loggers = Loggers([])
         world.main_together(self._start_loggers)
+        # All ranks generate, or none: rank 0's environment decides. Only W&B shows what they write.
+        self.with_samples = config.evaluation.samples and world.from_main(
+            lambda: resolve_mode(config.logger) is not None
+        )
         self.saver = BackgroundSaver(
             folder.checkpoints, world, config.keep_checkpoints, check=folder.check, warn=display.message
         )
@@ -109,6 +113,7 @@ class TrainingRun:
             run_dir=self.folder.path,
             run_id=self.folder.run_id,
             run_name=self.folder.path.name,
+            is_named=self.config.run_name is not None,
             flat_config=identity(self.config)
             | dict(flatten({"parallelism": plain(self.config.parallelism)})),
             resume_step=self.resumed,
@@ -263,12 +268,11 @@ class TrainingRun:
         if not math.isfinite(loss):
             self.badly_evaluated = step
             raise NonFiniteError(f"step {step}: the validation loss is {loss}: stopped")
-        with_samples = self.config.logger.wandb and self.config.evaluation.samples
-        samples = self.trainer.generate(self._leave_if_asked) if with_samples else []
+        samples = self.trainer.generate(self._leave_if_asked) if self.with_samples else []
         self.progress.validation = {"step": step, **metrics}
         self.progress.best_loss = min(self.progress.best_loss, loss)
         self._log(metrics)
-        if with_samples:
+        if self.with_samples:
             self.loggers.log_table("val/samples", ("prompt", "continuation"), samples, step)
         if step in (self.saver.begun, self.resumed):
             self.saver.score(step, loss, self._progress())

@@ -13,7 +13,8 @@ from typing import Protocol
 from rsotrain.config.schema import LoggerConfig
 from rsotrain.files import finite, write_atomic
 from rsotrain.tracking.run_files import METRICS
-from rsotrain.tracking.wandb_logger import Table, WandbLogger, resolve_mode
+from rsotrain.tracking.wandb_environment import init_timeout_seconds, resolve_mode
+from rsotrain.tracking.wandb_logger import Table, WandbLogger
 
 Record = Mapping[str, float | int | str]
 
@@ -143,6 +144,7 @@ def build_loggers(
     run_dir: Path,
     run_id: str,
     run_name: str,
+    is_named: bool = False,
     flat_config: Mapping[str, object],
     resume_step: int | None,
     warn: Callable[[str], None],
@@ -151,25 +153,28 @@ def build_loggers(
     """The loggers of one run, whose files go into ``run_dir`` (which exists).
 
     ``flat_config`` has dotted keys (``optimizer.lr``): a W&B sweep over a group name would replace a
-    nested dictionary. ``warn`` is called from another thread, too. Raises UserError when ``WANDB_MODE`` in
-    the environment is not a mode of W&B.
+    nested dictionary. ``is_named``: by the user, so that ``WANDB_NAME`` does not count. ``warn`` is called
+    from another thread, too. Raises UserError for a ``WANDB_MODE`` or ``WANDB_INIT_TIMEOUT`` that makes no
+    sense.
     """
     loggers: list[Logger] = [JsonlLogger(run_dir / METRICS, resume_step, warn, evaluated=evaluated)]
-    mode = resolve_mode(config.wandb_mode) if config.wandb else None
+    mode = resolve_mode(config)
     if mode is not None:
+        init_timeout = init_timeout_seconds(config)
         wandb_logger = WandbLogger(
             mode=mode,
             run_dir=run_dir,
             run_id=run_id,
             run_name=run_name,
+            is_named=is_named,
             project=config.wandb_project,
             entity=config.wandb_entity,
             group=config.wandb_group,
             tags=config.wandb_tags,
             flat_config=flat_config,
-            init_timeout_seconds=config.wandb_init_timeout_seconds,
+            init_timeout_seconds=init_timeout,
             # a run that ends while the server is still being waited for has time to go offline
-            close_timeout_seconds=config.wandb_init_timeout_seconds + 10.0,
+            close_timeout_seconds=init_timeout + 10.0,
             warn=warn,
         )
         loggers.append(wandb_logger)

@@ -11,16 +11,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from rsotrain.config.schema import WandbMode
-from rsotrain.errors import UserError
-
-# What wandb itself takes in WANDB_MODE, its two older names included. None: disabled.
-ENVIRONMENT_MODES = {
-    "online": WandbMode.online,
-    "run": WandbMode.online,
-    "offline": WandbMode.offline,
-    "dryrun": WandbMode.offline,
-    "disabled": None,
-}
+from rsotrain.tracking.wandb_environment import DEFAULT_PROJECT, own_arguments, own_settings
 
 
 class Table(NamedTuple):
@@ -28,19 +19,6 @@ class Table(NamedTuple):
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-
-def resolve_mode(mode: WandbMode) -> WandbMode | None:
-    """The configured mode, unless ``WANDB_MODE`` in the environment says otherwise; None: disabled.
-
-    Raises UserError when the environment names no mode.
-    """
-    name = os.environ.get("WANDB_MODE", "")
-    if not name:
-        return mode
-    if name not in ENVIRONMENT_MODES:
-        raise UserError(f"WANDB_MODE={name} is not a mode of W&B: set it to online, offline or disabled.")
-    return ENVIRONMENT_MODES[name]
 
 
 class WandbLogger:
@@ -52,8 +30,9 @@ class WandbLogger:
     the run is recorded offline. Anything that goes wrong is one call of ``warn``, possibly from the
     thread. ``close`` waits at most ``close_timeout_seconds``.
 
-    The run's id is ``run_id`` and it may be resumed; within a sweep W&B's own id and project are used.
-    The stop button of W&B's page acts like Ctrl-C.
+    What is None is for W&B to find in the environment, or in the files of `wandb init`; so are the folder,
+    and the name unless the run ``is_named``. The run's id is ``run_id`` and it may be resumed; within a sweep
+    W&B's own id and project are used. The stop button of W&B's page acts like Ctrl-C.
     """
 
     def __init__(
@@ -63,32 +42,33 @@ class WandbLogger:
         run_dir: Path,
         run_id: str,
         run_name: str,
-        project: str,
+        is_named: bool = False,
         flat_config: Mapping[str, object],
         warn: Callable[[str], None],
+        project: str | None = None,
         entity: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = None,
         init_timeout_seconds: float = 30.0,
         close_timeout_seconds: float = 30.0,
         max_queued: int = 10_000,
     ) -> None:
-        self.place: str | None = None  # the run's page, or its offline folder, once it has started
+        self.place: Path | str | None = None  # the run's page, or its offline folder, once it has started
         self._mode = mode
         self._init_timeout_seconds = init_timeout_seconds
         self._close_timeout_seconds = close_timeout_seconds
         self._arguments: dict[str, Any] = {
-            "dir": str(run_dir),
             "id": run_id,
-            "name": run_name,
             "project": project,
             "entity": entity,
             "group": group,
-            "tags": list(tags),
+            "tags": None if tags is None else list(tags),
             "config": dict(flat_config),
-            "resume": "allow",
             "reinit": "create_new",  # never another run of this process
+            **own_arguments(str(run_dir), run_name),
+            **({"name": run_name} if is_named else {}),
         }
+        self._folder = self._arguments.get("dir") or os.environ["WANDB_DIR"]
         self._warn = warn
         self._max_queued = max_queued
         # Unbounded, so that the closing None always fits; log() keeps the bound.
@@ -130,7 +110,7 @@ class WandbLogger:
             self._abandoned = True
             self._warn(
                 f"W&B had not finished {self._close_timeout_seconds:g} s after the end of the run and is "
-                f"left alone; `wandb sync` sends what is in {self._arguments['dir']}/wandb."
+                f"left alone; `wandb sync` sends what is in {self._folder}/wandb."
             )
         if self._num_dropped:
             self._warn(f"W&B missed {self._num_dropped} records (metrics.jsonl has them all).")
@@ -142,7 +122,9 @@ class WandbLogger:
 
                 run = self._start(wandb)
             for record, step in iter(self._queue.get, None):
-                run.log({key: _logged(wandb, value) for key, value in record.items()}, step=step)
+                content = {key: _logged(wandb, value) for key, value in record.items()}
+                # who else writes to a shared run is at another step
+                run.log(content, step=None if self._mode is WandbMode.shared else step)
             run.summary.update(self._summary)
             if self._preempted:
                 run.mark_preempting()
@@ -156,36 +138,36 @@ class WandbLogger:
                 _drop_service()
 
     def _start(self, wandb: Any) -> Any:
-        wandb.setup(wandb.Settings(silent=True))
+        self._setup(wandb)
         problem = None
         if self._mode is not WandbMode.offline:
             try:
                 if wandb.login(verify=False, prompt=False):
-                    run = self._init(wandb, "online")
+                    run = self._init(wandb, "shared" if self._mode is WandbMode.shared else "online")
                     self.place = run.url
                     return run
-                if self._mode is WandbMode.online:
+                if self._mode is not WandbMode.auto:
                     problem = "no API key: `wandb login` stores one"
             except Exception as error:
                 if self._abandoned:
                     raise
                 problem = _first_line(error)
                 _drop_service()  # it still holds the run's id
-                wandb.setup(wandb.Settings(silent=True))
+                self._setup(wandb)
         run = self._init(wandb, "offline")
-        self.place = str(Path(run.dir).parent)
+        self.place = Path(run.dir).parent
         if problem is not None:
             self._warn(f"W&B is not reachable ({problem}); the run is recorded offline in {self.place}.")
         return run
 
+    def _setup(self, wandb: Any) -> None:
+        """Read what the environment and W&B's own files say, and decide on what they leave open."""
+        found = wandb.setup(wandb.Settings(silent=True)).settings
+        self._arguments["project"] = self._arguments["project"] or found.project or DEFAULT_PROJECT
+
     def _init(self, wandb: Any, mode: str) -> Any:
         settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            label_disable=True,
+            **own_settings(),
             x_save_requirements=False,
             init_timeout=self._init_timeout_seconds,
             # The service gives up a little before close() does.

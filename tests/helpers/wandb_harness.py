@@ -1,6 +1,7 @@
 """What the tests of W&B share: loggers in a folder of their own, a stand-in server, bounded waits."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,8 +86,8 @@ def leveldb_records(data: bytes, offset: int = 7) -> Iterator[bytes]:
 @pytest.fixture
 def wandb_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wandb]:
     """Without the developer's key, settings or proxies."""
-    for name in ("API_KEY", "MODE", "BASE_URL", "RUN_ID", "SWEEP_ID", "SERVICE", "PROJECT", "ENTITY"):
-        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -21,9 +21,8 @@ from helpers.fake_wandb_server import FakeWandbServer
 from helpers.wandb_harness import API_KEY, Wandb, log_timed, records, until
 
 from rsotrain.config.schema import LoggerConfig, WandbMode
-from rsotrain.errors import UserError
 from rsotrain.tracking.loggers import Loggers, build_loggers
-from rsotrain.tracking.wandb_logger import WandbLogger, resolve_mode
+from rsotrain.tracking.wandb_logger import WandbLogger
 
 
 def test_wandb_offline_without_a_key_records_everything(wandb_runs: Wandb) -> None:
@@ -258,18 +257,6 @@ def test_wandb_leaves_the_end_of_the_process_alone(wandb_runs: Wandb, tmp_path: 
     assert process.stdout is not None
     assert time.time() - float(process.stdout.readline()) < 3.0
     process.stdout.close()
-
-
-def test_wandb_mode_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    expected = {"": WandbMode.auto, "offline": WandbMode.offline, "online": WandbMode.online}
-    for name, mode in expected.items():
-        monkeypatch.setenv("WANDB_MODE", name)
-        assert resolve_mode(WandbMode.auto) is mode
-    monkeypatch.setenv("WANDB_MODE", "of")
-    with pytest.raises(UserError, match="WANDB_MODE=of is not a mode"):
-        resolve_mode(WandbMode.auto)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert len(build(tmp_path, wandb=True).loggers) == 1
 
 
 def build(folder: Path, warnings: list[str] | None = None, **options: Any) -> Loggers:
