@@ -22,7 +22,7 @@ test-all: lint
 # Installs SLURM's Debian packages and starts a SLURM of this one machine for the tests, as root.
 test-slurm: $(VENV)/.test
 	bash tests/tools/slurm_lab.sh install
-	RSOTRAIN_SLURM_LAB=1 $(BIN)/python -m pytest $(PYTEST) tests/parallel/test_slurm_cluster.py
+	RSOTRAIN_SLURM_LAB=1 $(BIN)/python -m pytest $(PYTEST) tests/parallel/test_slurm_steps.py tests/parallel/test_slurm_cluster.py
 
 benchmark: $(VENV)/.test
 	$(BIN)/python tests/benchmark/table.py --run --write

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -22,6 +22,8 @@ from rsotrain.errors import TrainingError, UserError
 MAX_JSON_BYTES = 64 * 2**20  # the position in streamed data may be long
 MAX_YAML_BYTES = 2**20  # the parser is slow, and a config.yaml has some KiB
 MAX_DEPTH = 100
+MAX_VALUES = 5_000_000
+MAX_INTEGER = 10**30
 MAX_YAML_NODES = 200_000  # aliases counted as often as they are used
 MAX_YAML_SCALAR = 1000  # characters of what is read as a number or a date
 
@@ -97,17 +99,35 @@ def write_json_atomic(path: Path, mapping: Mapping[str, object]) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises UserError for anything else, or for more than ``max_bytes``."""
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """``path`` for reading. Raises UserError for anything but a regular file, which may wait or never end."""
     with os_errors_said(f"{path} cannot be read"):
         if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a device may act on that
             raise UserError(f"{path} cannot be read: it is no regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # should it be a FIFO by now
         with open(descriptor, "rb") as file:
-            content = file.read(max_bytes + 1)
+            yield file
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file. Raises UserError for anything else, or for more than ``max_bytes``."""
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise UserError(f"{path} cannot be read: it has more than {max_bytes // 2**20} MiB")
     return content
+
+
+def lines_within(path: Path, limit: int) -> Iterator[bytes]:
+    """The lines of a file of any size, without those of more than ``limit`` bytes. Raises UserError."""
+    with open_regular(path) as file:
+        while line := file.readline(limit):
+            if line.endswith(b"\n") or len(line) < limit:
+                yield line
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(limit)
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -119,8 +139,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     content = read_regular(path, max_bytes)
     with _damage_said(path):
         value = json.loads(content.decode())
-        _check_depth(value)
-    return value
+        return within_limits(value)
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
@@ -137,7 +156,7 @@ def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
             if node is None:
                 return None
             _check_node(node)
-            return loader.construct_document(node)
+            return within_limits(loader.construct_document(node))
         finally:
             loader.dispose()
 
@@ -155,27 +174,40 @@ def _damage_said(path: Path) -> Iterator[None]:
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise UserError(f"{path} is damaged: not valid YAML{where} ({_short(problem)})") from error
-    except ValueError as error:  # JSONDecodeError, 5,000 digits, a date that does not exist
-        raise UserError(f"{path} is damaged: {_short(error)}") from error
+    # JSONDecodeError, 5,000 digits, a date that does not exist; PyYAML's constructors are careless beside
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {_short(error) or type(error).__name__}") from error
 
 
 def _short(message: object) -> str:
     return " ".join(str(message).split("\n")[0].split())[:200]
 
 
-def _check_depth(value: Any) -> None:
-    """Raises ValueError beyond ``MAX_DEPTH``: who walks through the value may do so recursively."""
-    level = [value]
+def within_limits(content: Any) -> Any:
+    """``content`` of JSON or YAML, which can now be walked through recursively, and printed.
+
+    Raises ValueError where it is nested deeper than ``MAX_DEPTH``, or holds more than ``MAX_VALUES`` values
+    or an integer that is no number of anything.
+    """
+    level, number = [content], 0
     for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        number += len(level)
+        if number > MAX_VALUES:
+            raise ValueError("it has too many values")
+        if any(isinstance(item, int) and abs(item) > MAX_INTEGER for item in level):
+            raise ValueError("it holds an integer of too many digits")
+        level = [item for outer in level for item in _items(outer)]
         if not level:
-            return
+            return content
     raise ValueError("it is nested too deeply")
+
+
+def _items(outer: Any) -> Iterator[Any]:
+    if isinstance(outer, Mapping):
+        yield from outer.keys()
+        yield from outer.values()
+    elif isinstance(outer, list | tuple | set):
+        yield from outer
 
 
 def _check_node(root: yaml.Node) -> None:

@@ -24,6 +24,7 @@ from rsotrain.config.schema import Config
 from rsotrain.files import os_errors_said, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
@@ -37,7 +38,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
 
     Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
-    time that drawing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
+    time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
     for what cannot be composed and for a folder that cannot be written.
     """
     world = start(config.parallelism, config.device)
@@ -54,7 +55,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         print_benchmark(result)
         with os_errors_said(f"{folder / RESULT} cannot be written"):
             write_json_atomic(folder / RESULT, result)
-        print(f"{folder / RESULT}")
+        print_line(folder / RESULT)
     return result
 
 
@@ -126,7 +127,7 @@ def _profile(trainer: Trainer, folder: Path) -> float:
         with os_errors_said(f"{trace} cannot be written"):
             profile.export_chrome_trace(str(trace))
         if world.is_main:
-            print(f"{trace}: open it in chrome://tracing or https://ui.perfetto.dev")
+            print_line(f"{trace}: open it in chrome://tracing or https://ui.perfetto.dev")
     return communication_seconds(profile, settings.profile_steps)
 
 

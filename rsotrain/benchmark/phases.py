@@ -102,7 +102,7 @@ def update_gap(trainer: Trainer) -> int | None:
 
 @contextmanager
 def all_bases_due(trainer: Trainer) -> Iterator[None]:
-    """The next step draws all bases, and none for the first time, whatever the schedule."""
+    """The next step refreshes all bases, none of them for the first time, whatever the schedule."""
     optimizer, groups = trainer.optimizer, groups_with_bases(trainer)
     schedules, steps_done = [group.bases.schedule for group in groups], optimizer.steps_done
     for group in groups:

@@ -1,13 +1,10 @@
 """What mode=benchmark prints: one result, or several side by side."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rsotrain.benchmark import PHASES
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from rsotrain.tracking.display import format_bytes, format_count, format_seconds, titled_table
 
 Result = Mapping[str, Any]
 
@@ -16,19 +13,12 @@ WIDE = 130  # columns of a terminal that has room for all figures of a compariso
 _ASIDE = {"run_name", "output_dir", "overwrite", "cache_dir", "logger", "benchmark", "mode"}
 
 
-def _new_table(title: str) -> "Table":
-    from rich.box import ROUNDED
-    from rich.table import Table
-
-    return Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
-
-
 def print_benchmark(result: Result) -> None:
     """The step by phase, then what follows from it."""
     from rich.console import Console
 
     step = result["throughput/step_seconds"]
-    table = _new_table("Training step")
+    table = titled_table("Training step")
     table.add_column("", style="bold", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
@@ -109,7 +99,7 @@ def print_benchmarks(results: Sequence[Result]) -> None:
 
     console = Console()
     phases = PHASES if console.width >= WIDE else ()
-    table = _new_table("Benchmark")
+    table = titled_table("Benchmark")
     table.add_column("", style="bold", overflow="fold")
     for name in (*phases, "step", "tokens/s", "of first", "MFU", "peak"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -259,8 +259,8 @@ def load_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one kind ("model", "optimizer"), by name, in CPU memory.
 
-    Whole, or with several ranks those that ``shards`` names in the piece it says; without those of them
-    that are stored in another shape.
+    Whole, or with several ranks those that ``shards`` names in the piece it says; of those of them that are
+    stored in another shape the model's on the meta device, to say so, and the optimizer's not at all.
     Raises OSError, ValueError or safetensors' SafetensorError if a file is missing or damaged.
     """
     single = path / f"{kind}.safetensors"
@@ -276,8 +276,12 @@ def load_tensors(
     if single.is_file():  # that of the other kind lies beside it
         stored = {name: stored[name] for name in _names(single)}
     pieces = {n: shard for n, shard in (shards or {}).items() if n in stored and shard.dim is not None}
+    unlike: dict[str, torch.Tensor] = {}
     for name, shard in list(pieces.items()):
-        if shard.shape != tuple(stored[name].size):  # whole, it might have the shape of a piece
+        size = tuple(stored[name].size)
+        if shard.shape != size:  # whole, it might have the shape of a piece
+            if kind == KINDS[0]:
+                unlike[name] = torch.empty(size, dtype=stored[name].properties.dtype, device="meta")
             del pieces[name], stored[name]
     state = {
         name: torch.empty(
@@ -293,7 +297,7 @@ def load_tensors(
         except CheckpointException as error:
             causes = sorted({str(cause) for cause, _ in error.failures.values()})
             raise DamagedError("; ".join(causes)) from error
-    return state
+    return state | unlike
 
 
 def _names(file: Path) -> list[str]:
@@ -332,5 +336,7 @@ def read_checkpoint(
     run = record["run"]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
     check_finite(state)
-    trainer = {"step": record["step"], "tokens": record["tokens"], "data": record.get("data", {})}
+    trainer = {"step": record["step"], "tokens": record["tokens"]}
+    # older checkpoints lack these
+    trainer |= {key: record[key] for key in ("sequences", "order", "data") if key in record}
     return state | {"trainer": trainer}, run

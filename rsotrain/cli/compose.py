@@ -1,13 +1,17 @@
 """From composed YAML to typed dataclasses: the schemas that Hydra checks, and the way out of Hydra."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
-from rsotrain.config.schema import SCHEMAS, Config
+from rsotrain.config.rules import validate_model
+from rsotrain.config.schema import FIELDS_OF_THE_RUN, SCHEMAS, Config, ModelConfig
+from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
 
@@ -21,22 +25,54 @@ def conf_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option."""
+    """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option.
+
+    From then on Hydra reads YAML files with text where a key is text.
+    """
+    keep_text_of_config_files()
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    store.store(group="schema/model", name="pretrained", node=_pretrained_schema())
     OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
 
 
-def pretrained_value(folder: str | None, name: str) -> Any:
+def _pretrained_schema() -> DictConfig:
+    """A model whose fields are those of the folder ``init_from``, but for what a folder does not tell."""
+    schema = OmegaConf.structured(ModelConfig)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in FIELDS_OF_THE_RUN:
+            continue
+        if not dataclasses.is_dataclass(field.type):
+            schema[field.name] = f"${{rsotrain.pretrained:${{.init_from}},{field.name}}}"
+            continue
+        for inner in dataclasses.fields(field.type):
+            path = f"{field.name}.{inner.name}"
+            schema[field.name][inner.name] = f"${{rsotrain.pretrained:${{..init_from}},{path}}}"
+    return schema
+
+
+def pretrained_value(folder: str | None, path: str) -> Any:
     """One field of the model in a Hugging Face folder, for conf/model/pretrained.yaml."""
     from rsotrain.models.huggingface_config import read_config
+    from rsotrain.models.pretrained import ties_embeddings
 
     if folder is None:
         raise UserError("model.init_from has no value; give a Hugging Face folder with model.init_from=…")
-    return getattr(read_config(Path(folder).expanduser()), name)
+    check_path("model.init_from", folder)
+    if path == "tie_word_embeddings":
+        return ties_embeddings(Path(folder).expanduser())
+    try:
+        model = read_config(Path(folder).expanduser())
+        validate_model(model)
+    except UserError as error:  # of a key that the user has not given
+        raise UserError(f"model.init_from={folder}: {error}") from error
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def to_config(composed: DictConfig) -> Config:

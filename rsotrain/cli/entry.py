@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, skip_hydras_list_of_groups
-from rsotrain.cli.mistakes import say
+from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
 from rsotrain.cli.multirun import keep_outcomes, print_comparison
-from rsotrain.cli.overrides import check_choices, check_tuned, normalise
+from rsotrain.cli.overrides import check_overrides, check_tuned, normalise
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Mode
 from rsotrain.config.validation import validate
@@ -33,7 +34,6 @@ from rsotrain.parallel.slurm import adopt_slurm_step
 from rsotrain.running.allocator import keep_freed_memory
 from rsotrain.running.interrupt import leaving_on_warning
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
@@ -94,8 +94,6 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
-    # argparse wants what begins with a dash in front: mode=plan -m optimizer=adam,rso should do, too
-    sys.argv[1:] = sorted(normalise(sys.argv[1:]), key=lambda given: given not in ("-m", "--multirun"))
     if not {"--help", "-h"}.isdisjoint(sys.argv):
         skip_hydras_list_of_groups()
     if not _wants_traceback:
@@ -103,12 +101,16 @@ def main() -> None:
     outcomes = keep_outcomes()
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
-        check_choices(sys.argv[1:])
+        flags, given = split_flags(sys.argv[1:])
+        overrides = normalise(given)
+        check_overrides(overrides)
+        sys.argv[1:] = flags + overrides
         application()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError) as error:
-        if _wants_traceback:
+    except Exception as error:
+        expected = isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError | UserError)
+        if _wants_traceback or not (expected or is_hydras(error)):
             raise
         say(error)
         sys.exit(USER_ERROR_STATUS)

@@ -4,10 +4,11 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 import yaml
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir
@@ -15,12 +16,26 @@ from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.errors import LostRankError, TrainingError, UserError
+from rsotrain.tracking.escaping import one_line, print_line
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
 _PATIENCE_SECONDS = 5.0
+_READERS = ("hydra", "omegaconf", "antlr4")  # packages that read what the user gives
 _MISFIT = re.compile(
     r"In '((?:experiment|tuned)/.+)': (\w+) raised while composing config:\n(.+)\n"
     r"\s+full_key: (\S+)\n(?:\s+reference_type=.+\n)?\s+object_type=(\w+)"
 )
+
+
+_NO_SCHEMA = re.compile(r"In '(.+?)': Could not (?:load|find) '/?schema/(.+?)/(.+?)'")
+
+
+def _unregistered(file: str, group: str, schema: str) -> str:
+    registry = "methods.py" if group in ("optimizer", "sampler") else "schema.py"
+    return (
+        f"{file}.yaml names the schema {schema}, which nothing in rsotrain/config/{registry} registers"
+        f" (there are: {', '.join(sorted(SCHEMAS.get(group, ())))})"
+    )
 
 
 def say(error: Exception) -> None:
@@ -28,9 +43,10 @@ def say(error: Exception) -> None:
 
     The others wait a little: if it has failed, too, torchrun has ended them by then.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LostRankError):
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank.isdecimal() and int(rank) > 0 and not isinstance(error, LostRankError):
         time.sleep(_PATIENCE_SECONDS)
-    print(f"rsotrain: {explain(error)}", file=sys.stderr)
+    print_line(f"rsotrain: {one_line(explain(error))}", sys.stderr)
 
 
 def explain(error: Exception) -> str:
@@ -38,6 +54,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        if missing := _NO_SCHEMA.search(str(error)):
+            return _unregistered(*missing.groups())
         if error.options is None:
             return " ".join(str(error).split("\n\n")[0].split())
         group, _, option = error.missing_cfg_file.rpartition("/")
@@ -53,21 +71,51 @@ def explain(error: Exception) -> str:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
         return f"{where}not valid YAML ({getattr(error, 'problem', error)})"
-    if isinstance(error.__cause__, UserError):  # raised by a resolver
-        return str(error.__cause__)
+    if (mistake := _users_own(error)) is not None:  # raised by a resolver
+        return str(mistake)
     if misfit := _MISFIT.match(str(error)):
         source, kind, text, key, schema = misfit.groups()
         experiments = [path.stem for path in (conf_dir() / "experiment").glob("*.yaml")]
         reason = "" if kind == "ConfigKeyError" else text
         return explain_misfit(source, key, reason, schema, sys.argv[1:], experiments)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return _of_another_kind(error)
     lines = str(cause).split("\n")
     text = " ".join(lines[:2] if lines[0].endswith("composing config:") else lines[:1])
     key = getattr(cause, "full_key", None)
     if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
         key = key or unknown[1] or unknown[2]
         return f"unknown key {key}{did_you_mean(key, known_keys())}"
+    if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
+        key = next((given.partition("=")[0] for given in sys.argv[1:] if unresolved[1] in given), None)
     return f"{key}: {text}" if key else " ".join(text.split())
+
+
+def _users_own(error: BaseException | None) -> UserError | None:
+    """The UserError that ``error`` was raised from."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _of_another_kind(error: Exception) -> str:
+    """Hydra itself has no sentence for the mistake."""
+    if isinstance(error, OSError) and error.filename is not None:
+        given = [argument.partition("=") for argument in sys.argv[1:]]
+        keys = [f"{key}: " for key, _, value in given if value and str(error.filename).startswith(value)]
+        return f"{keys[0] if keys else ''}{error.filename} cannot be written: {error.strerror}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"Hydra cannot read this command line ({reason}); {FULL_ERROR}=1 shows where it stopped"
+
+
+def is_hydras(error: Exception) -> bool:
+    """Whether Hydra, in reading the command line or a file, raised ``error``, and not the package."""
+    last = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        last = package if package in (*_READERS, "rsotrain", "hydra_plugins") else last
+    return last in _READERS
 
 
 def explain_misfit(

@@ -1,5 +1,7 @@
 """What a multirun knows of its members, and the tables and pictures that it ends with."""
 
+import functools
+import inspect
 import os
 import shlex
 import sys
@@ -21,8 +23,9 @@ def keep_outcomes() -> list[dict[str, Any]]:
     from hydra.types import RunMode
 
     outcomes: list[dict[str, Any]] = []
-    multirun = Hydra.multirun
+    multirun = inspect.unwrap(Hydra.multirun)  # of an earlier command in this process
 
+    @functools.wraps(multirun)
     def kept(self: Hydra, **call: Any) -> Any:
         shared = self.compose_config(call["config_name"], call["overrides"], RunMode.MULTIRUN)
         if shared.mode is Mode.train and shared.report.path is not None:
@@ -72,14 +75,18 @@ def compare_members(folders: Sequence[Path], wanted: ReportConfig) -> None:
     from rsotrain.report.claims import examine
     from rsotrain.report.evidence import of_their_job
     from rsotrain.report.runs import has_metrics, read_neighbours, read_runs
+    from rsotrain.report.watching import Told
     from rsotrain.report.writing import report_on
 
     folders = [folder for folder in folders if has_metrics(folder)]
     if not folders or (wanted.path is None and len(folders) < 2):
         return
     out = None if wanted.path is None else Path(wanted.path).expanduser()
-    runs = read_runs(folders)
+    runs, told = read_runs(folders), Told("rsotrain")
     if out is not None:
-        runs += of_their_job(runs, read_neighbours(folders))
+        runs += of_their_job(runs, read_neighbours(folders, told))
     title, command = f"Comparison: {folders[0].parent.name}", shlex.join(["rsotrain", *sys.argv[1:]])
-    report_on(runs, out, title, examine(runs) if wanted.claims else (), command=command, mixed=True)
+    report_on(
+        runs, out, title, examine(runs) if wanted.claims else (), command=command, mixed=True,
+        left_out=told.take(),
+    )  # fmt: skip

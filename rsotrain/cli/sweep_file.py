@@ -17,8 +17,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rsotrain.config.keys import did_you_mean, flatten, known_keys
+from rsotrain.cli.text_keys import quote, read_yaml, restore_text
+from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys
 from rsotrain.errors import UserError
+from rsotrain.tracking.escaping import one_line, print_line
 
 _KEY = re.compile(r"(?:\+{1,2}|~)?(?P<key>[A-Za-z_][\w./@]*)(?:=|$)")
 _PLAIN = re.compile(r"[\w./+-]*", re.ASCII)  # what Hydra takes without quotes, whatever stands around it
@@ -105,7 +107,20 @@ def check_sweep(path: Path, sweep: Mapping[str, Any]) -> int | None:
             if not isinstance(parameter["values"], list) or not parameter["values"]:
                 raise UserError(f"{path}: parameter {key} has no values; list them as values: [a, b]")
             number *= len(parameter["values"])
+        _check_text(path, str(key), [parameter.get("value"), *parameter.get("values", ())])
     return min(number, cap or number) if sweep["method"] == "grid" else cap
+
+
+def _check_text(path: Path, key: str, values: Sequence[object]) -> None:
+    """W&B reads the file itself and hands on what YAML makes of it."""
+    for value in values if key in keys_of(str) else ():
+        if isinstance(value, list):
+            _check_text(path, key, value)
+        elif value is not None and not isinstance(value, str):
+            raise UserError(
+                f"{path}: parameter {key} is text, but YAML reads {value!s} as something else;"
+                " put what you wrote in quotes"
+            )
 
 
 def _is_sweep(override: str) -> bool:
@@ -152,10 +167,14 @@ def _value(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(_value(item) for item in value)}]"
-    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in ("null", "true", "false")):
-        # Hydra takes a backslash literally unless a quote, or the end, follows.
-        return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'") + "'"
+    if isinstance(value, str) and not (_PLAIN.fullmatch(value) and _is_text(value)):
+        return quote(value)
     return str(value)
+
+
+def _is_text(word: str) -> bool:
+    """Whether Hydra reads a word without quotes as what it is, not as a number, a truth value or null."""
+    return word == "" or isinstance(OverridesParser.create().parse_rule(word, "value"), str)
 
 
 def _read(path: Path) -> str:
@@ -166,12 +185,21 @@ def _read(path: Path) -> str:
 
 
 def _parse(path: Path, text: str) -> Any:
+    """The content of a YAML file; in the mappings of a list, that of text keys as it is written."""
+
+    def restored(node: yaml.Node) -> yaml.Node:
+        if isinstance(node, yaml.SequenceNode):
+            node.value = [restore_text(item) for item in node.value]
+        return node
+
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text, yaml.SafeLoader, restored)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, say
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -189,9 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             number = check_sweep(given.file, content)
         else:
             number = len(read_list(given.file))
-        print(f"{given.file}: {'runs without end' if number is None else f'{number} runs'}, all keys exist")
+        runs = "runs without end" if number is None else f"{number} runs"
+        print_line(f"{given.file}: {runs}, all keys exist")
     except UserError as error:
-        print(f"rsotrain: {error}", file=sys.stderr)
+        print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)
         sys.exit(2)
 
 

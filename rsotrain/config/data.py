@@ -5,6 +5,9 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.ranges import COUNT, SIZE, number
+from rsotrain.config.text import file_path
+
 # --- data --------------------------------------------------------------------------------------
 
 
@@ -40,10 +43,10 @@ class DataConfig:
     document_mask: bool = False
     shuffle: bool = True
     streaming: bool = False
-    lanes: int = 8
-    shuffle_buffer: int = 1000
-    workers: int | None = None
-    max_bad_rows: int = 0
+    lanes: int = number(8, above=0, at_most=10**6)
+    shuffle_buffer: int = number(1000, above=0, at_most=10**9)
+    workers: int | None = number(None, above=0, at_most=1024)
+    max_bad_rows: int = number(0, at_least=0, at_most=COUNT)
 
 
 @dataclass
@@ -55,25 +58,26 @@ class EmbeddedDataConfig(DataConfig):
 class SyntheticDataConfig(DataConfig):
     """Documents of invented words drawn by Zipf's law from a seed, for tests and benchmarks."""
 
-    num_documents: int = 2000
-    num_validation_documents: int = 100
-    words_per_document: int = 200
-    num_words: int = 5000
-    corpus_seed: int = 0
+    num_documents: int = number(2000, above=0, at_most=10**9)
+    num_validation_documents: int = number(100, above=0, at_most=10**9)
+    words_per_document: int = number(200, above=0, at_most=10**6)
+    num_words: int = number(5000, above=0, at_most=10**6)
+    corpus_seed: int = number(0, at_least=0, at_most=COUNT)
 
 
 @dataclass
 class FilesDataConfig(DataConfig):
     """JSON lines, Parquet, Arrow and text, plain or compressed (gz, xz, zst).
 
-    ``path``: a file, a folder, or a glob such as ``'data/*.jsonl.gz'``. Validation is ``validation_path``,
-    or the ``validation_fraction`` of the documents that a hash of their text picks. ``sample_by`` is for
-    text files; null: a file is a document.
+    ``path``: a file, a folder, or a glob such as ``'data/{a,b}/*.jsonl.gz'``. Validation is
+    ``validation_path``, or the ``validation_fraction`` of the documents that a hash of their text picks.
+    ``text_field``: a field of each row, or ``outer.inner`` for one inside another. ``sample_by`` is for text
+    files; null: a file is a document.
     """
 
-    path: str = MISSING
-    validation_path: str | None = None
-    validation_fraction: float | None = None
+    path: str = file_path()
+    validation_path: str | None = file_path(None)
+    validation_fraction: float | None = number(None, above=0, below=1)
     text_field: str = "text"
     sample_by: SampleBy | None = None
 
@@ -82,12 +86,13 @@ class FilesDataConfig(DataConfig):
 class InstructionsDataConfig(DataConfig):
     """Prompts and responses for fine-tuning; the loss is that of the responses.
 
-    ``prompt_template`` takes the fields of a row in braces; the response follows it at once.
+    ``prompt_template`` takes the fields of a row in braces; the response follows it at once. A field inside
+    another is ``outer.inner``.
     """
 
-    path: str = MISSING
-    validation_path: str | None = None
-    validation_fraction: float | None = None
+    path: str = file_path()
+    validation_path: str | None = file_path(None)
+    validation_fraction: float | None = number(None, above=0, below=1)
     prompt_template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     response_field: str = "output"
 
@@ -104,7 +109,7 @@ class HubDataConfig(DataConfig):
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = "validation"
-    validation_fraction: float | None = None
+    validation_fraction: float | None = number(None, above=0, below=1)
     text_field: str = "text"
 
 
@@ -112,8 +117,8 @@ class HubDataConfig(DataConfig):
 class C4DataConfig(DataConfig):
     """C4 (English): from the hub, or from its ``c4-train.*.json.gz`` shards where ``path`` says."""
 
-    path: str | None = None
-    validation_path: str | None = None
+    path: str | None = file_path(None)
+    validation_path: str | None = file_path(None)
     revision: str | None = None
 
 
@@ -134,17 +139,17 @@ class TokenizerConfig:
 class TrainedTokenizerConfig(TokenizerConfig):
     """A SentencePiece model with byte fallback, trained once on the training documents."""
 
-    vocab_size: int = 4096
+    vocab_size: int = number(4096, at_least=260, at_most=SIZE)  # 3 special, 256 bytes, one character
     model_type: ModelType = ModelType.bpe
-    character_coverage: float = 0.9995
-    max_training_bytes: int = 20_000_000
+    character_coverage: float = number(0.9995, at_least=0.98, at_most=1)  # SentencePiece's own range
+    max_training_bytes: int = number(20_000_000, above=0, at_most=COUNT)
 
 
 @dataclass
 class SentencePieceTokenizerConfig(TokenizerConfig):
     """A SentencePiece model in a file, as LLaMA, T5 and Mistral have them."""
 
-    path: str = MISSING
+    path: str = file_path()
 
 
 @dataclass
@@ -160,7 +165,7 @@ class HubTokenizerConfig(TokenizerConfig):
 class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer of a Hugging Face folder: its tokenizer.json, else its tokenizer.model."""
 
-    path: str = MISSING
+    path: str = file_path()
 
 
 # --- what the modes read -----------------------------------------------------------------------
@@ -174,9 +179,9 @@ class GenerateConfig:
     """
 
     prompts: list[str] = field(default_factory=lambda: ["", "The "])
-    max_new_tokens: int = 48
-    temperature: float = 0.8
-    top_k: int | None = 50
+    max_new_tokens: int = number(48, above=0, at_most=10**6)
+    temperature: float = number(0.8, at_least=0, at_most=1000)
+    top_k: int | None = number(50, above=0, at_most=SIZE)
 
 
 class ExportDtype(Enum):
@@ -188,7 +193,7 @@ class ExportDtype(Enum):
 class ExportConfig:
     """``path``: the Hugging Face folder to write; ``dtype`` null: that of the checkpoint."""
 
-    path: str | None = None
+    path: str | None = file_path(None)
     dtype: ExportDtype | None = None
 
 
@@ -203,21 +208,21 @@ class EvaluationConfig:
     ``num_fewshot`` examples, the first ``task_limit`` questions of each.
     """
 
-    max_tokens: int | None = 10_000_000
-    micro_batch_size: int | None = None  # null: the training micro-batch
+    max_tokens: int | None = number(10_000_000, above=0, at_most=COUNT)
+    micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # null: the training micro-batch
     samples: bool = True
     legacy_divisor: bool = False
     tasks: list[str] = field(default_factory=list)
-    tasks_path: str | None = None
-    num_fewshot: int | None = None
-    task_limit: int | None = None
+    tasks_path: str | None = file_path(None)
+    num_fewshot: int | None = number(None, at_least=0, at_most=10**4)
+    task_limit: int | None = number(None, above=0, at_most=COUNT)
 
 
 @dataclass
 class BenchmarkConfig:
     """``steps`` are timed after ``warmup_steps``. ``profile``: write a trace of ``profile_steps`` more."""
 
-    warmup_steps: int = 3
-    steps: int = 10
+    warmup_steps: int = number(3, above=0, at_most=10**6)
+    steps: int = number(10, above=0, at_most=10**6)
     profile: bool = False
-    profile_steps: int = 2
+    profile_steps: int = number(2, above=0, at_most=1000)  # a trace of them is held in memory

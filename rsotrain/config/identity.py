@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsotrain.config.keys import flatten, plain
+from rsotrain.config.keys import flatten, later_defaults, plain
 from rsotrain.config.methods import NoSamplerConfig
 from rsotrain.config.schema import Config
 
@@ -23,15 +23,25 @@ OPERATIONAL_KEYS = (
 
 def identity(config: Config) -> dict[str, Any]:
     """Dotted key -> value of the settings that make a run what it is."""
-    return identity_of(plain(config))
+    return identity_of(plain(config), config)
 
 
-def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
+def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """``identity`` of what a ``config.yaml`` holds, be it older than some of the fields of ``config``."""
+    defaults = later_defaults(config)
     return {
         key: value
         for key, value in flatten(settings)
-        if key not in OPERATIONAL_KEYS and key.split(".")[0] not in OPERATIONAL_KEYS
+        if key not in OPERATIONAL_KEYS
+        and key.split(".")[0] not in OPERATIONAL_KEYS
+        and not (key in defaults and value == defaults[key])
     }
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of what a ``config.yaml`` holds, with the fields that it is too old for."""
+    flat = dict(flatten(settings))
+    return flat | {key: value for key, value in later_defaults().items() if key not in flat}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -2,27 +2,74 @@
 
 import dataclasses
 import difflib
+import functools
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
+from rsotrain.config.later import is_later
 from rsotrain.config.schema import SCHEMAS, Config
+
+T = TypeVar("T")
 
 
 def field_types() -> dict[str, set[Any]]:
     """Dotted key -> the types that any schema gives it."""
     found: dict[str, set[Any]] = {}
-    for f in dataclasses.fields(Config):
-        if f.name in SCHEMAS:
-            for schema in SCHEMAS[f.name].values():
-                for g in dataclasses.fields(schema):
-                    found.setdefault(f"{f.name}.{g.name}", set()).add(g.type)
-        elif dataclasses.is_dataclass(f.type):
-            for g in dataclasses.fields(f.type):
-                found.setdefault(f"{f.name}.{g.name}", set()).add(g.type)
-        else:
-            found.setdefault(f.name, set()).add(f.type)
+    for key, f, _ in _leaves():
+        found.setdefault(key, set()).add(f.type)
     return found
+
+
+def later_defaults(config: Config | None = None) -> dict[str, Any]:
+    """Dotted key -> the default, as plain data, of each field that is marked by ``later``.
+
+    Of the schemas that ``config`` has chosen; None: of all.
+    """
+    found: dict[str, Any] = {}
+    for key, f, marked in _leaves(config):
+        if marked:
+            factory = f.default_factory
+            default = plain(f.default if factory is dataclasses.MISSING else factory())
+            assert found.setdefault(key, default) == default, f"{key} has two defaults, but later() needs one"
+    return found
+
+
+def _leaves(config: Config | None = None) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
+    """(dotted key, field, whether ``later`` marks it) of every schema; keys of several are repeated."""
+    for f in dataclasses.fields(Config):
+        chosen: list[Any] = [f.type]
+        if f.name in SCHEMAS:
+            chosen = list(SCHEMAS[f.name].values()) if config is None else [type(getattr(config, f.name))]
+        for schema in chosen:
+            yield from _leaves_of(f, schema, "", False)
+
+
+def _leaves_of(
+    f: "dataclasses.Field[Any]", kind: Any, prefix: str, marked: bool
+) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
+    marked = marked or is_later(f)
+    if not dataclasses.is_dataclass(kind):
+        yield f"{prefix}{f.name}", f, marked
+        return
+    for inner in dataclasses.fields(kind):
+        yield from _leaves_of(inner, inner.type, f"{prefix}{f.name}.", marked)
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that a value of a field may have, those in a list included; None is left out."""
+    if parts := typing.get_args(annotation):
+        return set().union(*map(kinds, parts))
+    return set() if annotation is type(None) else {annotation}
+
+
+@functools.cache
+def keys_of(kind: type) -> frozenset[str]:
+    """The keys whose values are of this type alone, or lists of it, in every schema that has them."""
+    types = field_types()
+    return frozenset(key for key in types if all(kinds(annotation) == {kind} for annotation in types[key]))
 
 
 def known_keys() -> list[str]:
@@ -59,3 +106,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def from_plain(kind: type[T], values: Any, prefix: str = "") -> T:
+    """The dataclass whose ``plain`` form ``values`` has; fields that it lacks have their defaults.
+
+    Other keys are left out, since what was written by a later version may have some. Raises ValueError for a
+    value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is no mapping")
+    known = {f.name: f.type for f in dataclasses.fields(kind) if f.name in values}  # type: ignore[arg-type]
+    return kind(**{name: _typed(type_, values[name], f"{prefix}{name}") for name, type_ in known.items()})
+
+
+def _typed(type_: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(type_):
+        return from_plain(type_, value, f"{key}.")  # type: ignore[arg-type]
+    for kind in typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,):
+        origin = typing.get_origin(kind)
+        if origin in (list, tuple) and isinstance(value, list | tuple):
+            inner = typing.get_args(kind)[0]  # of all members: no schema has a tuple of several types
+            return origin(_typed(inner, item, key) for item in value)
+        if origin is None and issubclass(kind, Enum):
+            if isinstance(value, str) and value in kind.__members__:
+                return kind[value]
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif origin is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    raise ValueError(f"{key} is {str(value)[:60]!r}")

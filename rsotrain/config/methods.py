@@ -1,8 +1,8 @@
-"""The typed settings of optimizers and samplers, and which code is theirs.
+"""The typed settings of optimizers and samplers, and the code that belongs to them.
 
-The class that ``@optimizer`` or ``@sampler`` is written above is all the registration that a method needs: a
-file of ``conf/`` names its schema, the builders import its code, tests and tables go through ``OPTIMIZERS``
-and ``SAMPLERS``. This module imports no torch, so the code is named by its place.
+The decorator ``@optimizer`` or ``@sampler`` above the settings class registers a method: files of ``conf/``
+name its schema, the builders import its code, and tests and tables go through ``OPTIMIZERS`` and
+``SAMPLERS``. The code is registered as ``module:name`` because this module does not import torch.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from typing import TypeVar
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 
 
 class OnRefresh(Enum):
-    """What happens to the moments when the basis changes."""
+    """What a refresh of the basis does to the moments."""
 
     keep = "keep"
     reset = "reset"
@@ -37,12 +38,12 @@ CODE: dict[type, str] = {}
 
 
 def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """Register settings under the name ``schema``; ``code``: ``module:class``, a ParamGroupOptimizer."""
+    """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer."""
     return _registering(OPTIMIZERS, schema, code)
 
 
 def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """The same for a sampler; ``code``: ``module:function`` from the settings to a Sampler, or empty."""
+    """The same for a sampler. ``code``: ``module:function`` that builds a Sampler from settings, or empty."""
     return _registering(SAMPLERS, schema, code)
 
 
@@ -61,18 +62,21 @@ def _registering(registry: dict[str, type], schema: str, code: str) -> Callable[
 
 @dataclass
 class OptimizerConfig:
-    """What every optimizer has.
+    """The settings of all optimizers.
 
-    ``lr`` drives the rest (embedding, head, norms); the linears that ``block_parameters`` names get
-    ``lr * scale``. ``block_parameters`` are regular expressions searched for in parameter names.
+    ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
+    and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
+    the attention and MLP weights. ``state_dtype``: dtype of the moments.
     """
 
     name: str = MISSING
-    lr: float = MISSING
-    scale: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = number(at_least=0, at_most=1000)
+    scale: float = number(1.0, at_least=0, at_most=10**6)
+    betas: tuple[float, float] = numbers(
+        (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)
+    )
+    eps: float = number(1e-8, at_least=SMALL, at_most=1)
+    weight_decay: float = number(0.0, at_least=0, at_most=1000)
     state_dtype: StateDtype = StateDtype.float32
     block_parameters: list[str] = field(
         default_factory=lambda: [
@@ -85,27 +89,27 @@ class OptimizerConfig:
 @optimizer("adam", "rsotrain.optim.adamw:AdamW")
 @dataclass
 class AdamConfig(OptimizerConfig):
-    """AdamW, torch's fused kernel."""
+    """AdamW, by torch's fused kernel."""
 
 
 @dataclass
 class SubspaceConfig(OptimizerConfig):
-    """What every optimizer with a low-rank basis has.
+    """The settings of all optimizers with low-rank bases.
 
-    ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected
-    dimension of each matrix. ``update_proj_gap``: T, optimizer steps between two refreshes.
-    ``staggered``: spread the refreshes of the matrices over the T steps instead of all at once, which also
-    spreads the memory of what RSO gathers for them.
+    ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected dimension of
+    each matrix. ``update_proj_gap``: T, the number of optimizer steps between two refreshes of a basis.
+    ``staggered``: spread the refreshes of the matrices over these T steps instead of doing all at once, so
+    that RSO need not hold all Gram matrices at the same time.
     """
 
-    rank: int | float = 0.25
-    update_proj_gap: int = 200
+    rank: int | float = number(0.25, above=0, at_most=SIZE)
+    update_proj_gap: int = number(200, above=0, at_most=COUNT)
     on_refresh: OnRefresh = OnRefresh.keep
     staggered: bool = False
 
 
 class InnerSolver(Enum):
-    """The rule for the gradient in the subspace. momentum: its bias-corrected average, betas[0]."""
+    """The update rule in the subspace. momentum: the bias-corrected average of gradients, with betas[0]."""
 
     adam = "adam"
     momentum = "momentum"
@@ -114,7 +118,7 @@ class InnerSolver(Enum):
 
 @dataclass
 class SolverConfig(SubspaceConfig):
-    """What every optimizer has whose rule in the subspace can be chosen: ``solver``, published with Adam."""
+    """The settings of optimizers with a choice of the rule in the subspace; all were published with Adam."""
 
     solver: InnerSolver = later(InnerSolver.adam)
 
@@ -122,27 +126,27 @@ class SolverConfig(SubspaceConfig):
 @optimizer("galore", "rsotrain.optim.galore:GaLore")
 @dataclass
 class GaLoreConfig(SolverConfig):
-    """Adam in the subspace, nothing outside (GaLore, arXiv 2403.03507; I3S, OSD with their samplers)."""
+    """Adam in the subspace, no update outside (GaLore, arXiv 2403.03507; I3S and OSD by their samplers)."""
 
 
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
-    """Full momentum, subset-norm second moment (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
+    """Momentum of full size with subset-norm second moments (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
 
-    ``subset_size``: entries that share one second moment, neighbours in the smaller dimension, which it
-    divides; null: a whole row (or column, if there are fewer rows than columns).
+    ``subset_size``: number of neighbours in the smaller dimension that share one second moment; it must
+    divide that dimension. null: whole rows (or columns, if there are fewer rows than columns).
     """
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
 @dataclass
 class SNSMConfig(SubspaceConfig):
-    """Subspace momentum, plain gradient outside; ``subset_size`` as in SNConfig (1: Adam's second moment)."""
+    """Momentum in the subspace, the plain gradient outside. ``subset_size``: as in SNConfig; 1 is Adam's."""
 
-    subset_size: int | None = None
+    subset_size: int | None = number(None, above=0, at_most=SIZE)
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
@@ -150,55 +154,55 @@ class SNSMConfig(SubspaceConfig):
 class FiraConfig(SolverConfig):
     """GaLore plus the scaled residual (arXiv 2410.01623).
 
-    ``max_growth``: the most that the residual's norm grows in one step.
+    ``max_growth``: the largest factor by which the residual's norm may grow in one step.
     """
 
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @optimizer("frugal", "rsotrain.optim.residuals:Frugal")
 @dataclass
 class FrugalConfig(SolverConfig):
-    """Adam in the subspace, outside it signSGD at ``free_scale`` times that rate (arXiv 2411.07837)."""
+    """Adam in the subspace, signSGD at ``free_scale`` times the rate outside (FRUGAL, arXiv 2411.07837)."""
 
-    free_scale: float = 1.0
+    free_scale: float = number(1.0, at_least=0, at_most=10**6)
 
 
 @optimizer("apollo", "rsotrain.optim.residuals:Apollo")
 @dataclass
 class ApolloConfig(SolverConfig):
-    """Gradient scaled per channel, or by one factor ``per_tensor`` (arXiv 2412.05270).
+    """The gradient scaled per channel, or by one factor with ``per_tensor`` (APOLLO, arXiv 2412.05270).
 
-    ``max_growth``: the most that the norm of the update grows in one step.
+    ``max_growth``: the largest factor by which the norm of the update may grow in one step.
     """
 
     per_tensor: bool = False
-    max_growth: float = 1.01
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
 
 
 @optimizer("ldadam", "rsotrain.optim.residuals:LDAdam")
 @dataclass
 class LDAdamConfig(SubspaceConfig):
-    """A new basis every step, projection-aware moments, error feedback (arXiv 2410.16103).
+    """Low-rank Adam with a new basis every step, transported moments and error feedback (arXiv 2410.16103).
 
-    ``rho``: weight of the momentum, against the gradient, in what the basis is drawn from.
+    ``rho``: the weight of the momentum, next to that of the gradient, in the matrix that the sampler uses.
     """
 
-    rho: float = 0.908
+    rho: float = number(0.908, at_least=0, at_most=1)
 
 
 @optimizer("muon", "rsotrain.optim.muon:Muon")
 @dataclass
 class MuonConfig(OptimizerConfig):
-    """torch's Muon for the blocks, rates on AdamW's scale; ``betas`` and ``eps`` are the rest's."""
+    """torch's Muon, with learning rates on AdamW's scale. ``betas`` and ``eps`` are for AdamW on the rest."""
 
-    momentum: float = 0.95
+    momentum: float = number(0.95, at_least=0, at_most=1)
     nesterov: bool = True
-    ns_steps: int = 5
+    ns_steps: int = number(5, at_least=1, at_most=99)
 
 
 class BasisStorage(Enum):
-    """stored: bases are part of the state. regenerated: drawn again from their seed at each use."""
+    """stored: bases are optimizer state. regenerated: each use samples the basis again from its seed."""
 
     stored = "stored"
     regenerated = "regenerated"
@@ -207,18 +211,19 @@ class BasisStorage(Enum):
 @optimizer("rso", "rsotrain.optim.rso:RSO")
 @dataclass
 class RSOConfig(SubspaceConfig):
-    """W + B Pᵀ with P random on the input side; only B has gradients (RSO, arXiv 2502.07222).
+    """Trains B in W + B Pᵀ; P is random and projects the input of the linear (RSO, arXiv 2502.07222).
 
-    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, so
-    that 0.25 is hidden/4 in every block. ``basis_scale``: orthonormal bases times √(in/rank), for
-    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: none. ``refresh_warmup_steps``:
-    the blocks' rate rises linearly over as many steps after each refresh.
+    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, which
+    makes 0.25 hidden/4 everywhere. ``basis_scale``: multiply orthonormal bases by √(in/rank), for
+    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: no such term.
+    ``refresh_warmup_steps``: after each refresh the learning rate rises linearly over so many steps.
+    ``projection``: how the bases are kept.
     """
 
     solver: InnerSolver = InnerSolver.adam
     basis_scale: bool = True
-    proximal_eta: float | None = None
-    refresh_warmup_steps: int = 0
+    proximal_eta: float | None = number(None, above=0, at_most=FACTOR)
+    refresh_warmup_steps: int = number(0, at_least=0, at_most=COUNT)
     projection: BasisStorage = BasisStorage.stored
 
 
@@ -237,7 +242,7 @@ class NoSamplerConfig(SamplerConfig):
 
 
 class SvdSolver(Enum):
-    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, signs included."""
+    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, with its signs."""
 
     gram = "gram"
     full = "full"
@@ -246,7 +251,7 @@ class SvdSolver(Enum):
 @sampler("svd", "rsotrain.subspace.spectral:svd_sampler")
 @dataclass
 class SvdConfig(SamplerConfig):
-    """The dominant singular vectors."""
+    """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
 
     solver: SvdSolver = SvdSolver.gram
 
@@ -254,25 +259,25 @@ class SvdConfig(SamplerConfig):
 @sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
 @dataclass
 class ImportanceConfig(SamplerConfig):
-    """Singular vectors drawn without replacement, weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
+    """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
 
-    power: float = 1.0
+    power: float = number(1.0, above=0, at_most=100)
 
 
 @sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
 @dataclass
 class RandomizedSvdConfig(SamplerConfig):
-    """Block power iteration from the basis in use: ``rounds`` of it, two more at the first draw."""
+    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
 
-    rounds: int = 2
+    rounds: int = number(2, at_least=1, at_most=100)
 
 
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
 @dataclass
 class MixtureConfig(SamplerConfig):
-    """The dominant singular vectors for ``principal_fraction`` of the rank, the rest haar outside them."""
+    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
 
-    principal_fraction: float = 0.5
+    principal_fraction: float = number(0.5, at_least=0, at_most=1)
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -284,25 +289,25 @@ class HaarConfig(SamplerConfig):
 @sampler("gaussian", "rsotrain.subspace.random_bases:gaussian_sampler")
 @dataclass
 class GaussianConfig(SamplerConfig):
-    """Independent N(0, 1/rank) entries: not orthonormal, E[PPᵀ] = I."""
+    """A basis of independent N(0, 1/rank) entries, which is not orthonormal but has E[PPᵀ] = I."""
 
 
 @sampler("coordinate", "rsotrain.subspace.random_bases:coordinate_sampler")
 @dataclass
 class CoordinateConfig(SamplerConfig):
-    """Random axes."""
+    """A basis of random coordinate axes."""
 
 
 @sampler("topk_norm", "rsotrain.subspace.spectral:topk_norm_sampler")
 @dataclass
 class TopkNormConfig(SamplerConfig):
-    """The axes along which the gradient is largest."""
+    """The coordinate axes along which the gradient has the largest norm."""
 
 
 @sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")
 @dataclass
 class SRHTConfig(SamplerConfig):
-    """Random columns of a randomly signed Hadamard (times cosine) matrix; orthonormal."""
+    """Random columns of a Hadamard (times cosine) matrix with random signs; orthonormal."""
 
 
 class PCASolver(Enum):
@@ -313,14 +318,14 @@ class PCASolver(Enum):
 @sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
 @dataclass
 class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the weights' (OSD, arXiv 2408.12857).
+    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857).
 
-    ``lr``: peak rate of the basis, on the run's schedule. ``penalty``: λ, of ‖PᵀP − I‖_F².
-    ``orthonormalize``: also orthonormalise the basis after each step, as the paper does not.
+    ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
+    ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
     """
 
-    lr: float = 0.005
-    penalty: float = 0.1
+    lr: float = number(0.005, at_least=0, at_most=1000)
+    penalty: float = number(0.1, at_least=0, at_most=10**6)
     solver: PCASolver = PCASolver.adam
     orthonormalize: bool = False
 
@@ -328,6 +333,6 @@ class OnlinePCAConfig(SamplerConfig):
 @sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
 @dataclass
 class GoLoreConfig(SamplerConfig):
-    """svd, then haar in the last ``random_fraction`` of the steps (arXiv 2410.11289)."""
+    """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
 
-    random_fraction: float = 0.2
+    random_fraction: float = number(0.2, at_least=0, at_most=1)

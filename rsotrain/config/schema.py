@@ -1,7 +1,8 @@
 """The typed configuration: what the YAML files fill in and what the constructors receive.
 
 Imports neither torch nor Hydra, so that ``rsotrain --help`` stays quick and every class of the
-package can be built from a notebook. Ranges and cross-field rules are in ``validation.py``.
+package can be built from a notebook. A number's range stands with its field (``ranges.py``); what one
+setting demands of another is in the files ``rules*.py``.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,11 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
+from rsotrain.config.later import later
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
+from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
+from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
+from rsotrain.config.text import file_path
 
 
 class Mode(Enum):
@@ -70,75 +75,81 @@ class ActivationCheckpointing(Enum):
 
 
 @dataclass
-class ModelConfig:
-    """A LLaMA decoder. Field names are those of Hugging Face's ``LlamaConfig``.
+class RopeScalingConfig:
+    """How rotary angles are scaled, as ``rope_scaling`` in Hugging Face's configurations.
 
-    ``init_from``: a Hugging Face folder whose weights to start from. ``pad_vocab_to_multiple_of``: rows
-    without a token that round the vocabulary up, for the speed of the matrix products.
+    ``rope_type``: default (not at all), linear or llama3; ``rsotrain.models.rope`` has the list, and which of
+    the other fields each of them reads.
+    """
+
+    rope_type: str = "default"
+    factor: float | None = number(None, above=0, at_most=10**6)
+    low_freq_factor: float | None = number(None, above=0, at_most=10**6)
+    high_freq_factor: float | None = number(None, above=0, at_most=10**6)
+    original_max_position_embeddings: int | None = number(None, above=0, at_most=10**8)
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA decoder and its variations. Field names are those of Hugging Face's configurations.
+
+    ``head_dim``: null: hidden_size / num_attention_heads. ``attention_bias``: on q, k, v and o;
+    ``qkv_bias``: on q, k and v only, as Qwen2; ``mlp_bias``: on gate, up and down. ``qk_norm``: RMSNorm of
+    each query and key before the rotary embedding, as Qwen3. ``block``, ``attention``, ``mlp``: names in
+    ``rsotrain.models.parts``. ``init_from``: a Hugging Face folder whose weights to start from.
+    ``pad_vocab_to_multiple_of``: rows without a token that round the vocabulary up, for the speed of the
+    matrix products.
     """
 
     name: str = MISSING
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int | None = None  # null: as many as attention heads
-    max_position_embeddings: int = 1024
-    vocab_size: int | None = None  # null: the tokenizer's
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    hidden_size: int = number(above=0, at_most=10**6)
+    intermediate_size: int = number(above=0, at_most=SIZE)
+    num_hidden_layers: int = number(above=0, at_most=10**4)
+    num_attention_heads: int = number(above=0, at_most=10**5)
+    num_key_value_heads: int | None = number(None, above=0, at_most=10**5)  # null: as many as attention heads
+    head_dim: int | None = later(number(None, above=0, at_most=10**5))
+    max_position_embeddings: int = number(1024, above=0, at_most=10**8)
+    vocab_size: int | None = number(None, above=0, at_most=SIZE)  # null: the tokenizer's
+    rope_theta: float = number(10000.0, above=0, at_most=FACTOR)
+    rope_scaling: RopeScalingConfig = later(field(default_factory=RopeScalingConfig))
+    rms_norm_eps: float = number(1e-6, at_least=SMALL, at_most=1)
+    initializer_range: float = number(0.02, at_least=0, at_most=100)
     tie_word_embeddings: bool = False
-    pad_vocab_to_multiple_of: int | None = None
-    init_from: str | None = None
+    attention_bias: bool = later(False)
+    qkv_bias: bool = later(False)
+    mlp_bias: bool = later(False)
+    qk_norm: bool = later(False)
+    block: str = later("pre_norm")
+    attention: str = later("causal")
+    mlp: str = later("swiglu")
+    pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
+    init_from: str | None = file_path(None)
 
     @property
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def head_size(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Rows of q_proj, and columns of o_proj."""
+        return self.head_size * self.num_attention_heads
+
+    @property
     def kv_size(self) -> int:
         """Rows of k_proj and of v_proj."""
-        return self.hidden_size // self.num_attention_heads * self.kv_heads
+        return self.head_size * self.kv_heads
+
+
+# Fields of ModelConfig that a Hugging Face folder does not tell; model=pretrained takes all others from it.
+FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from")
 
 
 # --- the rest ----------------------------------------------------------------------------------
-
-
-@dataclass
-class LRSchedulerConfig:
-    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
-
-    name: str = MISSING
-    warmup_fraction: float = 0.1
-    warmup_steps: int | None = None
-
-
-@dataclass
-class ConstantConfig(LRSchedulerConfig):
-    """The peak rate to the end."""
-
-
-@dataclass
-class CosineConfig(LRSchedulerConfig):
-    """A half cosine down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = 0.1
-
-
-@dataclass
-class LinearConfig(LRSchedulerConfig):
-    """A straight line down to ``min_ratio`` of the peak at the last step."""
-
-    min_ratio: float = 0.0
-
-
-@dataclass
-class WSDConfig(LRSchedulerConfig):
-    """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
-
-    decay_fraction: float = 0.2
-    min_ratio: float = 0.0
 
 
 class Strategy(Enum):
@@ -159,9 +170,9 @@ class ParallelismConfig:
     others in one collective before it gives them up."""
 
     strategy: Strategy = Strategy.single
-    world_size: int | None = None
-    shard_size: int | None = None
-    timeout_seconds: float = 300.0
+    world_size: int | None = number(None, above=0, at_most=10**5)
+    shard_size: int | None = number(None, above=0, at_most=10**5)
+    timeout_seconds: float = number(300.0, at_least=1, at_most=10**6)
 
 
 class LoadWhat(Enum):
@@ -177,7 +188,7 @@ class CheckpointConfig:
     ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
     Hugging Face folder then; null: this run's newest."""
 
-    path: str | None = None
+    path: str | None = file_path(None)
     load: LoadWhat = LoadWhat.all
 
 
@@ -208,7 +219,7 @@ class LoggerConfig:
     wandb_entity: str | None = None
     wandb_group: str | None = None
     wandb_tags: list[str] = field(default_factory=list)
-    wandb_init_timeout_seconds: float = 30.0
+    wandb_init_timeout_seconds: float = number(30.0, above=0, at_most=10**5)
     progress: Progress = Progress.auto
 
 
@@ -221,7 +232,7 @@ class ReportConfig:
     by a multirun writes none.
     """
 
-    path: str | None = None
+    path: str | None = file_path(None)
     claims: bool = False
 
 
@@ -233,24 +244,24 @@ class Config:
     """
 
     mode: Mode = Mode.train
-    steps: int = MISSING
-    batch_size: int = MISSING  # sequences per optimizer step, all ranks
-    micro_batch_size: int | None = None  # sequences per forward pass and rank; null: all
-    seq_len: int = MISSING
-    seed: int = 0
+    steps: int = number(above=0, at_most=COUNT)
+    batch_size: int = number(above=0, at_most=10**6)  # sequences per optimizer step, all ranks
+    micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # per pass and rank; null: all
+    seq_len: int = number(above=0, at_most=10**8)
+    seed: int = number(0, at_least=0, at_most=COUNT)
     device: Device = Device.auto
     precision: Precision = Precision.bf16_mixed
-    grad_clip: float | None = None  # largest global gradient norm; null: no clipping
+    grad_clip: float | None = number(None, above=0, at_most=FACTOR)  # global norm of gradients; null: none
     compile: bool = False
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    eval_every: int | None = None  # steps; null: only at the end
-    save_every: int | None = None  # steps; null: only at the end
-    log_every: int = 10  # steps
-    keep_checkpoints: int = 2  # newest checkpoints kept
-    max_seconds: float | None = None
+    eval_every: int | None = number(None, above=0, at_most=COUNT)  # steps; null: only at the end
+    save_every: int | None = number(None, above=0, at_most=COUNT)  # steps; null: only at the end
+    log_every: int = number(10, above=0, at_most=COUNT)  # steps
+    keep_checkpoints: int = number(2, above=0, at_most=COUNT)  # newest checkpoints kept
+    max_seconds: float | None = number(None, above=0, at_most=FACTOR)
     run_name: str | None = None  # null: made from the settings
-    output_dir: str = "outputs"
-    cache_dir: str | None = None  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
+    output_dir: str = file_path("outputs")
+    cache_dir: str | None = file_path(None)  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
     overwrite: bool = False
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -288,12 +299,7 @@ SCHEMAS: dict[str, Mapping[str, type]] = {
         "sentencepiece": SentencePieceTokenizerConfig,
         "trained": TrainedTokenizerConfig,
     },
-    "lr_scheduler": {
-        "constant": ConstantConfig,
-        "cosine": CosineConfig,
-        "linear": LinearConfig,
-        "wsd": WSDConfig,
-    },
+    "lr_scheduler": SCHEDULES,
     "parallelism": {"parallelism": ParallelismConfig},
     "logger": {"logger": LoggerConfig},
 }

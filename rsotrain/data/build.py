@@ -15,7 +15,16 @@ from rsotrain.data.progress import documents_with_bar
 from rsotrain.data.sequences import PackedSequences, PaddedSequences, TrainingSequences
 from rsotrain.data.sources import open_corpora
 from rsotrain.data.tokenizer import Tokenizer
-from rsotrain.data.tokens import LAYOUT, TokenStream, open_tokens, write_spans, write_tokens
+from rsotrain.data.tokens import (
+    LAYOUT,
+    TokenStream,
+    check_spans,
+    check_tokens,
+    open_spans,
+    open_tokens,
+    write_spans,
+    write_tokens,
+)
 from rsotrain.errors import UserError
 
 ENCODED_CHARACTERS = 4_000_000  # at a time, on all cores; bounds memory
@@ -54,6 +63,7 @@ def build_data(
     than one sequence, for a vocabulary that the text cannot fill, and for a cache that cannot be written.
     """
     train, held_out = open_corpora(data, cache_dir)
+    _tell_notes(notify, train, held_out)
     model = build_tokenizer(tokenizer, train, cache_dir, notify, streaming=data.streaming)
     model.use_threads(data.workers)
     sequences: TrainingSequences
@@ -82,7 +92,14 @@ def build_validation(
 ) -> Cached:
     """The validation sequences of a configuration with a given tokenizer; raises as ``build_data``."""
     _, held_out = open_corpora(data, cache_dir)
+    _tell_notes(notify, held_out)
     return _cached(held_out, tokenizer, data, seq_len, cache_dir, notify, max_tokens)
+
+
+def _tell_notes(notify: Notify, *corpora: Corpus) -> None:
+    for note in dict.fromkeys(corpus.note for corpus in corpora):
+        if note is not None:
+            notify(f"warning: {note}")
 
 
 def _cached(
@@ -112,8 +129,10 @@ def _cached(
     def build(file: BinaryIO) -> Facts:
         return write_spans(file, stream, tokenizer.eos_id, prompt_lengths() if prompts else None)
 
-    path, _ = cached_file(cache_dir, "spans.npy", key, build, notify)
-    spans = open_tokens(path, {"num_tokens": stream.num_documents, "num_documents": 0, "num_bytes": 0}).ids
+    path, _ = cached_file(
+        cache_dir, "spans.npy", key, build, notify, lambda path, _: check_spans(path, stream)
+    )
+    spans = open_spans(path)
     sequences = PaddedSequences(stream.ids, seq_len, spans=spans, prompts=prompts, **keywords)
     if sequences.num_left_out:
         notify(f"warning: {corpus.name}: {sequences.num_left_out:,} prompts fill seq_len={seq_len}; left out")
@@ -147,5 +166,9 @@ def _tokens(
     key = {**corpus.key(), "tokenizer": tokenizer.fingerprint, "layout": LAYOUT}
     if max_tokens is not None:
         key["max_tokens"] = max_tokens
-    path, facts = cached_file(cache_dir, "tokens.npy", key, build, notify)
+
+    def check(path: Path, facts: Facts) -> None:
+        check_tokens(path, facts, tokenizer)
+
+    path, facts = cached_file(cache_dir, "tokens.npy", key, build, notify, check)
     return open_tokens(path, facts), key

@@ -10,8 +10,9 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.data.cache import Facts, cached_file
+from rsotrain.data.cache import BrokenFileError, Facts, cached_file
 from rsotrain.data.documents import Corpus, Notify, sample_texts
+from rsotrain.data.rows import reason
 from rsotrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
 from rsotrain.errors import UserError
@@ -60,7 +61,16 @@ def _trained(
         "max_training_bytes": config.max_training_bytes,
         "streaming": streaming,
     }
-    path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify)
+
+    def check(path: Path, _: Facts) -> None:
+        try:
+            found = SentencePieceTokenizer(path.read_bytes())
+        except UserError as error:
+            raise BrokenFileError("it is no SentencePiece model") from error
+        if found.vocab_size != config.vocab_size:
+            raise BrokenFileError(f"it has {found.vocab_size} pieces")
+
+    path, _ = cached_file(cache_dir, "tokenizers.model", settings, build, notify, check)
     return SentencePieceTokenizer(path.read_bytes())
 
 
@@ -75,14 +85,12 @@ def _read(path: Path, name: str) -> Tokenizer:
 def _fetch(config: HubTokenizerConfig) -> Path:
     """The file in the hub's own cache, downloaded where it is not there yet."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(config.repository, config.file, revision=config.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the hub, of the network below it, of its own checks: errors of every type
         raise UserError(
             f"tokenizer={config.name} needs {config.file} of {config.repository} from the Hugging Face hub,"
-            f" which cannot be had ({reason}); download it elsewhere and give it with"
+            f" which cannot be had ({reason(error)}); download it elsewhere and give it with"
             " tokenizer=sentencepiece tokenizer.path=…"
         ) from error

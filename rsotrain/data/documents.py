@@ -8,7 +8,7 @@ from enum import Enum
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
-from rsotrain.data.readers import BadRow, Position, Row
+from rsotrain.data.rows import BadRow, Position, Row, names, value_of
 from rsotrain.errors import UserError
 
 Notify = Callable[[str], None]
@@ -36,6 +36,8 @@ class Fields(Protocol):
 
 @dataclass(frozen=True)
 class TextField:
+    """``name``: of the field, or ``outer.inner`` for one inside another."""
+
     name: str
 
     @property
@@ -55,20 +57,25 @@ class InstructionFields:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        return tuple(dict.fromkeys([self.response, *names]))
+        inserted = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        return tuple(dict.fromkeys([self.response, *inserted]))
 
     def __call__(self, row: Row, where: str) -> Document:
-        values = {name: _string(row, name, where, "data.prompt_template") for name in self.columns[1:]}
-        response = _string(row, self.response, where, "data.response_field")
-        return Document(response, self.template.format(**values))
+        prompt = []
+        for text, name, _, _ in string.Formatter().parse(self.template):
+            prompt.append(text)
+            if name is not None:  # which may be that of a field inside another
+                prompt.append(_string(row, name, where, "data.prompt_template"))
+        return Document(_string(row, self.response, where, "data.response_field"), "".join(prompt))
 
 
 def _string(row: Row, name: str, where: str, key: str) -> str:
-    if name not in row:
-        fields = ", ".join(sorted(row)) or "none"
-        raise BadRow(f"{where} has no field {name!r} (its fields: {fields}); give the right one with {key}=…")
-    text = row[name]
+    try:
+        text = value_of(row, name)
+    except KeyError as error:
+        raise BadRow(
+            f"{where} has no field {name!r} (its fields: {names(row)}); give the right one with {key}=…"
+        ) from error
     if not isinstance(text, str):
         raise BadRow(f"{where} has a {type(text).__name__} in the field {name!r}; make it a string")
     try:
@@ -127,7 +134,7 @@ class Corpus:
     """Shards in order, and what of them is a document.
 
     ``remote``: the shards come over a network, so none should be read twice. ``fingerprint``: of the
-    bytes, or of whatever else determines them.
+    bytes, or of whatever else determines them. ``note``: what a user should hear of before it is read.
     """
 
     name: str
@@ -139,6 +146,7 @@ class Corpus:
     max_bad_rows: int = 0
     remote: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
 
     def key(self) -> dict[str, Any]:
         """All that determines the documents, for the key of a cached file."""

@@ -5,7 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsotrain.data.cache import cached_file, hash_file
+from rsotrain.data.cache import BrokenFileError, cached_file, hash_file
+from rsotrain.data.finding import shown
+from rsotrain.data.rows import reason
 from rsotrain.errors import UserError
 
 REMEMBERED_BYTES = 64 * 2**20  # hashing less is quicker than asking whether it has been done
@@ -24,7 +26,7 @@ def files_fingerprint(files: Sequence[Path], cache_dir: Path, *, whole: bool) ->
         try:
             hashes.append(_hash(file, cache_dir) if whole else _hash_ends(file))
         except OSError as error:
-            raise UserError(f"the data file {file} cannot be read ({error.strerror})") from error
+            raise UserError(f"the data file {shown(file)} cannot be read ({reason(error)})") from error
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -38,7 +40,12 @@ def _hash(file: Path, cache_dir: Path) -> str:
     def build(out: object) -> dict[str, str]:
         return {"sha256": hash_file(file)}
 
-    _, facts = cached_file(cache_dir, "hashes.sha256", {"file": json.dumps(what)}, build, lambda _: None)
+    def check(_: Path, facts: dict[str, object]) -> None:
+        if not isinstance(facts.get("sha256"), str):
+            raise BrokenFileError("its description is damaged")
+
+    settings = {"file": json.dumps(what)}
+    _, facts = cached_file(cache_dir, "hashes.sha256", settings, build, lambda _: None, check)
     return facts["sha256"]
 
 

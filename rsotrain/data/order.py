@@ -1,4 +1,7 @@
-"""The order of sequences: a pure function of (seed, step, batch size) with no state to save.
+"""The order of sequences: a pure function of (seed, position) with no state to save.
+
+The position is the number of sequences that training has taken, so that a run goes on with the next one
+whatever its batches were and will be.
 
 Each epoch is a permutation of [0, n) that is computed element by element, so that neither a table of
 n entries nor a replay of earlier steps is needed: a Feistel network permutes the numbers of as many bits
@@ -22,23 +25,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class FileOrder:
     """The sequences as they come, again from the first after the last; without end where that is null.
 
-    Then the indices are the places of the sequences in a stream: step · batch_size + place in the batch.
+    Then the index of a sequence is its position in a stream.
     """
 
     def __init__(self, num_sequences: int | None) -> None:
         self.num_sequences = num_sequences
 
-    def indices(self, step: int, batch_size: int) -> np.ndarray:
-        """The sequences of the 0-based optimizer step ``step``: int64, shape (batch_size,)."""
-        places = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """The ``count`` sequences from ``position`` on: int64, shape (count,)."""
+        places = np.arange(position, position + count, dtype=np.int64)
         return places if self.num_sequences is None else places % self.num_sequences
 
 
 class SequenceOrder:
     """Every sequence exactly once per epoch, in an order that differs by seed and by epoch.
 
-    The batches of one size, laid end to end, are the epochs laid end to end, whatever that size is;
-    the last batch of an epoch is filled up from the next one.
+    The batches, laid end to end, are the epochs laid end to end, whatever size each batch has; the last
+    batch of an epoch is filled up from the next one.
     """
 
     def __init__(self, num_sequences: int, seed: int) -> None:
@@ -51,14 +54,14 @@ class SequenceOrder:
         golden_ratio = np.uint64(0x9E3779B97F4A7C15)  # keeps seed 0 off the fixed point of _mix
         self._seed_key = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64) + golden_ratio)
 
-    def indices(self, step: int, batch_size: int) -> np.ndarray:
-        """The sequences of the 0-based optimizer step ``step``: int64, shape (batch_size,).
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """The ``count`` sequences from ``position`` on: int64, shape (count,).
 
-        Time and memory are proportional to ``batch_size``.
+        Time and memory are proportional to ``count``.
         """
-        assert step >= 0
-        assert batch_size > 0
-        positions = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
+        assert position >= 0
+        assert count > 0
+        positions = np.uint64(position) + np.arange(count, dtype=np.uint64)
         n = np.uint64(self.num_sequences)
         epoch_keys = _mix(self._seed_key ^ _mix(positions // n + np.uint64(1)))
         keys = _mix(epoch_keys + np.arange(NUM_ROUNDS, dtype=np.uint64)[:, None])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rsotrain.config.data import Packing
 from rsotrain.data.order import FileOrder, SequenceOrder
 from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.errors import UserError
@@ -22,7 +23,8 @@ Decode = Callable[[Sequence[int]], str]
 class TrainingSequences(Protocol):
     """What a trainer reads; sequences are numbered, and any of them can be asked for at any time.
 
-    A rank of several asks for its share of ``order(seed).indices(step, batch_size)``.
+    A rank of several asks for its share of ``order(seed).indices(position, batch_size)``, where the
+    position is the number of sequences that all ranks have taken.
     """
 
     seq_len: int
@@ -32,13 +34,29 @@ class TrainingSequences(Protocol):
     def batch(self, indices: np.ndarray) -> Batch:
         """Inputs and targets, both int64, shape (len(indices), seq_len); IGNORE_INDEX is no target."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs beside the step, as JSON can hold it; nothing for cached tokens.
+    def sequences_per_epoch(self) -> int:
+        """How many sequences an epoch has.
+
+        Raises UserError where that is known only after reading it.
+        """
+
+    def order_settings(self) -> dict[str, int | bool | str]:
+        """What the order depends on, beside the documents, the tokenizer, ``seq_len`` and the seed."""
+
+    def position_after(self, sequences: int, seq_len: int) -> int:
+        """Where to go on after ``sequences`` of ``seq_len`` tokens have been taken.
+
+        With another ``seq_len`` than now that is the first sequence which has not been seen whole.
+        """
+
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What going on from ``position`` takes beside it, as JSON can hold it; nothing for cached tokens.
 
         Of several ranks each has a part, which ``merged_states`` puts together.
         """
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], position: int) -> None:
+        """Go on from ``position``, of which ``state`` is."""
 
     def close(self) -> None: ...
 
@@ -68,10 +86,13 @@ class CachedSequences(ABC):
     """What both kinds share: the stream, the order, and no state.
 
     Attributes:
+        packing: which of the kinds.
         tokens: one-dimensional, unsigned integers; may be memory-mapped.
         num_bytes: UTF-8 bytes of the text that the stream encodes.
         vocab_size: every token is less than this.
     """
+
+    packing: Packing
 
     def __init__(
         self,
@@ -91,18 +112,37 @@ class CachedSequences(ABC):
         self.shuffle = shuffle
         self.name = name
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Sequences to train on."""
+        """Sequences to train on, those of an epoch."""
+        return self.num_sequences(self.seq_len)
+
+    def sequences_per_epoch(self) -> int:
+        return len(self)
+
+    @abstractmethod
+    def num_sequences(self, seq_len: int) -> int:
+        """As many as there would be with sequences of ``seq_len``."""
+
+    @abstractmethod
+    def _sequences_in(self, sequences: int, seq_len: int) -> int:
+        """The sequences that lie wholly in the first ``sequences`` of ``seq_len``."""
 
     def order(self, seed: int) -> FileOrder | SequenceOrder:
         return SequenceOrder(len(self), seed) if self.shuffle else FileOrder(len(self))
 
-    def state_dict(self) -> dict[str, Any]:
+    def order_settings(self) -> dict[str, int | bool | str]:
+        return {"packing": self.packing.name, "shuffle": self.shuffle, "streaming": False}
+
+    def position_after(self, sequences: int, seq_len: int) -> int:
+        """As many epochs, and in the last one as many tokens or documents."""
+        epochs, rest = divmod(sequences, max(1, self.num_sequences(seq_len)))
+        return epochs * len(self) + self._sequences_in(rest, seq_len)
+
+    def state_dict(self, position: int) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Nothing is taken up, of a streamed run neither: the order depends on the step alone."""
+    def load_state_dict(self, state: dict[str, Any], position: int) -> None:  # noqa: B027
+        """Nothing is taken up, of a streamed run neither: the order depends on the position alone."""
 
     def close(self) -> None:  # noqa: B027, what others have to do
         """Nothing is held open but the mapped file."""
@@ -117,6 +157,8 @@ class PackedSequences(CachedSequences):
     Raises UserError, with ``name`` in the sentence, when the stream does not fill one sequence.
     """
 
+    packing = Packing.packed
+
     def __init__(self, tokens: np.ndarray, seq_len: int, **keywords: Any) -> None:
         super().__init__(tokens, seq_len, **keywords)
         if len(self) == 0:
@@ -125,9 +167,12 @@ class PackedSequences(CachedSequences):
                 f" {seq_len + 1}; give more text or a smaller seq_len"
             )
 
-    def __len__(self) -> int:
-        """Whole training sequences; what is left over at the end is evaluated but not trained on."""
-        return (self.num_tokens - 1) // self.seq_len
+    def num_sequences(self, seq_len: int) -> int:
+        """Whole ones; what is left over at the end is evaluated but not trained on."""
+        return (self.num_tokens - 1) // seq_len
+
+    def _sequences_in(self, sequences: int, seq_len: int) -> int:
+        return min(sequences * seq_len // self.seq_len, len(self))
 
     def batch(self, indices: np.ndarray) -> Batch:
         assert indices.size > 0
@@ -184,19 +229,27 @@ class PaddedSequences(CachedSequences):
     Raises UserError, with ``name`` in the sentence, when no document is left.
     """
 
+    packing = Packing.padded
+
     def __init__(
         self, tokens: np.ndarray, seq_len: int, *, spans: np.ndarray, prompts: bool = False, **keywords: Any
     ) -> None:
         super().__init__(tokens, seq_len, **keywords)
-        self.spans = spans[spans[:, 1] - spans[:, 0] < seq_len] if prompts else spans
+        self.prompt_lengths = spans[:, 1] - spans[:, 0] if prompts else None
+        self.spans = spans if self.prompt_lengths is None else spans[self.prompt_lengths < seq_len]
         self.num_left_out = len(spans) - len(self.spans)
         if len(self) == 0:
             raise UserError(
                 f"{self.name} has no document whose prompt leaves room in seq_len={seq_len}; raise it"
             )
 
-    def __len__(self) -> int:
-        return len(self.spans)
+    def num_sequences(self, seq_len: int) -> int:
+        if self.prompt_lengths is None:
+            return len(self.spans)
+        return int((self.prompt_lengths < seq_len).sum())
+
+    def _sequences_in(self, sequences: int, seq_len: int) -> int:
+        return min(sequences, len(self))
 
     def batch(self, indices: np.ndarray) -> Batch:
         assert indices.size > 0

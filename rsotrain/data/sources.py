@@ -13,9 +13,10 @@ from rsotrain.config.data import (
     SyntheticDataConfig,
 )
 from rsotrain.data.documents import Corpus, Fields, InstructionFields, Part, TextField
+from rsotrain.data.finding import file_stamp, find_files, folder_files, shown
 from rsotrain.data.fingerprint import files_fingerprint
-from rsotrain.data.hub import HubShard, HubSource, open_split
-from rsotrain.data.readers import FileShard, find_files, is_hidden
+from rsotrain.data.hub import HubShard, HubSource, folder_stamps, open_split
+from rsotrain.data.readers import FileShard
 from rsotrain.data.synthetic import SyntheticShard
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -90,15 +91,24 @@ def _files(
     is_read_whole: bool = False,
 ) -> Corpus:
     whole = is_read_whole or not data.streaming
+    # before the fingerprint, so that no change between it and the reading goes unseen
+    stamps = [file_stamp(file) for file in files]
+    empty = [file for file, (size, _) in zip(files, stamps, strict=True) if size == 0]
+    first = shown(files[0])
     return Corpus(
-        name=f"the data file {files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on",
-        shards=tuple(FileShard(file, fields.columns, sample_by) for file in files),
+        name=f"the data file {first}" if len(files) == 1 else f"the {len(files)} files from {first} on",
+        shards=tuple(
+            FileShard(file, fields.columns, sample_by, stamp)
+            for file, stamp in zip(files, stamps, strict=True)
+            if stamp[0] > 0
+        ),
         fields=fields,
         fingerprint=files_fingerprint(files, cache_dir, whole=whole),
         part=part,
         fraction=fraction,
         max_bad_rows=data.max_bad_rows,
         settings={"sample_by": sample_by.name, "max_bad_rows": data.max_bad_rows},
+        note=f"{len(empty)} of {len(files)} files are empty ({shown(empty[0])})" if empty else None,
     )
 
 
@@ -129,14 +139,17 @@ def _hub(
     part: Part = Part.whole,
     fraction: float = 0.0,
 ) -> Corpus:
+    stamps = folder_stamps(source)  # before anything is read, so that no change goes unseen
     num_shards = open_split(source).num_shards
     fingerprint = f"{source!r} {num_shards}"
-    if (folder := Path(source.repository)).is_dir():  # whose files change under the same name
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p, folder))
+    if (folder := source.folder) is not None:  # whose files change under the same name
+        files = folder_files(folder, "data.name")
         fingerprint += files_fingerprint(files, cache_dir, whole=False)
     return Corpus(
         name=source.name,
-        shards=tuple(HubShard(source, i, num_shards, (text_field,)) for i in range(num_shards)),
+        shards=tuple(
+            HubShard(source, i, num_shards, (text_field,), stamps=stamps) for i in range(num_shards)
+        ),
         fields=TextField(text_field),
         fingerprint=fingerprint,
         part=part,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsotrain.data.readers import BadRow, Position, Row
+from rsotrain.data.rows import BadRow, Position, Row
 
 WORDS_PER_LINE = 12
 

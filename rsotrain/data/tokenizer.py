@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -15,7 +15,12 @@ from rsotrain.config.data import TrainedTokenizerConfig
 from rsotrain.errors import UserError
 
 PIECE_CHARACTERS = 4096  # longest string shown to the trainer
+PIECES_WITHOUT_TEXT = 259  # three special ones and the bytes
+_NO_CHARACTERS = re.compile(
+    r"\[\(?all_chars_count|\[!required_chars_\.empty\(\)\]"
+)  # of SentencePiece's errors
 SPACE_MARK = "\u2581"  # SentencePiece writes a space so, and would read the character itself as a space
+WORD = 3  # TrainerSpec.ModelType
 
 
 class Tokenizer(Protocol):
@@ -58,7 +63,7 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # ValueError: a message that is not UTF-8
             raise UserError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
@@ -100,16 +105,27 @@ class SentencePieceTokenizer:
         return np.array([self._processor.piece_to_id(piece) for piece in pieces], np.int32)
 
     @cached_property
-    def _keeps_space_marks(self) -> bool:
-        """Whether the character can be spelled in bytes, and texts be encoded in parts around it."""
-        if self.unk_id in self._space_mark_ids:
+    def proto(self) -> Any:
+        """The model as ``sentencepiece_model_pb2.ModelProto``."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self.model)
+
+    @cached_property
+    def keeps_space_marks(self) -> bool:
+        """Whether the character can be spelled in bytes, and texts be encoded in parts around it.
+
+        Not where a character map says what becomes of it, nor where words are found by it.
+        """
+        by_words = self.proto.trainer_spec.model_type == WORD
+        if self.unk_id in self._space_mark_ids or by_words or self.proto.normalizer_spec.precompiled_charsmap:
             return False
         return self.decode(self._encode_space_marks(f" a{SPACE_MARK} a")) == f" a{SPACE_MARK} a"
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         ids = self._processor.encode(texts, return_type="numpy", num_threads=self.num_threads)
         for i, text in enumerate(texts):
-            if SPACE_MARK in text and self._keeps_space_marks:
+            if SPACE_MARK in text and self.keeps_space_marks:
                 ids[i] = self._encode_space_marks(text)
         return ids
 
@@ -117,6 +133,11 @@ class SentencePieceTokenizer:
         """As ``encode``, with each character U+2581 as its three bytes."""
         first, *rest = self._processor.encode(text.split(SPACE_MARK), return_type="numpy")
         return np.concatenate([first, *(ids for part in rest for ids in (self._space_mark_ids, part))])
+
+    def encode_by_pieces(self, texts: list[str]) -> list[list[int]]:
+        """As the ``SentencePieceBackend`` of transformers: the ids of the pieces that a text is cut into."""
+        cut = self._processor.encode(texts, out_type=str, num_threads=self.num_threads)
+        return [[self._processor.piece_to_id(piece) for piece in pieces] for pieces in cut]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -143,7 +164,8 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
     """A serialised model with byte fallback; the same one for the same texts and settings.
 
     unk 0, bos 1, eos 2, then the 256 bytes; digits are split; nothing is normalised, no space is added or
-    removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them.
+    removed. Raises UserError when the texts cannot fill ``vocab_size`` pieces, or do not fit into them, with
+    the number that would do.
     """
     model = io.BytesIO()
     try:
@@ -167,22 +189,26 @@ def train_tokenizer(texts: Iterable[str], config: TrainedTokenizerConfig) -> byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        if "sentences_.empty()" in str(error):
+        reason = str(error)
+        if "sentences_.empty()" in reason:
             raise UserError(
                 f"tokenizer.max_training_bytes={config.max_training_bytes} leaves no text to train on;"
                 " raise it, or give other documents"
             ) from error
-        if "too high" in str(error):
-            largest = re.search(r"<= (\d+)", str(error))
-            at_most = f" (at most {largest[1]})" if largest else ""
+        largest = re.search(r"too high .* <= (\d+)", reason)
+        if _NO_CHARACTERS.search(reason) or (largest and int(largest[1]) <= PIECES_WITHOUT_TEXT):
             raise UserError(
-                f"tokenizer.vocab_size={config.vocab_size} is more than the training text can fill{at_most};"
-                " give a smaller one, or more text"
+                "the training text has no characters that a tokenizer could learn; give other documents"
             ) from error
-        if "required_chars" in str(error):
+        if largest:
+            raise UserError(
+                f"tokenizer.vocab_size={config.vocab_size} is more than the training text can fill (at most"
+                f" {largest[1]}); give a smaller one, or more text"
+            ) from error
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", reason):
             raise UserError(
                 f"tokenizer.vocab_size={config.vocab_size} is too small for the characters of the training"
-                " text; raise it, or lower tokenizer.character_coverage"
+                f" text, which take {needed[1]} pieces; raise it, or lower tokenizer.character_coverage"
             ) from error
         raise
     return model.getvalue()

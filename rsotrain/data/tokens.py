@@ -9,11 +9,11 @@ token of the first document something to be predicted from. So a text is generat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rsotrain.data.cache import Facts
+from rsotrain.data.cache import BrokenFileError, Facts
 from rsotrain.data.documents import Document
 from rsotrain.data.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def write_tokens(
     Memory holds one batch at a time: the header is written again once the length is known. ``max_tokens``:
     stop after the batch that reaches as many.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype = _dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], np.int32)
     _write_header(file, dtype, 0)
     data_start = file.tell()
@@ -102,6 +102,45 @@ def _write_header(file: BinaryIO, dtype: np.dtype, shape: int | tuple[int, ...])
 
 def open_tokens(path: Path, facts: Facts) -> TokenStream:
     """Map a file of ``write_tokens`` into memory; ``facts`` is what that returned."""
-    ids = np.asarray(np.load(path, mmap_mode="r"))  # slices of a plain array cost a tenth of a memmap's
-    assert len(ids) == facts["num_tokens"]
-    return TokenStream(ids, facts["num_documents"], facts["num_bytes"])
+    return TokenStream(_mapped(path), facts["num_documents"], facts["num_bytes"])
+
+
+def check_tokens(path: Path, facts: Facts, tokenizer: Tokenizer) -> None:
+    """Raise BrokenFileError for what ``write_tokens`` cannot have written."""
+    ids = _mapped(path)
+    counts: list[Any] = [facts.get(name) for name in ("num_tokens", "num_documents", "num_bytes")]
+    _require(ids.ndim == 1 and ids.dtype == _dtype(tokenizer), "it holds no tokens")
+    _require(all(type(count) is int and count > 0 for count in counts), "its description is damaged")
+    _require(len(ids) == counts[0] > counts[1], "it has not as many tokens as its description says")
+    largest = max(int(ids[i : i + SCAN_TOKENS].max()) for i in range(0, len(ids), SCAN_TOKENS))
+    _require(largest < tokenizer.vocab_size, f"it holds a token {largest}, which the tokenizer has not")
+
+
+def open_spans(path: Path) -> np.ndarray:
+    """Map a file of ``write_spans`` into memory."""
+    return _mapped(path)
+
+
+def check_spans(path: Path, stream: TokenStream) -> None:
+    """Raise BrokenFileError for what ``write_spans`` cannot have written for ``stream``."""
+    spans = _mapped(path)
+    _require(spans.dtype == np.int64 and spans.shape == (stream.num_documents, 3), "it holds no spans")
+    starts, prompts, ends = spans.T
+    in_order = (starts <= prompts).all() and (prompts <= ends).all() and (ends[:-1] < starts[1:]).all()
+    _require(bool(in_order) and starts[0] >= 1 and ends[-1] < len(stream.ids), "its spans lie elsewhere")
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))  # slices of a plain array cost a tenth of a memmap's
+    except (ValueError, EOFError, SyntaxError, TypeError, LookupError, OverflowError) as error:
+        raise BrokenFileError("it is no array") from error
+
+
+def _require(condition: bool, how: str) -> None:
+    if not condition:
+        raise BrokenFileError(how)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)

@@ -1,7 +1,7 @@
 """Is the data there? What can be said of it before any of it is read."""
 
 from rsotrain.config.data import C4DataConfig, DataConfig, FilesDataConfig, InstructionsDataConfig
-from rsotrain.data.readers import TEXT_SUFFIXES, data_suffix, find_files
+from rsotrain.data.finding import TEXT_SUFFIXES, data_suffix, find_files
 from rsotrain.errors import require
 
 

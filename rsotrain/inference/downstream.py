@@ -16,6 +16,8 @@ def evaluate_tasks(trained: TrainedModel, config: EvaluationConfig, device: torc
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
+
+        from rsotrain.inference.lm_eval_model import SeparatorFirst
     except ImportError as error:
         raise UserError(
             "evaluation.tasks needs lm-eval, which is not installed: pip install 'rsotrain[eval]'"
@@ -28,18 +30,17 @@ def evaluate_tasks(trained: TrainedModel, config: EvaluationConfig, device: torc
     with tempfile.TemporaryDirectory() as folder:
         export_huggingface(trained, Path(folder))
         scores = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={
-                "pretrained": folder,
-                "dtype": str(trained.dtype).removeprefix("torch."),
-                "add_bos_token": True,
-                "max_length": trained.config.max_position_embeddings,
-            },
+            model=SeparatorFirst(
+                pretrained=folder,
+                dtype=str(trained.dtype).removeprefix("torch."),
+                add_bos_token=True,
+                max_length=trained.config.max_position_embeddings,
+                batch_size=config.micro_batch_size or 8,
+                device=str(device),
+            ),
             tasks=list(config.tasks),
             num_fewshot=config.num_fewshot,
             limit=config.task_limit,
-            batch_size=config.micro_batch_size or 8,
-            device=str(device),
             task_manager=manager,
             bootstrap_iters=0,
             log_samples=False,

@@ -1,23 +1,38 @@
 """A trained model as the folder that ``transformers`` loads: config.json, safetensors, tokenizer files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from rsotrain.data.tokenizer import SentencePieceTokenizer
-from rsotrain.data.tokenizer_json import to_tokenizer_json
+from rsotrain.data.tokenizer_export import decodes_bytes_elsewhere, huggingface_files
+from rsotrain.data.tokenizer_huggingface import MAIN_FILE, OTHER_FILES, SENTENCEPIECE_FILES
 from rsotrain.inference.trained_model import TrainedModel
-from rsotrain.models.huggingface_config import write_config
+from rsotrain.models.huggingface_config import family_of, write_config
 from rsotrain.models.pretrained import save_weights
 
 
-def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def export_huggingface(
+    trained: TrainedModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    notify: Callable[[str], None] = print,
+) -> None:
     """Write ``trained`` into ``folder``, in ``dtype`` or that of its file.
 
-    ``AutoModelForCausalLM`` gives the same logits. Texts begin with the separator here, so it is the bos
-    token as well as the eos token there. Raises OSError where the folder cannot be written.
+    ``AutoModelForCausalLM`` gives the same logits, ``AutoTokenizer`` the same ids. Texts begin with the
+    separator here, so it is the bos token as well as the eos token there. Raises OSError where the folder
+    cannot be written, and UserError, nothing written, for a model that no class of ``transformers`` is, or a
+    tokenizer that it cannot run.
     """
+    family_of(trained.config)
+    tokenizer_files = huggingface_files(trained.tokenizer, trained.config.max_position_embeddings)
+    if not decodes_bytes_elsewhere(tokenizer_files):
+        notify(
+            "warning: transformers encodes texts with this tokenizer as they are here, but shows bytes as"
+            " <0x0A> when it decodes; decode with the sentencepiece package and tokenizer.model"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or trained.dtype
     tensors = {name: p.detach().cpu().to(dtype) for name, p in trained.model.named_parameters()}
@@ -26,9 +41,13 @@ def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype |
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     save_weights(folder, tensors)
-    for name, content in _tokenizer_files(trained).items():
+    for name in (MAIN_FILE, *SENTENCEPIECE_FILES, *OTHER_FILES):
+        (folder / name).unlink(missing_ok=True)  # what another tokenizer may have left
+    for name, content in tokenizer_files.items():
         (folder / name).write_bytes(content)
     eos = trained.tokenizer.eos_id
+    generation = {"bos_token_id": eos, "eos_token_id": eos}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     write_config(
         folder,
         trained.config,
@@ -37,24 +56,3 @@ def export_huggingface(trained: TrainedModel, folder: Path, dtype: torch.dtype |
         eos_id=eos,
         bos_id=eos,
     )
-
-
-def _tokenizer_files(trained: TrainedModel) -> dict[str, bytes]:
-    tokenizer = trained.tokenizer
-    files = dict(tokenizer.files)
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return files
-    described = to_tokenizer_json(tokenizer.model)
-    eos = tokenizer.piece(tokenizer.eos_id)
-    configuration = {
-        "tokenizer_class": "LlamaTokenizer" if described is None else "PreTrainedTokenizerFast",
-        "bos_token": eos,
-        "eos_token": eos,
-        "unk_token": tokenizer.piece(tokenizer.unk_id),
-        "model_max_length": trained.config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }
-    if described is not None:
-        files["tokenizer.json"] = described.encode()
-    files["tokenizer_config.json"] = (json.dumps(configuration, indent=2) + "\n").encode()
-    return files

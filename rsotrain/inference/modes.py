@@ -18,6 +18,7 @@ from rsotrain.inference.trained_model import TrainedModel, open_trained
 from rsotrain.models.generation import generate_texts
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.tracking.display import print_result_table
+from rsotrain.tracking.escaping import for_terminal, print_line
 from rsotrain.training.evaluation import evaluate
 
 
@@ -40,7 +41,12 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         )
     limit = config.evaluation.max_tokens
     validation = build_validation(
-        config.data, trained.tokenizer, seq_len=seq_len, cache_dir=cache_dir, notify=print, max_tokens=limit
+        config.data,
+        trained.tokenizer,
+        seq_len=seq_len,
+        cache_dir=cache_dir,
+        notify=print_line,
+        max_tokens=limit,
     )
     trained.model.model.separator_id = trained.tokenizer.eos_id if config.data.document_mask else None
     num_targets = validation.num_targets(limit)
@@ -71,7 +77,7 @@ def _record(result: dict[str, Any], path: Path) -> None:
         with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(result)) + "\n")
     except OSError as error:  # somebody else's run, perhaps; the result is on the screen
-        print(f"warning: {path} cannot be written ({reason(error)})")
+        print_line(f"warning: {path} cannot be written ({reason(error)})")
 
 
 def generate_mode(config: Config) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def generate_mode(config: Config) -> dict[str, Any]:
         seed=config.seed,
     )
     for prompt, text in samples:
-        print(f"--- {prompt!r}\n{prompt}{text}")
+        print(for_terminal(f"--- {prompt!r}\n{prompt}{text}", keep="\n\t"))
     return {"model": str(trained.path), "samples": [list(sample) for sample in samples]}
 
 
@@ -111,7 +117,7 @@ def export_mode(config: Config) -> dict[str, Any]:
         export_huggingface(trained, folder, None if dtype is None else DTYPES[dtype])
     except OSError as error:
         raise UserError(f"export.path={folder} cannot be written ({error.strerror or error})") from error
-    print(f"{trained.path} is now a Hugging Face folder: {folder}")
+    print_line(f"{trained.path} is now a Hugging Face folder: {folder}")
     return {"model": str(trained.path), "path": str(folder)}
 
 

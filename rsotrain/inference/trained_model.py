@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsotrain.checkpoints.files import list_checkpoints, load_checkpoint
+from rsotrain.config.keys import from_plain
 from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.files import read_yaml
 from rsotrain.models.build import build_model
+from rsotrain.models.fit import first_difference
 from rsotrain.models.llama import Llama
-from rsotrain.models.pretrained import load_weights, read_huggingface
+from rsotrain.models.pretrained import EMBEDDING, read_huggingface
 from rsotrain.tracking.run_files import CONFIG
 
 
@@ -69,36 +72,37 @@ def _from_huggingface(path: Path, device: torch.device, precision: Precision) ->
     folder = read_huggingface(path)
     tokenizer = load_tokenizer(path)
     assert folder.config.vocab_size is not None
+    config = dataclasses.replace(folder.config, init_from=str(path))
     model = build_model(
-        folder.config, vocab_size=folder.config.vocab_size, precision=precision, device=device, seed=0
+        config, vocab_size=folder.config.vocab_size, precision=precision, device=device, seed=0
     )
-    load_weights(model, folder)
     return TrainedModel(path, model, folder.config, tokenizer, folder.dtype(), None)
 
 
 def _from_run(run: Path, checkpoint: Path, device: torch.device, precision: Precision) -> TrainedModel:
     settings = _settings(run)
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    values = {name: value for name, value in settings["model"].items() if name in names}
-    config = ModelConfig(**values | {"init_from": None})
+    config = _model_of(run, settings)
     tokenizer = load_tokenizer(run / TOKENIZER_FOLDER)
     try:
         tensors, _, record = load_checkpoint(checkpoint, torch.device("cpu"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{checkpoint} cannot be read ({error})") from error
-    vocab_size = tensors["model.embed_tokens.weight"].shape[0]
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or embedding.ndim != 2:
+        raise UserError(f"{checkpoint} holds no model: it has no {EMBEDDING} with a row for each token")
     mask = settings["data"].get("document_mask", False)
-    model = build_model(
+    build = partial(
+        build_model,
         config,
-        vocab_size=vocab_size,
+        vocab_size=embedding.shape[0],
         precision=precision,
-        device=device,
         seed=0,
         separator_id=tokenizer.eos_id if mask else None,
     )
-    _copy(tensors, model, checkpoint)
-    dtype = tensors["model.embed_tokens.weight"].dtype
-    return TrainedModel(checkpoint, model, config, tokenizer, dtype, record["step"])
+    _check(tensors, build(device=torch.device("meta")), checkpoint)
+    model = build(device=device)
+    _copy(tensors, model)
+    return TrainedModel(checkpoint, model, config, tokenizer, embedding.dtype, record["step"])
 
 
 def _settings(run: Path) -> dict[str, Any]:
@@ -111,11 +115,23 @@ def _settings(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / CONFIG} describes no run, so the model of {run} is not known") from error
 
 
+def _model_of(run: Path, settings: dict[str, Any]) -> ModelConfig:
+    try:
+        return dataclasses.replace(from_plain(ModelConfig, settings["model"]), init_from=None)
+    except ValueError as error:
+        raise UserError(f"the config.yaml of {run} describes no model: model.{error}") from error
+
+
+def _check(tensors: dict[str, Tensor], model: Llama, checkpoint: Path) -> None:
+    held = (dict(model.named_parameters()), tensors)
+    here, there = ({name: (tuple(t.shape), None) for name, t in named.items()} for named in held)
+    if difference := first_difference(here, there):
+        raise UserError(
+            f"{checkpoint} does not hold the model that its run's config.yaml describes: {difference}"
+        )
+
+
 @torch.no_grad()
-def _copy(tensors: dict[str, Tensor], model: Llama, checkpoint: Path) -> None:
-    parameters = dict(model.named_parameters())
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in parameters.items()}:
-        raise UserError(f"{checkpoint} does not hold the model that its run's config.yaml describes")
-    for name, parameter in parameters.items():
+def _copy(tensors: dict[str, Tensor], model: Llama) -> None:
+    for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])

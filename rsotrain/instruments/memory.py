@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rsotrain.parallel.sharding import local
 
@@ -41,17 +42,17 @@ def saved_activation_bytes(
     casts of parameters are. ``note`` gets each tensor that is kept and is no parameter.
     """
     saved = SavedBytes()
-    seen = {local(p).untyped_storage()._cdata for p in model.parameters()}
-    kept: list[torch.UntypedStorage] = []  # keeps addresses from being used again while we count
+    # Weak references: the hooks live until the backward pass has ended, and must not keep what it frees.
+    # While there is one to a storage, its address is not used again.
+    seen = {StorageWeakRef(local(p).untyped_storage()) for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, nn.Parameter):  # gathered by FSDP: its memory is not that of the shard
             return tensor
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(storage)
-            saved.total += storage.nbytes()
+        reference = StorageWeakRef(tensor.untyped_storage())
+        if reference not in seen:
+            seen.add(reference)
+            saved.total += tensor.untyped_storage().nbytes()
             note(tensor)
         return tensor
 

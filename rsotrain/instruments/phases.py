@@ -1,4 +1,4 @@
-"""What the training code tells whoever watches it: which phase of the step it is in.
+"""Phases of the training step, which a watcher can observe.
 
 Without a watcher a phase costs a function call.
 """
@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """Parts of a training step. refresh: the drawing of new bases, inside the optimizer's step."""
+    """Parts of a training step. refresh: sampling new bases, inside the optimizer step."""
 
     forward = "forward"
     backward = "backward"

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
-from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
-from rsotrain.models.llama import Llama, RMSNorm
-from rsotrain.models.pretrained import load_weights, read_huggingface
+from rsotrain.models.architecture import Kind, count_elements, weights_of
+from rsotrain.models.llama import Llama
+from rsotrain.models.pretrained import check_fit, load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
 
 PARAMETER_DTYPE = {
@@ -52,6 +53,8 @@ def build_model(
             separator_id=separator_id,
         ).to(PARAMETER_DTYPE[precision])
         model.tie_weights()
+    if config.init_from is not None and config.vocab_size == vocab_size:  # known already: before any work
+        check_fit(model, read_huggingface(Path(config.init_from).expanduser()))
     if device.type != "meta":
         materialize(model, device, seed)
     return model
@@ -65,22 +68,28 @@ def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:
     multiple = config.pad_vocab_to_multiple_of or 1
     size = config.vocab_size or -(-tokenizer_size // multiple) * multiple
     if size < tokenizer_size:
+        pretrained = config.init_from is not None
+        advice = "model.vocab_size=null adds untrained rows for the others" if pretrained else "leave it null"
         raise UserError(
-            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} pieces; leave it null"
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} pieces; {advice}"
         )
     return size
 
 
 def materialize(model: Llama, device: torch.device, seed: int) -> None:
     """Give a model on the meta device, sharded or not, memory on ``device`` and its initial weights."""
+    folder = None
+    if model.config.init_from is not None:
+        folder = read_huggingface(Path(model.config.init_from).expanduser())
+        check_fit(model, folder)  # before there is memory for what it may not be
     if any(shard_of(parameter).mesh is not None for parameter in model.parameters()):
         model.to_empty(device=device)
     else:
         _allocate(model, device)
     model.tie_weights()
     initialize(model, seed)
-    if model.config.init_from is not None:
-        load_weights(model, read_huggingface(Path(model.config.init_from).expanduser()))
+    if folder is not None:
+        load_weights(model, folder)
 
 
 def _allocate(model: Llama, device: torch.device) -> None:
@@ -93,21 +102,24 @@ def _allocate(model: Llama, device: torch.device) -> None:
 
 @torch.no_grad()
 def initialize(model: Llama, seed: int) -> None:
-    """Gains 1, every other weight normal with standard deviation ``initializer_range``.
+    """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the
     precision, the device or the number of ranks, and one weight at a time is whole.
     """
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                nn.init.ones_(local(parameter))
-            elif module is not model.lm_head or not model.config.tie_word_embeddings:
-                generator = torch.Generator().manual_seed(_seed_of(f"{name}.{parameter_name}", seed))
-                values = torch.empty(parameter.shape, dtype=torch.float32)
-                values.normal_(0.0, model.config.initializer_range, generator=generator)
-                local(parameter).copy_(shard_of(parameter).of(values))
+    parameters = dict(model.named_parameters())
+    for weight in weights_of(model):
+        parameter = parameters[weight.name]
+        if weight.kind is Kind.gain:
+            nn.init.ones_(local(parameter))
+        elif weight.kind is Kind.bias:
+            nn.init.zeros_(local(parameter))
+        else:
+            generator = torch.Generator().manual_seed(_seed_of(weight.name, seed))
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.normal_(0.0, model.config.initializer_range, generator=generator)
+            local(parameter).copy_(shard_of(parameter).of(values))
 
 
 def _seed_of(name: str, seed: int) -> int:
@@ -115,11 +127,13 @@ def _seed_of(name: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
+def model_without_memory(config: ModelConfig, vocab_size: int) -> Llama:
+    """The model on the meta device, in fp32: to ask what it consists of. UserError as for ``build_model``."""
+    return build_model(
+        config, vocab_size=vocab_size, precision=Precision.fp32, device=torch.device("meta"), seed=0
+    )
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Number of parameters in closed form; a tied head is counted once."""
-    hidden = config.hidden_size
-    attention = 2 * hidden * hidden + 2 * hidden * config.kv_size
-    mlp = 3 * hidden * config.intermediate_size
-    block = attention + mlp + 2 * hidden
-    embeddings = vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * block + embeddings + hidden
+    """Number of parameters; a tied head is counted once."""
+    return count_elements(model_without_memory(config, vocab_size))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rsotrain.models.llama import Llama
-from rsotrain.models.subspace_linear import drawn_bases
+from rsotrain.models.subspace_linear import sampled_bases
 
 # Variants of a block: with gradients and without, one and several batch sizes, and for RSO each set of inputs
 # that are observed together when refreshes are staggered.
@@ -35,7 +35,7 @@ def _compiled(block: nn.Module, model: Llama) -> Callable[..., Any]:
 
     def forward(*args: Any, **keywords: Any) -> Any:
         try:
-            with drawn_bases(block):  # random numbers have no place in a graph
+            with sampled_bases(block):  # random numbers have no place in a graph
                 return compiled(*args, **keywords)
         except ShortenTraceback as error:
             _give_up(model, error)

@@ -6,7 +6,7 @@ weight gradients of the norms are computed in fp32. Weights may have another dty
 their gradients arrive in their own dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -207,14 +207,24 @@ def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return _SharedInputLinear.apply(x, *weights)
 
 
-def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    seq_len: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    scaling: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Tables of the rotary embedding, each (seq_len, 1, head_dim) in fp32 (arXiv 2104.09864).
 
-    The cosines of the angles, twice side by side, and their sines, the first half negated.
+    The cosines of the angles, twice side by side, and their sines, the first half negated. ``scaling``: of
+    the frequencies (head_dim / 2), in radians per position.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scaling(frequencies)
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1.0 / theta**exponents).unsqueeze(1)
+    angles = torch.outer(positions, frequencies).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

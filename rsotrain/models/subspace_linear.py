@@ -1,9 +1,9 @@
-"""Linears under RSO: their backward needs Z = x P (tokens × r), never x, and gives dB, never dW.
+"""Linears under RSO: autograd saves Z = x P (tokens × r) instead of x, and computes dB instead of dW.
 
-With y = x Wᵀ and the update W + B Pᵀ (P: in × r, B: out × r), dB = dYᵀ X P = dYᵀ Z. The weight is kept
-effective: after a step of the inner solver, W ← W + ΔB Pᵀ in place, so the forward pass is one product
-with W, and B's value plays no part in it. Linears that read the same input share P and Z: they form a
-site. (RSO: arXiv 2502.07222; see ``rsotrain.optim.rso``.)
+For y = x (W + B Pᵀ)ᵀ (P: in × r, B: out × r) the gradient of B is dB = dYᵀ X P = dYᵀ Z. The optimizer adds
+each change ΔB Pᵀ to W in place, so the forward pass is one product with W and does not read B. Linears that
+read the same input form an input group and share P and Z. (RSO: arXiv 2502.07222; see
+``rsotrain.optim.rso``.)
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rsotrain.errors import UserError
+from rsotrain.models.architecture import input_groups
 from rsotrain.models.functional import Context, shared_input_linear, swiglu
-from rsotrain.models.llama import Linear, RMSNorm
+from rsotrain.models.layers import Linear, RMSNorm
 from rsotrain.parallel.sharding import local
 from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
@@ -28,7 +29,7 @@ class _SubspaceLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, basis: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         weights = tensors[: len(tensors) // 2]
-        ctx.coefficient_dtypes = [t.dtype for t in tensors[len(weights) :]]
+        ctx.B_dtypes = [t.dtype for t in tensors[len(weights) :]]
         ctx.save_for_backward(x @ basis, *weights)
         return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
@@ -40,38 +41,37 @@ class _SubspaceLinear(torch.autograd.Function):
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            # addmm_ sums inside the GEMM: no buffer per weight, and one rounding less than adding them.
+            # addmm_ sums inside the GEMM, which needs no buffer per weight and rounds once less
             grad_x = grads[0] @ weights[0].to(projected.dtype)
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 grad_x.addmm_(grad, weight.to(projected.dtype))
             grad_x = grad_x.view(*projected.shape[:-1], -1)
-        grad_coefficients = [
-            (grad.t() @ inputs).to(dtype) for grad, dtype in zip(grads, ctx.coefficient_dtypes, strict=True)
-        ]
-        return grad_x, None, *(None for _ in weights), *grad_coefficients
+        grad_B = [(grad.t() @ inputs).to(dtype) for grad, dtype in zip(grads, ctx.B_dtypes, strict=True)]
+        return grad_x, None, *(None for _ in weights), *grad_B
 
 
 def subspace_linear(
-    x: Tensor, basis: Tensor, weights: Sequence[Tensor], coefficients: Sequence[Tensor]
+    x: Tensor, basis: Tensor, weights: Sequence[Tensor], B: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One x Wᵀ per weight, keeping only x P; gradients go to x and, as dYᵀ x P, to ``coefficients``.
+    """x Wᵀ for each weight. Autograd saves x P only and gives gradients to x and, as dYᵀ x P, to ``B``.
 
-    x: (..., in); basis: (in, r) in x's dtype; weights: (out_i, in), without gradient; coefficients:
-    (out_i, r), whose values are not read. Returns (..., out_i) each, in x's dtype; the gradient of each
-    coefficient has its dtype.
+    x: (..., in); basis: P (in, r) in x's dtype; weights: (out_i, in), which get no gradient; B: (out_i, r),
+    whose values are not read. Returns one (..., out_i) for each weight, in x's dtype; the gradient of each
+    B has the dtype of that B.
     """
-    return _SubspaceLinear.apply(x, basis, *weights, *coefficients)
+    return _SubspaceLinear.apply(x, basis, *weights, *B)
 
 
 @dataclass(eq=False)
-class Site:
-    """An input that one or more projected linears read, with the basis it is projected on.
+class InputGroup:
+    """One or more linears that read the same input, and the basis on which this input is projected.
 
-    ``name``: of the site's first projected weight. ``layers``: by the names of their weights. ``basis``:
-    P (in × r) in the compute dtype, or None where ``regenerate`` draws it anew for each use. While
-    ``observing``, forward passes with gradients add XᵀX to ``gram`` (in × in, float32 at least), which is
-    there before the first of them: compiled blocks can add to a tensor, but not make it. Of x at the
-    positions that are ``reached``, a mask over all but its last dimension; None: all.
+    ``name``: the name of the first projected weight. ``layers``: the linears by the names of their weights.
+    ``basis``: P (in × r) in the compute dtype, or None where ``regenerate`` samples it for each use. While
+    ``observing``, forward passes that need gradients add XᵀX to ``gram`` (in × in, at least float32).
+    ``gram`` exists before the first of them, because compiled blocks can add to a tensor but not create it.
+    ``valid_mask`` covers all dimensions of x but the last; positions where it is False do not count in XᵀX.
+    None: all positions count.
     """
 
     name: str
@@ -81,33 +81,33 @@ class Site:
     basis: Tensor | None = None
     regenerate: Callable[[], Tensor] | None = None
     observing: bool = False
-    reached: Tensor | None = None
+    valid_mask: Tensor | None = None
     gram: Tensor | None = None
 
     def current_basis(self) -> Tensor:
         if self.basis is not None:
             return self.basis
-        assert self.regenerate is not None, "the site has no basis yet"
+        assert self.regenerate is not None, "the input group has no basis yet"
         return self.regenerate()
 
-    def start_observing(self, reached: Tensor | None) -> None:
+    def start_observing(self, valid_mask: Tensor | None) -> None:
         assert self.basis is not None, "only random bases are regenerated, and they need no data"
         if self.gram is None:
             dtype = torch.promote_types(self.basis.dtype, torch.float32)
             self.gram = self.basis.new_zeros(self.size, self.size, dtype=dtype)
-        self.observing, self.reached = True, reached
+        self.observing, self.valid_mask = True, valid_mask
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """gram ← gram + XᵀX, its lower blocks only; x: (..., in)."""
+        """gram ← gram + XᵀX, in its lower blocks only; x: (..., in)."""
         assert self.gram is not None
         inputs = x.reshape(-1, self.size).to(self.gram.dtype)
-        if self.reached is not None:  # as zeros: what is picked by a mask has a shape that depends on data
-            inputs = inputs.masked_fill(~self.reached.reshape(-1, 1), 0.0)
-        add_gram_(self.gram, inputs)  # in float32: a product in bf16 would round each entry to 8 bits
+        if self.valid_mask is not None:  # indexing by it would give a shape that depends on data
+            inputs = inputs.masked_fill(~self.valid_mask.reshape(-1, 1), 0.0)
+        add_gram_(self.gram, inputs)  # in float32: a bfloat16 product would round each entry to 8 bits
 
     def take_gram(self) -> Tensor:
-        """The whole symmetric Σ XᵀX, which is then forgotten. Raises RuntimeError if none was gathered."""
+        """Return the whole symmetric Σ XᵀX and drop it here. Raises RuntimeError if no input was observed."""
         if self.gram is None:
             raise RuntimeError(f"{self.name}: no input was observed; run forward passes inside observing()")
         gram, self.gram = self.gram, None
@@ -115,108 +115,88 @@ class Site:
 
 
 class SubspaceLinear(Linear):
-    """x Wᵀ whose backward leaves dB in ``coefficients.grad`` and no gradient in the weight.
+    """x Wᵀ plus a bias. The backward pass writes dB to ``B.grad`` and gives the weight no gradient.
 
-    ``coefficients`` (out × r, the weight's dtype) is a leaf for autograd to write to, a single zero in
-    memory: the values of B are the optimizer's affair. It is no parameter of the module.
+    ``B`` (out × r, the weight's dtype) is the leaf tensor that receives this gradient. It is a single
+    expanded zero in memory and no parameter of the module: the optimizer keeps the values of B.
     """
 
-    def __init__(self, weight: nn.Parameter, site: Site) -> None:
+    def __init__(self, replaced: Linear, input_group: InputGroup) -> None:
         nn.Module.__init__(self)
-        self.weight = weight
+        self.weight = replaced.weight
         self.weight.requires_grad_(False)
-        self.site = site
-        self.place_coefficients()
+        self.bias = replaced.bias
+        self.input_group = input_group
+        self.place_leaf()
 
-    def place_coefficients(self) -> None:
-        """Make ``coefficients`` anew, where the weight is; of a sharded weight, too, for all its rows."""
+    def place_leaf(self) -> None:
+        """Create ``B`` on the weight's device; it has all rows even if the weight is sharded."""
         zero = local(self.weight).new_zeros(())
-        self.coefficients = zero.expand(self.weight.shape[0], self.site.rank).requires_grad_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_shared([self], x)[0]
+        self.B = zero.expand(self.weight.shape[0], self.input_group.rank).requires_grad_()
 
     @staticmethod
-    def apply_shared(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of linears of one site; without gradients nothing is projected."""
+    def products(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+        """x Wᵀ of linears of one input group; x is projected only where gradients are enabled."""
         weights = [layer.weight for layer in layers]
         if not torch.is_grad_enabled():
             return shared_input_linear(x, *weights)
         projected = cast(Sequence[SubspaceLinear], layers)
-        site = projected[0].site
-        if site.observing:
-            site.observe(x)
-        return subspace_linear(x, site.current_basis(), weights, [layer.coefficients for layer in projected])
+        input_group = projected[0].input_group
+        if input_group.observing:
+            input_group.observe(x)
+        return subspace_linear(x, input_group.current_basis(), weights, [layer.B for layer in projected])
 
     @staticmethod
-    def apply_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
-        return SubspaceLinear.apply_shared(layers, norm(x))  # which keeps Z, not its input
+    def products_of_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        return SubspaceLinear.products(layers, norm(x))  # saves Z, not the norm's output
 
-    def apply_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self(swiglu(gate, up))
+    def product_of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.products([self], swiglu(gate, up))[0]
 
 
 @contextmanager
-def drawn_bases(module: nn.Module) -> Iterator[None]:
-    """Inside, sites of ``module`` whose bases are drawn for each use have them, unless gradients are off."""
+def sampled_bases(module: nn.Module) -> Iterator[None]:
+    """Inside, the input groups of ``module`` that regenerate their bases keep one sampled basis.
+
+    Where gradients are off nothing is sampled.
+    """
     layers = (layer for layer in module.modules() if isinstance(layer, SubspaceLinear))
-    sites = {id(layer.site): layer.site for layer in layers if layer.site.basis is None}
-    drawn = list(sites.values()) if torch.is_grad_enabled() else []
-    for site in drawn:
-        site.basis = site.current_basis()
+    regenerating = {
+        id(layer.input_group): layer.input_group for layer in layers if layer.input_group.basis is None
+    }
+    groups = list(regenerating.values()) if torch.is_grad_enabled() else []
+    for group in groups:
+        group.basis = group.current_basis()
     try:
         yield
     finally:
-        for site in drawn:
-            site.basis = None
+        for group in groups:
+            group.basis = None
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A linear in the model, and where it is held."""
+def attach_subspace(model: nn.Module, names: Collection[str], rank: int | float) -> list[InputGroup]:
+    """Replace the linears whose weights are ``names`` by subspace linears; return their input groups.
 
-    name: str  # of its weight
-    parent: nn.Module
-    attribute: str
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return getattr(self.parent, self.attribute).weight
-
-
-def _sites(model: nn.Module, names: Collection[str]) -> Iterator[list[_Place]]:
-    """The linears named in ``names``, in groups that read the same input."""
-    for prefix, parent in model.named_modules():
-        for group in getattr(parent, "shared_inputs", ()):
-            places = [
-                _Place(f"{prefix}.{attribute}.weight".lstrip("."), parent, attribute) for attribute in group
-            ]
-            if claimed := [place for place in places if place.name in names]:
-                yield claimed
-
-
-def attach_subspace(model: nn.Module, names: Collection[str], rank: int | float) -> list[Site]:
-    """Replace the linears whose weights are ``names`` by subspace linears; their sites, without bases yet.
-
-    Modules tell which of their linears read the same input by an attribute ``shared_inputs``. The weights
-    stay the same parameters under the same names, with ``requires_grad`` off. ``rank``: of all linears of
-    a site, as in ``resolve_rank`` with the largest min(in, out) among them. Raises UserError, the model
-    untouched, if a name is no linear of a block or the rank does not fit.
+    The groups have no bases yet. The weights stay the same parameters under the same names, with
+    ``requires_grad`` off; biases are still trained. ``rank``: of each group, as in ``resolve_rank`` with the
+    largest min(in, out) of its linears. Raises UserError and leaves the model unchanged if a name is no
+    linear of a block or if the rank does not fit.
     """
-    groups = list(_sites(model, names))
-    if missing := sorted(set(names) - {place.name for group in groups for place in group}):
+    named = ([place for place in group if place.name in names] for group in input_groups(model))
+    places = [group for group in named if group]
+    if missing := sorted(set(names) - {place.name for group in places for place in group}):
         raise UserError(
             f"optimizer.block_parameters matches {missing[0]}, which RSO cannot project: only the linears"
             " of the blocks have an input of their own to project; narrow the pattern"
         )
-    sites = []
-    for group in groups:
+    groups = []
+    for group in places:
         size = max(min(place.weight.shape) for place in group)
         name = group[0].name
-        sites.append(Site(name, group[0].weight.shape[1], resolve_rank(rank, size, name)))
-    for site, group in zip(sites, groups, strict=True):
+        groups.append(InputGroup(name, group[0].weight.shape[1], resolve_rank(rank, size, name)))
+    for input_group, group in zip(groups, places, strict=True):
         for place in group:
-            layer = SubspaceLinear(place.weight, site)
-            site.layers[place.name] = layer
+            layer = SubspaceLinear(getattr(place.parent, place.attribute), input_group)
+            input_group.layers[place.name] = layer
             setattr(place.parent, place.attribute, layer)
-    return sites
+    return groups

@@ -1,4 +1,4 @@
-"""The optimizers, each made of parts with one clock. Start at ``build.py``, then ``base.py``.
+"""The optimizers, one for each group of parameters. Start at ``build.py``, then ``base.py``.
 
-Imports ``subspace``, the subspace linears of ``models`` and ``parallel``. Update rules are pure functions.
+This package may import ``models`` and everything below it. Update rules are pure functions.
 """

@@ -13,14 +13,14 @@ from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import local
 
-# Elements that are widened at a time: 4 MiB of float32 each for weight and gradient, to stay in the cache
+# Elements converted to float32 at a time: 4 MiB each for weight and gradient, which stay in the cache
 PIECE_ELEMENTS = 1 << 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class _Piece:
-    """A run of rows of one parameter. ``weight`` is a view to write to."""
+    """A run of rows of one parameter. ``weight`` is a view: writing to it updates the parameter."""
 
     weight: Tensor
     gradient: Tensor
@@ -29,11 +29,11 @@ class _Piece:
 
 
 class AdamW(ParamGroupOptimizer):
-    """AdamW with decoupled weight decay; in float32 bitwise ``torch.optim.AdamW(fused=True)``.
+    """AdamW with decoupled weight decay; in float32 it equals ``torch.optim.AdamW(fused=True)`` bitwise.
 
-    The fused kernel takes one dtype, so bfloat16 weights, their gradients and bfloat16 moments pass
-    through float32 copies, a cache's worth at a time; bfloat16 weights are then rounded to nearest, as in
-    the papers' pure bfloat16 runs.
+    The fused kernel takes one dtype, so bfloat16 weights, their gradients and bfloat16 moments are copied
+    to float32, in pieces that fit the cache. Updated bfloat16 weights are rounded to nearest, as in the
+    papers' pure bfloat16 runs.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class AdamW(ParamGroupOptimizer):
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
-        # the kernel works on lists of one dtype and device
+        # the kernel takes lists of one dtype and device
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name, parameter in self.parameters.items():
             kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
         for (dtype, device), names in kinds.items():
-            count = torch.full((), float(step), device=device)  # no copy that waits
+            count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.dtype is torch.bfloat16
             limit = PIECE_ELEMENTS if copies else None
             pieces = [piece for name in names for piece in self._pieces(name, limit)]

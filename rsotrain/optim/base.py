@@ -1,4 +1,4 @@
-"""What every optimizer of a group of parameters shares: eager tensor state, a step on local tensors."""
+"""The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +12,13 @@ from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import require
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
+from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
 from rsotrain.parallel.sharding import Shard, local, shard_of
 from rsotrain.subspace.samplers import Sampler
 
-# Elements that one batch of matrices may hold in temporaries of each kind: 32 MiB in float32.
+# Matrices are updated in buckets whose temporaries have at most so many elements each: 32 MiB in float32.
 BUCKET_ELEMENTS = 1 << 23
 
 Item = TypeVar("Item")
@@ -26,7 +27,7 @@ Item = TypeVar("Item")
 def buckets(
     items: Iterable[Item], size: Callable[[Item], int], limit: int = BUCKET_ELEMENTS
 ) -> list[list[Item]]:
-    """``items`` in order, in runs of at most ``limit`` elements (or of a single item)."""
+    """Split ``items``, in order, into runs of at most ``limit`` elements; a larger item gets its own run."""
     result: list[list[Item]] = []
     filled = 0
     for item in items:
@@ -47,7 +48,7 @@ def gradient_of(name: str, parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every optimizer has. ``weight_decay``: decoupled, W ← (1 − η·weight_decay)W."""
+    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W."""
 
     keeper: StateKeeper
     betas: Betas = (0.9, 0.999)
@@ -56,17 +57,17 @@ class Settings:
 
 
 class ParamGroupOptimizer(ABC):
-    """An update rule, the parameters that it updates, and one dictionary of state tensors for each.
+    """An update rule, the parameters that it updates, and a dictionary of state tensors for each of them.
 
-    ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule is 1.
-    ``config``: the method's own settings. Parameters may be sharded: it reads and writes this rank's piece of
-    each, and keeps its state laid out like it. State is made by ``add_moment`` and ``add_tensor`` alone, in
-    the constructor.
+    ``label`` names the group in tables; ``peak_lr`` is the learning rate where the schedule's factor is 1.
+    ``config``: the method's own settings. Where parameters are sharded, the optimizer reads and writes this
+    rank's pieces and shards its state in the same way. All optimizer state is created in the constructor, by
+    ``add_moment`` and ``add_tensor``.
     """
 
-    # State that may be whole on every rank though the parameter is sharded. What is whole is the same on all.
+    # State that may be replicated although the parameter is sharded; all ranks then hold the same values.
     replicated_state: ClassVar[frozenset[str]] = frozenset()
-    # Of ``betas``: may the second be 1, which is AdaGrad?
+    # May ``betas[1]`` be 1, which gives AdaGrad?
     takes_adagrad_beta: ClassVar[bool] = False
 
     def __init__(
@@ -92,11 +93,11 @@ class ParamGroupOptimizer(ABC):
 
     @abstractmethod
     def update(self, step: int, lr_factor: float) -> None:
-        """Apply the gradients. ``step``: 1-based; the learning rate is ``peak_lr * lr_factor``."""
+        """Update the parameters. ``step`` is 1-based; the learning rate is ``peak_lr * lr_factor``."""
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
-        """Raise UserError for settings that make no sense, alone or together. None: there is no sampler."""
+        """Raise UserError for settings that make no sense; ``sampler`` is None for sampler=none."""
         require(
             sampler is None,
             f"optimizer={config.name} has no subspace, so sampler={sampler and sampler.name} would do"
@@ -107,32 +108,32 @@ class ParamGroupOptimizer(ABC):
     def prepare_model(
         cls, model: Any, groups: ParameterGroups, config: Any
     ) -> tuple[ParameterGroups, dict[str, Any]]:
-        """Change the model's modules, before it is sharded and has memory.
+        """Change the model's modules, before the model is sharded and has memory.
 
-        Returns the groups of its parameters from now on, by name, and what the constructor takes beside
-        ``config``. A method that trains other parameters than those of ``groups.blocks`` adds them to the
-        model here, freezes the old ones and names the new ones.
+        Returns the parameter groups of the changed model and further keyword arguments for the constructor.
+        A method that trains other parameters than those of ``groups.blocks`` adds them to the model here,
+        freezes the old ones and returns groups with the new ones.
         """
         return groups, {}
 
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
-        """The bytes of its state on rank 0 in closed form, from the shapes of its ``weights`` alone."""
+        """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
         return sum(layout.bytes_of(cls.matrix_state(config, layout.matrix(w))) for w in weights)
 
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
-        """The state of one matrix."""
+        """Size of the optimizer state of one matrix."""
         raise NotImplementedError(
             f"{cls.__module__}.{cls.__name__} does not say how large its state is: define matrix_state"
         )
 
-    # --- state --------------------------------------------------------------------------------------
+    # --- optimizer state ----------------------------------------------------------------------------
 
     def add_moment(self, name: str, key: str, shape: Sequence[int], dim: int | None) -> Moment:
-        """A moment of the parameter ``name``: zeros of ``shape``, which is that of this rank's piece.
+        """Add a moment of the parameter ``name``: zeros of ``shape``, the shape of this rank's piece.
 
-        ``dim``: the dimension of it in which the parameter's shards divide it; None: whole on every rank.
+        ``dim``: the dimension in which the moment is sharded as its parameter is; None: it is replicated.
         """
         parameter, shard = self.parameters[name], self.shards[name]
         dim = None if shard.dim is None else dim
@@ -144,23 +145,23 @@ class ParamGroupOptimizer(ABC):
         return moment
 
     def add_tensor(self, name: str, key: str, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """State that is kept as it is; ``name``: a parameter, or what else the state belongs to."""
+        """Add a state tensor of the parameter (or input group) ``name``; ``dim`` as in ``add_moment``."""
         self.state.setdefault(name, {})[key] = tensor
         shard = self.shards.get(name)
         if shard is not None and shard.dim is not None and dim is None:
             assert self.is_replicated(name, key), (
-                f"{type(self).__name__} keeps {key} whole on every rank: give the dimension in which it is"
-                " divided, or name it in replicated_state"
+                f"{type(self).__name__} replicates {key} on all ranks: give the dimension in which it is"
+                " sharded, or name it in replicated_state"
             )
         self._dims[name, key] = dim
         return tensor
 
     def is_replicated(self, name: str, key: str) -> bool:
-        """May this state be whole on every rank?"""
+        """May this state tensor be replicated although the parameter is sharded?"""
         return key in self.replicated_state
 
     def state_shards(self) -> dict[str, Shard]:
-        """Which piece each state tensor is, by ``<parameter name>.<state name>``."""
+        """Which piece of the whole each state tensor is, by ``<parameter name>.<state name>``."""
         result = {}
         for name, state in self.state.items():
             own = self.shards[name]
@@ -176,31 +177,38 @@ class ParamGroupOptimizer(ABC):
         return result
 
     def state_bytes(self) -> int:
-        """On this rank."""
+        """Bytes of the optimizer state on this rank."""
         return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())
 
     def resume(self) -> None:  # noqa: B027, most methods have nothing to do
-        """Called when the state has been loaded."""
+        """Called after the optimizer state has been loaded."""
 
     # --- gradients ------------------------------------------------------------------------------------
 
     def gradient_holders(self) -> dict[str, Tensor]:
-        """The leaves whose ``grad`` is read: the parameters, unless others stand in for them."""
+        """The leaf tensors whose ``grad`` is read: the parameters, or tensors that replace them."""
         return dict(self.parameters)
 
-    def reduce_gradients(self) -> None:  # noqa: B027, FSDP has reduced those of the parameters
-        """Sum over ranks what the backward pass has not, after the last micro-batch."""
+    def reduce_gradients(self) -> None:  # noqa: B027, FSDP reduces the gradients of parameters
+        """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
         return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Norms (0-d, float32) of this rank's pieces; their squares sum to the square of the gradient norm.
+
+        ``step``: the 1-based step whose gradients these are.
+        """
+        return norms_of(self.gradients().values())
 
     def zero_grad(self) -> None:
         for holder in self.gradient_holders().values():
             holder.grad = None
 
     def observing(self, step: int, valid_mask: Tensor | None) -> AbstractContextManager[None]:
-        """Around each forward pass of ``step``: for what is to be seen beside the gradients.
+        """A context around each forward pass of ``step``, for methods that use activations.
 
         ``valid_mask``: as in ``CompositeOptimizer.observing``.
         """
@@ -209,30 +217,30 @@ class ParamGroupOptimizer(ABC):
     # --- weights --------------------------------------------------------------------------------------
 
     def decay_factor(self, lr: float) -> float:
-        """1 − ηλ: what decoupled weight decay leaves of a weight."""
+        """1 − ηλ, the factor of a weight under decoupled weight decay."""
         return 1.0 - lr * self.settings.weight_decay
 
     def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
-        """W ← (1 − ηλ)W + η·update, rounded once; may overwrite ``update``."""
+        """W ← (1 − ηλ)W + η·update, rounded once. May overwrite ``update``."""
         if self.settings.weight_decay:
             update = update.to(work_dtype(update.dtype)).sub_(weight, alpha=self.settings.weight_decay)
         weight.add_(update, alpha=lr)
 
-    # --- what is told of it -----------------------------------------------------------------------------
+    # --- metrics and tables -----------------------------------------------------------------------------
 
     def begins_round(self, step: int) -> bool:
-        """Is ``step`` the first that uses new bases? Of staggered ones: the first of them all."""
+        """Does a round of refreshes take effect in ``step``? Where staggered: the round's first refresh."""
         return False
 
     def metrics(self) -> dict[str, float]:
-        """Of the last refresh; reads device tensors, so it may synchronise."""
+        """Metrics of the last refresh. They are read from the device, which may synchronise."""
         return {}
 
     def ranks(self) -> list[int]:
-        """Those that occur; none for a method of full rank."""
+        """The ranks of all matrices; empty for a full-rank method."""
         return []
 
     def describe_rank(self) -> str:
-        """For the table of parameter groups."""
+        """The rank as the table of parameter groups shows it."""
         ranks = sorted(set(self.ranks()))
         return f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "full"

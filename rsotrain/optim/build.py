@@ -1,4 +1,4 @@
-"""Configuration -> optimizer. Which code is a method's or a sampler's, ``config/methods.py`` says."""
+"""Builds optimizers and samplers from their settings. ``config/methods.py`` registers the code of each."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -16,6 +16,7 @@ from rsotrain.config.methods import (
     StateDtype,
     SubspaceConfig,
 )
+from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
 from rsotrain.optim.adamw import AdamW
@@ -30,7 +31,7 @@ REGISTRY = "rsotrain/config/methods.py"
 
 
 def code_of(settings: type) -> Any:
-    """The class or function that ``settings`` are those of; None where they have none."""
+    """The class or function registered for the class ``settings``; None where none is registered."""
     assert settings in CODE, f"{settings.__name__} names no code: write @optimizer or @sampler above it"
     if not CODE[settings]:
         return None
@@ -47,7 +48,8 @@ def method_of(config: OptimizerConfig) -> type[ParamGroupOptimizer]:
 
 
 def build_sampler(config: SamplerConfig) -> Sampler | None:
-    """None for sampler=none. Raises UserError for a setting out of range."""
+    """The sampler; None for sampler=none. Raises UserError for a setting out of range."""
+    check_ranges(config, "sampler.")
     build = code_of(type(config))
     return None if build is None else build(config)
 
@@ -62,16 +64,16 @@ def build_optimizer(
     total_steps: int,
     place: Callable[[nn.Module], None] | None = None,
 ) -> CompositeOptimizer:
-    """The method of ``config`` for the attention and MLP weights, AdamW for the rest.
+    """The method of ``config`` for the attention and MLP weights, AdamW for all other parameters.
 
-    ``model``: a module, or pairs of name and parameter; for RSO a module, whose linears are replaced.
-    ``precision``: unless fp32, projections run in bfloat16. ``seed``: the run's; ``total_steps``: of the run.
-    ``place``: shards the model and gives it memory, once the method has changed its modules and before there
-    is any state. Raises UserError if the patterns do not fit the model, the rank does not fit a matrix, or
-    the pair of optimizer and sampler makes no sense.
+    ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
+    ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
+    run. ``place``: called to shard the model and give it memory, after the method has changed the modules and
+    before optimizer state is created. Raises UserError if the patterns do not fit the model, if the rank does
+    not fit a matrix, or if optimizer and sampler do not go together.
     """
     method = method_of(config)
-    require(len(config.betas) == 2, f"optimizer.betas={list(config.betas)} must be two numbers")
+    check_ranges(config, "optimizer.")
     require(
         config.betas[1] < 1.0 or method.takes_adagrad_beta,
         f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
@@ -102,7 +104,7 @@ def build_optimizer(
             method(config.name, groups.blocks, config.lr * config.scale, settings, config, **own)
         )
     if groups.rest:
-        if settings.betas[1] == 1.0:  # AdaGrad in the blocks; the rest is Adam all the same
+        if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam
             settings = replace(settings, betas=(settings.betas[0], 0.999))
         rest = AdamConfig(name="adam", lr=config.lr)
         optimizers.append(AdamW("rest: adam", groups.rest, config.lr, settings, rest))

@@ -1,4 +1,4 @@
-"""The optimizer of a run: one for each group of parameters, with one clock."""
+"""The optimizer of a run: one optimizer for each group of parameters, all with one clock."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,10 +15,10 @@ _STEP = "step"
 
 
 class CompositeOptimizer:
-    """Steps the optimizers of its groups together, and saves them as one flat dictionary of tensors.
+    """Steps the optimizers of all groups together and saves their state as one flat dictionary of tensors.
 
-    Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all are there
-    from construction on. ``set_lr_factor`` is the schedule's only handle on the learning rates.
+    Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all of them exist
+    from construction on. The schedule acts on the learning rates through ``set_lr_factor`` only.
     """
 
     def __init__(self, groups: list[ParamGroupOptimizer], parameter_groups: ParameterGroups) -> None:
@@ -31,11 +31,11 @@ class CompositeOptimizer:
         self.steps_done = 0
 
     def set_lr_factor(self, factor: float) -> None:
-        """Every group's learning rate becomes its peak rate times ``factor``."""
+        """Set the learning rate of every group to its peak rate times ``factor``."""
         self.lr_factor = factor
 
     def step(self) -> None:
-        """One update. RuntimeError, nothing changed, if a parameter has no gradient."""
+        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient."""
         self.gradients()
         self.steps_done += 1
         for group in self.groups:
@@ -46,23 +46,27 @@ class CompositeOptimizer:
             group.zero_grad()
 
     def gradient_holders(self) -> list[Tensor]:
-        """The leaves whose gradients ``step`` reads, each once."""
+        """The leaf tensors whose gradients ``step`` reads, each once."""
         return [holder for group in self.groups for holder in group.gradient_holders().values()]
 
     def reduce_gradients(self) -> None:
-        """Sum over ranks the gradients that the backward pass leaves to the optimizer."""
+        """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
         for group in self.groups:
             group.reduce_gradients()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's pieces of the gradients, reduced; RuntimeError if one is missing."""
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
         return [gradient for group in self.groups for gradient in group.gradients().values()]
+
+    def gradient_norms(self) -> list[Tensor]:
+        """Norms (0-d, float32) whose squares sum to the squared gradient norm that is logged and clipped."""
+        return [norm for group in self.groups for norm in group.gradient_norms(self.steps_done + 1)]
 
     @contextmanager
     def observing(self, valid_mask: Tensor | None = None) -> Iterator[None]:
-        """Each forward pass of training runs inside it; backward passes do not.
+        """A context for each forward pass of training; backward passes run outside it.
 
-        ``valid_mask``: at which positions (batch, seq_len) the loss has a gradient; None: at all.
+        ``valid_mask``: True at positions (batch, seq_len) where the loss has a gradient; None: at all.
         """
         with ExitStack() as stack:
             for group in self.groups:
@@ -70,11 +74,11 @@ class CompositeOptimizer:
             yield
 
     def begins_round(self, step: int) -> bool:
-        """Is ``step`` the first that uses new bases?"""
+        """Does a round of refreshes take effect in ``step``?"""
         return any(group.begins_round(step) for group in self.groups)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors, not copies; only ``step`` is made anew. Of sharded state this rank's pieces."""
+        """The state tensors themselves, not copies, and ``step``. Sharded state: this rank's pieces."""
         result = {_STEP: torch.tensor(self.steps_done)}
         for group in self.groups:
             for name, state in group.state.items():
@@ -82,7 +86,7 @@ class CompositeOptimizer:
         return result
 
     def shards(self) -> dict[str, Shard]:
-        """Which piece of each state tensor ``state_dict`` has."""
+        """Which piece of the whole each state tensor of ``state_dict`` is."""
         result: dict[str, Shard] = {}
         for group in self.groups:
             result |= group.state_shards()
@@ -90,7 +94,7 @@ class CompositeOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError, changing nothing, if names, shapes or dtypes are not those of ``state_dict``."""
+        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``."""
         own = self.state_dict()
         hint = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
         for name in [*sorted(own.keys() - state.keys()), *sorted(state.keys() - own.keys())]:
@@ -110,25 +114,25 @@ class CompositeOptimizer:
             group.resume()
 
     def state_bytes(self) -> int:
-        """Of all state tensors but the shared ``step``."""
+        """Bytes of all optimizer state but the shared ``step``, on this rank."""
         return sum(group.state_bytes() for group in self.groups)
 
     def block_state_bytes(self) -> int:
-        """Those of the matrices that the method updates; the rest's are the same for every method."""
+        """Bytes of the state of attention and MLP weights; the rest has the same state for all methods."""
         return sum(group.state_bytes() for group in self.groups if self._is_of_blocks(group))
 
     def _is_of_blocks(self, group: ParamGroupOptimizer) -> bool:
         return group.parameters.keys() <= self.parameter_groups.blocks.keys()
 
     def metrics(self) -> dict[str, float]:
-        """Of the last refreshes; waits for the device."""
+        """Metrics of the last refresh; waits for the device."""
         result: dict[str, float] = {}
         for group in self.groups:
             result |= group.metrics()
         return result
 
     def table(self) -> list[GroupRow]:
-        """Which parameters go where: one row for each group, one for the frozen."""
+        """The parameter groups: one row for each optimizer, one for frozen parameters."""
         patterns = " | ".join(self.parameter_groups.patterns)
         rows = []
         for group in self.groups:

@@ -1,4 +1,4 @@
-"""Pure update rules on local tensors: the equations of the papers, no bookkeeping.
+"""Update rules as pure functions on local tensors: the equations of the papers, without bookkeeping.
 
 ``t`` is the 1-based step, A an oriented gradient (M×k), Q its basis (k×r), R = A Q.
 """
@@ -23,10 +23,10 @@ def fused_adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (Loshchilov & Hutter), one pass over memory: torch's fused kernel, bitwise torch.optim.AdamW's.
+    """AdamW (Loshchilov & Hutter) in one pass over memory, by the fused kernel of torch.optim.AdamW.
 
     M ← β₁M + (1−β₁)G;  V ← β₂V + (1−β₂)G²;  W ← (1−ηλ)W − η (M/(1−β₁ᵗ)) / (√(V/(1−β₂ᵗ)) + ε).
-    All of one dtype; ``steps`` are 0-d float32 and already count this step.
+    All tensors have one dtype. ``steps`` are 0-d float32 and already count this step.
     """
     torch._fused_adamw_(
         list(weights),
@@ -45,7 +45,7 @@ def fused_adamw_(
     )
 
 
-def adam_descent(
+def adam_negative_updates(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
@@ -54,16 +54,16 @@ def adam_descent(
     betas: Betas,
     eps: float,
 ) -> list[Tensor]:
-    """−N for each gradient, N = M̂ / (√V̂ + ε): the fused kernel on a zero weight with a rate of 1."""
-    descents = [torch.zeros_like(g) for g in gradients]
+    """−N for each gradient, N = M̂ / (√V̂ + ε), by the fused kernel on zero weights with a rate of 1."""
+    updates = [torch.zeros_like(g) for g in gradients]
     fused_adamw_(
-        descents, gradients, exp_avgs, exp_avg_sqs, steps, lr=1.0, betas=betas, eps=eps, weight_decay=0.0
+        updates, gradients, exp_avgs, exp_avg_sqs, steps, lr=1.0, betas=betas, eps=eps, weight_decay=0.0
     )
-    return descents
+    return updates
 
 
 def transport_momentum_(exp_avg: Tensor, transition: Tensor) -> None:
-    """M ← M Cᵀ with C = Q_newᵀ Q_old (r×r): the momentum's part in the new subspace, in its axes."""
+    """M ← M Cᵀ with C = Q_newᵀ Q_old (r×r), which projects the momentum on the new subspace."""
     exp_avg.copy_(exp_avg.to(transition.dtype) @ transition.T)
 
 
@@ -72,8 +72,8 @@ def transport_adam_(
 ) -> None:
     """Projection-aware moments (LDAdam, arXiv 2410.16103, equations of its algorithm 1).
 
-    m̂ ← C m̂;  v̂ ← |C² (v̂ − m̂²) + (C m̂)²|, C² elementwise; C as in ``transport_momentum_``. ``step``
-    counts the gradients in the moments and is at least 1.
+    m̂ ← C m̂;  v̂ ← |C² (v̂ − m̂²) + (C m̂)²|, where C² is elementwise and C as in ``transport_momentum_``.
+    ``step`` is the number of gradients in the moments, at least 1.
     """
     count = step.to(torch.float64)
     correction1 = (1.0 - betas[0] ** count).to(exp_avg.dtype)
@@ -85,10 +85,10 @@ def transport_adam_(
     exp_avg_sq.copy_((variance @ transition.square().T).addcmul_(moved, moved).abs_() * correction2)
 
 
-def channel_scales(descent: Tensor, projected: Tensor) -> Tensor:
-    """‖N_j‖/‖R_j‖ for each row j, M×1; 0 where R_j is 0. ``descent``: ±N, M×r; ``projected``: R, M×r."""
+def channel_scales(update: Tensor, projected: Tensor) -> Tensor:
+    """‖N_j‖/‖R_j‖ for each row j, M×1; 0 where R_j is 0. ``update``: N or −N, M×r; ``projected``: R, M×r."""
     norms = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-    scales = torch.linalg.vector_norm(descent, dim=1, keepdim=True) / norms
+    scales = torch.linalg.vector_norm(update, dim=1, keepdim=True) / norms
     return scales.where(norms > 0, 0.0)
 
 
@@ -97,9 +97,9 @@ def limited_growth_(
 ) -> Tensor:
     """The factor of the norm-growth limiter (Fira, arXiv 2410.01623), 0-d: ‖U_t‖ ≤ γ‖U_{t−1}‖.
 
-    ``norm``: ‖U_t‖ before limiting, 0-d; ``previous_norm``: 0-d, becomes ‖U_t‖ after it; γ: ``max_growth``.
-    Nothing is limited while ``previous_norm`` is at most ``noise``, the norm that rounding alone may give:
-    growing by γ from there would take thousands of steps.
+    ``norm``: ‖U_t‖ before limiting, 0-d; ``previous_norm``: ‖U_{t−1}‖, 0-d, which is overwritten by the
+    limited ‖U_t‖; ``max_growth``: γ. Nothing is limited while ``previous_norm`` is at most ``noise``, the
+    norm that rounding errors alone may have: growing by γ from there would take thousands of steps.
     """
     norm = norm.to(previous_norm.dtype)
     allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
@@ -109,10 +109,10 @@ def limited_growth_(
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of the rows of an M×k matrix, M×1, summed in ``dtype``; squares may be in that of ``piece``."""
+    """Norms of the rows of an M×k matrix, M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
     if piece.is_contiguous():
         return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
-    # a transposed view: torch's norm along the strided dimension takes three times as long
+    # a transposed view, for which torch's norm along the strided dimension takes three times as long
     return piece.T.square().sum(0, dtype=dtype).sqrt_().unsqueeze(1)
 
 
@@ -128,8 +128,8 @@ def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
 def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float) -> Tensor:
     """−√(1−β₂ᵗ)/(1−β₁ᵗ) / (√V + ε), after V ← β₂V + (1−β₂)s (SN, arXiv 2411.07120, algorithm 1).
 
-    β₂ = 1 is AdaGrad: V ← V + s, without its bias correction. ``subset_sq``: V and ``sums``: s,
-    M×(number of subsets in a row), as is what is returned.
+    With β₂ = 1 this is AdaGrad: V ← V + s, without bias correction of V. ``subset_sq``: V; ``sums``: s. Both
+    and the result are M×(number of subsets in a row).
     """
     beta1, beta2 = betas
     if beta2 == 1.0:
@@ -143,9 +143,9 @@ def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Beta
 
 
 def scaled_subsets(numerator: Tensor, factors: Tensor, subsets: Tensor | None = None) -> Tensor:
-    """Each subset of the entries of ``numerator`` (M×k) times its factor, in the wider of their dtypes.
+    """``numerator`` (M×k) with each subset of entries multiplied by its factor, in the wider dtype.
 
-    ``subsets``: where ``numerator`` is some of the columns, the subset of each.
+    ``subsets``: the subset of each column, where ``numerator`` has only some of the columns; else None.
     """
     if subsets is not None:
         return numerator * factors[:, subsets]

@@ -1,4 +1,4 @@
-"""A solver in a subspace: GaLore, with Adam as published, or with any other."""
+"""GaLore: a solver in the subspace, Adam as published or another one."""
 
 from typing import Any, ClassVar
 
@@ -14,11 +14,12 @@ from rsotrain.subspace.projection import add_lifted_, resolve_rank
 
 
 class GaLore(SubspaceOptimizer):
-    """A solver on R = A Q; the rest of the gradient is dropped (GaLore, arXiv 2403.03507, algorithm 2).
+    """A solver on R = A Q that drops the rest of the gradient (GaLore, arXiv 2403.03507, algorithm 2).
 
-    With Adam N = M̂/(√V̂ + ε), and W ← (1 − ηλ)W − η·lift(N). ε is outside the bias correction, as in the
-    paper's text; its code has it inside. I3S and OSD are this with other samplers. At a refresh the moments
-    are kept as they are (the paper), zeroed with their step count, or transported to the new basis.
+    W ← (1 − ηλ)W − η·lift(N), where for Adam N = M̂/(√V̂ + ε). ε is outside the bias correction, as in the
+    paper's text; the authors' code has it inside. I3S and OSD are GaLore with other samplers. A refresh keeps
+    the moments as they are (as in the paper), zeros them and their step count, or transports them to the new
+    basis.
     """
 
     replicated_state: ClassVar = frozenset({"step"})
@@ -34,7 +35,7 @@ class GaLore(SubspaceOptimizer):
     def add_state(self, matrix: Matrix) -> None:
         for key in self.solver.moments:
             self.add_moment(matrix.name, key, (matrix.num_rows, matrix.rank), matrix.rows_dim)
-        # gradients in the moments
+        # the number of gradients in the moments
         self.add_tensor(matrix.name, "step", torch.zeros((), device=matrix.parameter.device))
 
     @classmethod
@@ -54,7 +55,7 @@ class GaLore(SubspaceOptimizer):
         )
 
     def negative_updates(self, bucket: list[Matrix], projected: list[Tensor], step: int) -> list[Tensor]:
-        """Take R into the moments; return −N, M×r each."""
+        """Update the moments by R; return −N, M×r each."""
         kept = [self.moments[m.name] for m in bucket]
         counts = [self.state[m.name]["step"] for m in bucket]
         return self.solver.negative_updates(projected, kept, counts, self.settings, step)

@@ -1,4 +1,4 @@
-"""One low-rank parameter: which side is projected, and which piece of it this rank has."""
+"""A parameter with a low-rank basis: which side is projected, and which piece this rank has."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from rsotrain.subspace.projection import Side, oriented, side_of
 
 @dataclass(frozen=True)
 class Matrix:
-    """One low-rank parameter. Oriented, it is M×k, of which this rank has a piece, ``num_rows``×(columns).
+    """A parameter with a low-rank basis. Oriented, it is M×k; this rank has some rows or columns.
 
-    It is sharded in M where that can be, and then all is local but what sums over M. Where it is sharded
-    in k, what sums over k is reduced, and what is M×r is the same on every rank.
+    Where the parameter is sharded in M, only sums over M need communication. Where it is sharded in k, sums
+    over k are all-reduced, and M×r tensors are the same on every rank.
     """
 
     name: str
@@ -26,12 +26,12 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """k, of the whole."""
+        """k of the whole matrix."""
         return min(self.shard.shape)
 
     @property
     def by_columns(self) -> bool:
-        """Is the projected dimension the sharded one?"""
+        """Is the matrix sharded in k, the projected dimension?"""
         return self.shard.dim == (1 if self.side is Side.right else 0)
 
     @property
@@ -42,7 +42,7 @@ class Matrix:
 
     @property
     def rows_dim(self) -> int | None:
-        """The dimension in which what is M×r is divided among ranks; None: it is the same on all."""
+        """The dimension in which M×r tensors are sharded; None: they are replicated."""
         return None if self.by_columns else 0
 
     @property
@@ -50,24 +50,24 @@ class Matrix:
         return oriented(local(self.parameter).detach(), self.side)
 
     def columns_of(self, basis: Tensor) -> Tensor:
-        """The rows of a k×r basis for the columns that are here."""
+        """The rows of a k×r basis that belong to this rank's columns."""
         return basis[self.shard.start : self.shard.stop] if self.by_columns else basis
 
     def norms(self, *pieces: Tensor) -> list[Tensor]:
-        """Frobenius norms of the wholes of these pieces, M×k or M×r, which are all of one kind."""
+        """Frobenius norms of the whole matrices, from this rank's pieces; all pieces are M×k, or all M×r."""
         return self.shard.norms(*pieces)
 
     def low_rank_norms(self, *pieces: Tensor) -> list[Tensor]:
-        """The same for what is M×r."""
+        """Frobenius norms of whole M×r tensors, from this rank's pieces."""
         return [torch.linalg.vector_norm(p) for p in pieces] if self.by_columns else self.shard.norms(*pieces)
 
     def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
-        """Norms of the rows of an M×k matrix, num_rows×1."""
+        """Norms of the rows of the whole M×k matrix, num_rows×1."""
         norms = row_norms(piece, dtype)
         return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
 
     def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
-        """``subset_sums`` of the rows of an M×k matrix, num_rows×(k/subset_size)."""
+        """``subset_sums`` of the whole M×k matrix, num_rows×(k/subset_size)."""
         if not self.by_columns:
             return subset_sums(piece, subset_size)
         sums = piece.new_zeros(piece.shape[0], self.size // subset_size)
@@ -76,7 +76,7 @@ class Matrix:
         return self.shard.sum_(sums.index_add_(1, subsets, piece.square()))
 
     def subsets_of_columns(self, subset_size: int) -> Tensor | None:
-        """Where only some columns are here, the subset of each."""
+        """The subset of each of this rank's columns; None where it has all columns."""
         if not self.by_columns:
             return None
         columns = torch.arange(self.shard.start, self.shard.stop, device=self.parameter.device)

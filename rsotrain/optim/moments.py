@@ -1,4 +1,4 @@
-"""Moments: computed wide, kept as small as the run asks for. The only way to a moment, for every method."""
+"""Moments: computed in float32, stored in the dtype that the run asks for. All methods use them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,17 @@ _VECTOR_ELEMENTS = 64
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that moments are computed in: at least float32."""
+    """The dtype in which moments are computed: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """One moment of one parameter, as it is kept on this rank.
+    """One moment of one parameter, as this rank stores it.
 
-    ``key``: its name in the optimizer state. ``label``: seeds its rounding, and tells a rank's piece from the
-    others; what is whole on every rank has the same label on all, and so the same values. ``dim``: the
-    dimension in which the parameter's shards divide it; None: whole.
+    ``key``: its name in the optimizer state. ``label``: seeds the stochastic rounding. It differs between the
+    pieces of a sharded moment; a replicated moment has one label, and so the same values, on all ranks.
+    ``dim``: the dimension in which the moment is sharded as its parameter is; None: it is not sharded.
     """
 
     key: str
@@ -34,16 +34,17 @@ class Moment:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """What a checkpoint holds of it, by name."""
+        """The tensors that a checkpoint holds, by name."""
         return {self.key: self.values}
 
     def zero_(self) -> None:
         self.values.zero_()
 
     def rows(self, limit: int) -> "list[Moment]":
-        """Runs of whole rows (entries, if it is a vector) with about ``limit`` elements.
+        """Split into runs of whole rows (of entries, for a vector) with about ``limit`` elements each.
 
-        All but the last fill the vectors of any CPU, so that its kernels round as they do the whole.
+        The size of all runs but the last is a multiple of a CPU's vector length, so that kernels round the
+        runs as they round the whole tensor.
         """
         if self.values.ndim == 0:
             return [self]
@@ -57,9 +58,9 @@ class Moment:
 
 
 class StateKeeper:
-    """Moments kept in float32 or bfloat16 and always computed in float32 (float64 for float64 weights).
+    """Stores moments in float32 or bfloat16. They are computed in float32 (float64 for float64 weights).
 
-    bfloat16 moments are rounded stochastically, from a generator seeded by (run seed, label, step).
+    bfloat16 moments are rounded stochastically, with a generator seeded by (run seed, label, step).
     """
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
@@ -69,18 +70,18 @@ class StateKeeper:
     def moment(
         self, key: str, shape: Sequence[int], like: Tensor, *, label: str, dim: int | None = None
     ) -> Moment:
-        """Zeros of ``shape``, this rank's piece, on the device of ``like`` and for its dtype."""
+        """A moment of zeros of ``shape`` (this rank's piece), for the dtype and on the device of ``like``."""
         dtype = self.dtype if self.dtype is torch.bfloat16 else work_dtype(like.dtype)
         return Moment(key, label, torch.zeros(tuple(shape), dtype=dtype, device=like.device), dim)
 
     def read(self, moments: Sequence[Moment]) -> list[Tensor]:
-        """Their values, wide: the tensors themselves where these are, copies otherwise."""
+        """The values in at least float32: the stored tensors if they are, else copies."""
         return [m.values.to(work_dtype(m.values.dtype)) for m in moments]
 
     def write(self, moments: Sequence[Moment], values: Sequence[Tensor], step: int, reason: str = "") -> None:
-        """Keep what ``read`` gave, after it was changed in place.
+        """Store values that ``read`` returned and that were changed in place.
 
-        ``reason``: tells a second writing in one step from the first, so that it is rounded by other numbers.
+        ``reason``: names a second write in one step, so that it is rounded with other random numbers.
         """
         for moment, value in zip(moments, values, strict=True):
             if value is not moment.values:

@@ -1,4 +1,4 @@
-"""torch's Muon for the block linears, with eager state."""
+"""torch's Muon for the attention and MLP weights, with optimizer state created at construction."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ NS_EPS = 1e-7
 
 
 class Muon(ParamGroupOptimizer):
-    """Momentum orthogonalised by Newton-Schulz; the update's RMS is 0.2, so Adam's learning rates carry over.
+    """Momentum orthogonalised by Newton-Schulz. The update's RMS is 0.2, so Adam's learning rates carry over.
 
-    Bitwise ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` for float32 weights; for bfloat16 weights
-    the momentum is float32 all the same. A sharded matrix is gathered on one rank, another for each of
-    them, which orthogonalises it and sends the pieces back.
+    For float32 weights it equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` bitwise. For bfloat16
+    weights the momentum is still computed in float32. A sharded matrix is gathered on one rank, which
+    orthogonalises it and sends the pieces back; the matrices take turns over the ranks.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Muon(ParamGroupOptimizer):
         lr = self.peak_lr * lr_factor
         names = list(self.parameters)
         pieces = self.shards[names[0]].pieces
-        for i in range(0, len(names), pieces):  # one matrix for each rank of those that share them
+        for i in range(0, len(names), pieces):  # one matrix for each of the ranks that share them
             wholes = [self._gathered(name, owner, step) for owner, name in enumerate(names[i : i + pieces])]
             updates = [None if w is None else self._orthogonalised(w) for w in wholes]
             for owner, (name, update) in enumerate(zip(names[i : i + pieces], updates, strict=True)):
                 self._move(name, update, owner, lr)
 
     def _gathered(self, name: str, owner: int, step: int) -> Tensor | None:
-        """Take the gradient into the momentum; what is to be orthogonalised, whole, on its owner only."""
+        """Update the momentum; return the whole matrix to orthogonalise on the rank ``owner``, else None."""
         shard, parameter = self.shards[name], self.parameters[name]
         momentum = self.config.momentum
         kept = [self.moments[name]["momentum_buffer"]]
@@ -71,7 +71,7 @@ class Muon(ParamGroupOptimizer):
         own = local(self.parameters[name]).detach()
         # Newton-Schulz runs in, and returns, bfloat16
         piece = self.shards[name].scatter(update, owner, own.device, torch.bfloat16)
-        weight = own.to(work_dtype(own.dtype))  # decay and update are rounded once
+        weight = own.to(work_dtype(own.dtype))  # so that decay and update are rounded once
         weight.mul_(1 - lr * self.settings.weight_decay)
         weight.add_(piece, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
         if weight is not own:

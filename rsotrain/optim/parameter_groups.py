@@ -1,4 +1,4 @@
-"""Which parameters a method gets: each is in exactly one group, by regular expressions on its name."""
+"""Parameter groups: each parameter is in exactly one, by regular expressions on its name."""
 
 import re
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from rsotrain.errors import UserError
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """``blocks``: what the method trains, the attention and MLP weights that the patterns name; ``rest``: all
-    others that are trained; ``frozen``: those that are not."""
+    """``blocks``: the attention and MLP weights that the patterns match, which the method trains; ``rest``:
+    all other trained parameters; ``frozen``: the parameters that are not trained."""
 
     patterns: tuple[str, ...]
     blocks: dict[str, nn.Parameter]
@@ -20,7 +20,7 @@ class ParameterGroups:
     frozen: dict[str, nn.Parameter]
 
     def renewed(self, model: nn.Module) -> "ParameterGroups":
-        """The same groups of a model whose parameters have been replaced, under the same names."""
+        """The same groups with the parameters of ``model``, which have the same names."""
         now = dict(model.named_parameters())
         blocks, rest, frozen = (
             {name: now[name] for name in group} for group in (self.blocks, self.rest, self.frozen)
@@ -30,7 +30,7 @@ class ParameterGroups:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One line of the table printed at start. ``lr`` is the peak rate, None where nothing is trained."""
+    """A row of the table printed at start. ``lr``: the peak learning rate; None for frozen parameters."""
 
     group: str
     pattern: str
@@ -44,9 +44,9 @@ class GroupRow:
 def group_parameters(
     model: nn.Module | Iterable[tuple[str, nn.Parameter]], patterns: Iterable[str]
 ) -> ParameterGroups:
-    """Divide the parameters; a tied one counts once, under its first name.
+    """Assign each parameter to a group; a tied parameter counts once, under its first name.
 
-    Raises UserError for a pattern that is no regular expression or matches nothing trainable, and for a
+    Raises UserError for a pattern that is no regular expression or matches no trainable parameter, and for a
     matched parameter that is not a matrix.
     """
     named = model.named_parameters() if isinstance(model, nn.Module) else model

@@ -1,9 +1,9 @@
-"""Slow, readable transcriptions of the methods, for one matrix in float64.
+"""Slow, readable transcriptions of the methods for one matrix in float64, which the tests compare with.
 
-Each function takes W (m×n), the gradients of t = 1, 2, … (m×n each) and returns W after all of them. They
-share no code with the optimizers that they are there to check. ``lr`` is the matrix' own rate (lr·scale).
-``draw(t, A, rank, old)`` gives the basis Q (k×r) of a refresh; A is oriented (M×k, k ≤ M) and ``old`` None
-at t = 1. Refreshes are at t = 1, 1+T, 1+2T, … with T = ``gap``.
+Each function takes W (m×n) and the gradients of steps t = 1, 2, … (m×n each) and returns W after all of them.
+They share no code with the optimizers. ``lr`` is the learning rate of the matrix (lr·scale).
+``sample(t, A, rank, old)`` returns the basis Q (k×r) of a refresh; A is oriented (M×k, k ≤ M), and ``old`` is
+the basis before, None at t = 1. Refreshes are at t = 1, 1+T, 1+2T, … with T = ``gap`` (update_proj_gap).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Draw = Callable[[int, Tensor, int, Tensor | None], Tensor]
+Sample = Callable[[int, Tensor, int, Tensor | None], Tensor]
 Betas = tuple[float, float]
 
 
 def _orient(weight: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], bool]:
-    """Float64 copies with the larger dimension first; was it a transposition?"""
+    """Float64 copies with the larger dimension first, and whether they are transposed."""
     turn = weight.shape[0] < weight.shape[1]
     matrices = [(x.T if turn else x).double().clone() for x in (weight, *gradients)]
     return matrices[0], matrices[1:], turn
 
 
 def dominant(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
-    """The top right singular vectors, signs chosen to point the way of the old ones."""
+    """The top right singular vectors, with signs such that none points against its predecessor in ``old``."""
     basis = torch.linalg.svd(gradient)[2][:rank].T
     if old is not None:
         for i in range(rank):
@@ -33,7 +33,7 @@ def dominant(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
 
 
 def one_power_round(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
-    """orth(AᵀA Q_old), the R factor's diagonal positive; the SVD's basis at t = 1."""
+    """orth(AᵀA Q_old) by QR with a positive diagonal of R; at t = 1 the basis of the SVD."""
     if old is None:
         return dominant(t, gradient, rank, None)
     q, r = torch.linalg.qr(gradient.T @ (gradient @ old))
@@ -64,19 +64,20 @@ def _limited(update: Tensor, previous: float, growth: float) -> Tensor:
 
 def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
-    eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", draw: Draw = dominant,
+    eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", sample: Sample = dominant,
     outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01, rounding: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """GaLore; with ``outside="fira"`` or ``"frugal"`` those methods, which differ in the residual only.
+    """GaLore, or Fira and FRUGAL by ``outside="fira"`` or ``"frugal"``, which differ in the residual only.
 
-    ``rounding``: of the arithmetic that is compared with; FRUGAL counts a residual no larger as 0.
+    ``rounding``: relative rounding error of the arithmetic under test, below which FRUGAL's residual counts
+    as 0.
     """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
     Q, count, residual_norm = None, 0, 0.0
     for t, A in enumerate(gradients, start=1):
         if (t - 1) % gap == 0:
-            old, Q = Q, draw(t, A, rank, Q)
+            old, Q = Q, sample(t, A, rank, Q)
             if old is not None and on_refresh == "reset":
                 M, V, count = torch.zeros_like(M), torch.zeros_like(V), 0
             if old is not None and on_refresh == "transport":
@@ -106,15 +107,15 @@ def galore(
 
 def apollo(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
-    eps: float, draw: Draw, per_tensor: bool = False, max_growth: float = 1.01, weight_decay: float = 0.0,
+    eps: float, sample: Sample, per_tensor: bool = False, max_growth: float = 1.01, weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """APOLLO; ``draw`` gives a P with E[PPᵀ] = I. Moments are kept when it changes."""
+    """APOLLO; ``sample`` returns P with E[PPᵀ] = I. A refresh keeps the moments."""
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
     P, update_norm = None, 0.0
     for t, A in enumerate(gradients, start=1):
         if (t - 1) % gap == 0:
-            P = draw(t, A, rank, P)
+            P = sample(t, A, rank, P)
         assert P is not None
         R = A @ P
         M = betas[0] * M + (1 - betas[0]) * R
@@ -131,9 +132,9 @@ def osd(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
     basis_lr: float, penalty: float, use_adam: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Online subspace descent: P starts from the first SVD; from t = 2 on it steps after the weight did.
+    """Online subspace descent: Q starts at the first gradient's SVD and takes a step after each update of W.
 
-    (At t = 1 the loss' gradient is zero: the SVD's basis minimises it.) The gradient is autograd's.
+    At t = 1 there is no step, because the SVD's basis minimises the loss. Autograd computes its gradient.
     """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
@@ -160,9 +161,10 @@ def osd(
 
 def sn_sm(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int | None, gap: int, betas: Betas,
-    eps: float, subset_size: int, on_refresh: str = "reset", draw: Draw = dominant, weight_decay: float = 0.0,
+    eps: float, subset_size: int, on_refresh: str = "reset", sample: Sample = dominant,
+    weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Subset norm with subspace momentum; with full momentum (SN alone) if ``rank`` is None."""
+    """Subset norm with subspace momentum; with momentum of full size (SN alone) if ``rank`` is None."""
     W, gradients, turned = _orient(weight, gradients)
     rows, size = W.shape
     M = torch.zeros(rows, size if rank is None else rank, dtype=W.dtype)
@@ -174,7 +176,7 @@ def sn_sm(
             numerator = M
         else:
             if (t - 1) % gap == 0:
-                old, Q = Q, draw(t, A, rank, Q)
+                old, Q = Q, sample(t, A, rank, Q)
                 if old is not None and on_refresh == "reset":
                     M = torch.zeros_like(M)
                 if old is not None and on_refresh == "transport":
@@ -194,7 +196,7 @@ def sn_sm(
 
 def ldadam(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
-    rho: float, draw: Draw = one_power_round, weight_decay: float = 0.0,
+    rho: float, sample: Sample = one_power_round, weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """LDAdam with a new basis every step."""
     W, gradients, turned = _orient(weight, gradients)
@@ -204,13 +206,13 @@ def ldadam(
     for t, G in enumerate(gradients, start=1):
         A = G + E
         if Q is None:
-            Q = draw(t, A, rank, None)
+            Q = sample(t, A, rank, None)
             R = A @ Q
             E = A - R @ Q.T
         else:
             correction1, correction2 = 1 - betas[0] ** (t - 1), 1 - betas[1] ** (t - 1)
             old = Q
-            Q = draw(t, rho * (M / correction1) @ old.T + (1 - rho) * A, rank, old)
+            Q = sample(t, rho * (M / correction1) @ old.T + (1 - rho) * A, rank, old)
             C = Q.T @ old
             R = A @ Q
             E = A - R @ Q.T + betas[0] / (1 - betas[0]) * (M @ old.T - M @ C.T @ Q.T)
@@ -226,14 +228,14 @@ def ldadam(
 
 def rso(
     weight: Tensor, inputs: Sequence[Tensor], output_gradient: Callable[[int, Tensor], Tensor], *, lr: float,
-    rank: int, gap: int, betas: Betas, eps: float, draw: Draw, solver: str = "adam",
+    rank: int, gap: int, betas: Betas, eps: float, sample: Sample, solver: str = "adam",
     on_refresh: str = "reset", basis_scale: float = 1.0, proximal_eta: float | None = None,
     weight_decay: float = 0.0, refresh_warmup_steps: int = 0,
 ) -> Tensor:  # fmt: skip
-    """RSO that keeps every input X (tokens × in) and forms W + B Pᵀ: y = X (W + B Pᵀ)ᵀ at each step.
+    """RSO with whole inputs X (tokens × in) that forms y = X (W + B Pᵀ)ᵀ, P = basis_scale·Q, at each step.
 
-    ``output_gradient(t, y)`` is dY. ``draw(t, X, rank, old)`` gives an orthonormal basis Q before step t,
-    X being the input of step t−1 (that of step 1 for t = 1) and ``old`` None at t = 1; P = basis_scale·Q.
+    ``output_gradient(t, y)`` returns dY. ``sample(t, X, rank, old)`` returns an orthonormal basis Q before
+    step t, where X is the input of step t−1 (of step 1 for t = 1) and ``old`` is None at t = 1.
     """
     W = weight.double().clone()
     xs = [x.double() for x in inputs]
@@ -243,7 +245,7 @@ def rso(
         if (t - 1) % gap == 0:
             if Q is not None:
                 W = W + B @ (basis_scale * Q).T
-            old, Q, B = Q, draw(t, xs[max(t - 2, 0)], rank, Q), torch.zeros_like(B)
+            old, Q, B = Q, sample(t, xs[max(t - 2, 0)], rank, Q), torch.zeros_like(B)
             if old is not None and on_refresh == "reset":
                 M, V, count = torch.zeros_like(M), torch.zeros_like(V), 0
             if old is not None and on_refresh == "transport":
@@ -270,7 +272,7 @@ def rso(
             "adagrad": g / (V.sqrt() + eps),
         }[solver]
         rate = lr * (min(1.0, ((t - 1) % gap + 1) / (refresh_warmup_steps + 1)) if t > gap else 1.0)
-        # W + B Pᵀ as a whole decays
+        # weight decay acts on W + B Pᵀ
         W = W - rate * weight_decay * (W + B @ P.T)
         B = B - rate * N
     assert Q is not None

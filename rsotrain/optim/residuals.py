@@ -1,4 +1,4 @@
-"""Methods that run GaLore's Adam in the subspace and do something with the gradient outside it."""
+"""Methods that run GaLore's solver in the subspace and also use the gradient outside it."""
 
 import math
 from dataclasses import replace
@@ -22,18 +22,19 @@ from rsotrain.subspace.samplers import Columns, Sampler
 
 
 def rounding_noise(size: int, dtype: torch.dtype) -> float:
-    """Relative size of what A − AQQᵀ is by rounding alone; ``size``: k, ``dtype``: that of Q.
+    """Relative size of A − AQQᵀ from rounding errors alone; ``size``: k; ``dtype``: of Q.
 
-    Four times the rounding of sums of k in float32, and of the entries of Q if they have less.
+    It is four times the rounding error of sums of k terms in float32, plus that of the entries of Q where
+    these have fewer bits.
     """
     noise = 4 * size**0.5 * torch.finfo(torch.float32).eps
     return noise if dtype.itemsize >= 4 else noise + 2 * torch.finfo(dtype).eps
 
 
 def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
-    """Norms of the rows of scales ⊙ ``piece``, without making it: its own norm is theirs.
+    """Norms of the rows of scales ⊙ ``piece`` without forming the product; their norm is the product's norm.
 
-    ``piece``: M×k; ``scales``: M×1, or one for all, 1×1. Returns M×1.
+    ``piece``: M×k; ``scales``: M×1, or 1×1 for one common scale. Returns M×1.
     """
     return row_norms(piece, scales.dtype).mul_(scales)
 
@@ -43,10 +44,10 @@ def _with_norm(state: StateSize) -> StateSize:
 
 
 class Fira(GaLore):
-    """GaLore plus the residual, each row scaled as Adam scales it inside (Fira, arXiv 2410.01623).
+    """GaLore plus the residual, whose rows are scaled as Adam scales those of R (Fira, arXiv 2410.01623).
 
-    W ← (1 − ηλ)W − η (lift(N) + limit(φ ⊙ (A − lift(R)))), φ_j = ‖N_j‖/‖R_j‖. The authors' code takes
-    A − α·lift(R) for the residual; this is the paper's. At full rank the residual is left out.
+    W ← (1 − ηλ)W − η (lift(N) + limit(φ ⊙ (A − lift(R)))), φ_j = ‖N_j‖/‖R_j‖. The residual is the paper's;
+    the authors' code takes A − α·lift(R). At full rank there is no residual.
     """
 
     replicated_state: ClassVar = GaLore.replicated_state | {"residual_norm"}
@@ -72,12 +73,12 @@ class Fira(GaLore):
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             scales = channel_scales(update, r)
-            # ‖φ ⊙ lift(R)‖ = ‖N‖: what rounding leaves of it where the residual is zero
+            # rounding errors of the scaled residual are relative to ‖φ ⊙ lift(R)‖ = ‖N‖
             norm, inside = self._norms(m, scaled_row_norms(residual, scales), update)
             noise = rounding_noise(m.size, basis.dtype) * inside
             previous = self.state[m.name]["residual_norm"]
             limited = scales * -limited_growth_(norm, previous, self.config.max_growth, noise)
-            outside = residual.mul_(limited.to(basis.dtype))  # of one dtype: mixed takes four times as long
+            outside = residual.mul_(limited.to(basis.dtype))  # mixed dtypes take four times as long
             add_lifted_(outside, update, basis, 1.0)
             self.apply_(m.weight, outside, lr)
 
@@ -91,9 +92,10 @@ class Fira(GaLore):
 class Frugal(GaLore):
     """Adam in the subspace, signSGD outside it (FRUGAL, arXiv 2411.07837).
 
-    W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Rounding errors have a sign
-    too: a residual that is no larger than they are counts as 0. (Of the products: a basis that is itself
-    inexact, as randomized_svd's, leaves residuals that count.) At full rank there is no outside.
+    W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Entries of the residual that are no
+    larger than the rounding errors of the products count as 0, since these errors have a sign, too. (A basis
+    that only approximates the dominant subspace, as that of randomized_svd, leaves a true residual.) At full
+    rank there is no residual.
     """
 
     needs_orthonormal: ClassVar = True
@@ -116,7 +118,7 @@ class Frugal(GaLore):
     def _signs_(
         self, residual: Tensor, matrix: Matrix, gradient: Tensor, projected: Tensor, basis: Tensor
     ) -> Tensor:
-        """Those of the entries of ``residual`` that exceed rounding, 0 of the others; overwrites it."""
+        """Signs of the entries of ``residual`` that exceed rounding errors, else 0. Overwrites it."""
         if self.subspace.sampler.columns is Columns.axes:
             return residual.sign_()
         info = torch.finfo(basis.dtype)
@@ -124,8 +126,8 @@ class Frugal(GaLore):
             noise = matrix.row_norms(gradient, basis.dtype).mul_(rounding_noise(matrix.size, basis.dtype))
             residual.div_(noise.clamp_(min=info.tiny))
         else:
-            # The roundings of A, Q and R are independent, and about as large as the entries of A that the
-            # subspace makes: ‖R_i‖‖Q_j‖/√r. Together they leave 0.4 eps of these; 2 eps is five times that.
+            # The rounding errors of A, Q and R are independent and proportional to the entries of lift(R),
+            # about ‖R_i‖‖Q_j‖/√r. Their sum is about 0.4 eps of these; the bound is five times as large.
             rows = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
             columns = torch.linalg.vector_norm(basis, dim=1, dtype=rows.dtype)
             for noise in (rows.mul_(2 * info.eps / matrix.rank**0.5), columns):
@@ -134,12 +136,12 @@ class Frugal(GaLore):
 
 
 class Apollo(GaLore):
-    """The gradient itself, scaled as Adam scales its random projection (APOLLO, arXiv 2412.05270).
+    """The full gradient, scaled as Adam scales its random projection (APOLLO, arXiv 2412.05270).
 
-    W ← (1 − ηλ)W − η·limit(s ⊙ A), s_j = ‖N_j‖/‖R_j‖ for each row, or s = ‖N‖_F/‖R‖_F for the whole
-    matrix (``per_tensor``, APOLLO-Mini). The paper's random P has E[PPᵀ] = I; bases of unit columns are
-    scaled by √(k/r) to match, so that one learning rate serves every sampler. The paper's factor √scale
-    belongs to the learning rate.
+    W ← (1 − ηλ)W − η·limit(s ⊙ A) with s_j = ‖N_j‖/‖R_j‖ for each row, or s = ‖N‖_F/‖R‖_F for the whole
+    matrix (``per_tensor``, APOLLO-Mini). The paper's random P has E[PPᵀ] = I; projections on bases of unit
+    columns are multiplied by √(k/r) to match, so that one learning rate fits all samplers. The paper's factor
+    √scale is a part of the learning rate here.
     """
 
     replicated_state: ClassVar = GaLore.replicated_state | {"update_norm"}
@@ -161,7 +163,7 @@ class Apollo(GaLore):
         for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
             if self.config.per_tensor:
                 adapted, plain = m.low_rank_norms(update, r)
-                # 1×1: times a number without dimensions, a bfloat16 gradient stays bfloat16
+                # 1×1: the product of a bfloat16 gradient and a 0-d tensor would stay bfloat16
                 scales = (adapted / plain).where(plain > 0, 0.0).view(1, 1)
             else:
                 scales = channel_scales(update, r)
@@ -173,20 +175,20 @@ class Apollo(GaLore):
 class LDAdam(GaLore):
     """Low-dimensional Adam with error feedback (LDAdam, arXiv 2410.16103, algorithm 1).
 
-    With the error E of the steps before: A = G + E; the basis is drawn from ρ·lift_old(M̂) + (1−ρ)A; the
-    moments are transported; then GaLore's step, and
+    Each step adds the error E of earlier steps to the gradient, A = G + E, samples the basis from
+    ρ·lift_old(M̂) + (1−ρ)A, transports the moments and takes GaLore's step. Then
     E ← A − lift(AQ) + β₁/(1−β₁) (lift_old(M_old) − lift(M_transported)).
-    E is M×k, in float32 at least: the authors keep it in the gradient's memory, here it counts as state.
-    What bfloat16 products round away stays in it too. Captured energy is of A, not of G. Meant for
-    ``update_proj_gap`` 1; with a larger one E carries what is outside the subspace from one basis to the
-    next.
+    E is M×k in at least float32. The authors keep it in the gradient's memory; here it is optimizer state. It
+    also collects the rounding errors of bfloat16 products. The captured energy that is logged is that of A.
+    The method is meant for ``update_proj_gap`` = 1; with a larger one, E holds what lies outside the subspace
+    until the next refresh.
     """
 
     needs_orthonormal: ClassVar = True
 
     @classmethod
     def solver_for(cls, config: Any) -> Solver:
-        return solver_of(InnerSolver.adam)  # error feedback and transport are Adam's
+        return solver_of(InnerSolver.adam)  # error feedback and transport are defined for Adam
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
@@ -232,7 +234,7 @@ class LDAdam(GaLore):
         error = self.state[matrix.name]["error"]
         old = self._exp_avg(matrix).to(error.dtype)
         beta1 = self.settings.betas[0]
-        # orthogonal to the new basis, so it may be added before A is projected
+        # the difference is orthogonal to the new basis, so it may be added before A is projected
         add_lifted_(error, old, matrix.columns_of(change.old), beta1 / (1.0 - beta1))
         moved = old @ change.transition.T
         add_lifted_(error, moved, self.basis(matrix), -beta1 / (1.0 - beta1))
@@ -242,5 +244,5 @@ class LDAdam(GaLore):
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         for m, a, r in zip(bucket, gradients, projected, strict=True):
-            add_lifted_(a, r, self.basis(m), -1.0)  # a is the error's memory
+            add_lifted_(a, r, self.basis(m), -1.0)  # ``a`` is the state tensor "error"
         super().apply(bucket, gradients, projected, step, lr)

@@ -1,8 +1,8 @@
 """Randomized subspace optimization (RSO: Chen et al., ICML 2025, arXiv 2502.07222).
 
-For each weight W (out × in), rounds k = 0, 1, … of T steps each: draw a random P_k (in × r), and on
-f(W + B P_kᵀ) + ‖B‖²/(2η) take T steps of a standard solver in B (out × r) alone, from B = 0, each on a
-fresh batch; then W ← W + B P_kᵀ. Here W is effective at all times: each step adds ΔB P_kᵀ to it.
+For each weight W (out × in), round k = 0, 1, … samples a random P_k (in × r) and minimises
+f(W + B P_kᵀ) + ‖B‖²/(2η) over B (out × r) alone: T (update_proj_gap) steps of a standard solver from B = 0,
+each on a fresh batch. Then W ← W + B P_kᵀ. This implementation adds each step's ΔB P_kᵀ to W at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import BasisStorage, RSOConfig
 from rsotrain.errors import require
-from rsotrain.models.subspace_linear import Site, attach_subspace
+from rsotrain.models.subspace_linear import InputGroup, attach_subspace
 from rsotrain.optim.base import Settings, buckets, gradient_of
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.solvers import Solver, solver_of
 from rsotrain.optim.state_size import StateSize, Weight, WeightsLayout
@@ -35,35 +36,35 @@ from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler
 from rsotrain.subspace.sources import SumSource
 
-_COEFFICIENTS = "coefficients"
-_SEED_BYTES = 8  # of a basis that is sampled again from its seed, int64
+_B = "coefficients"  # the name of B in the optimizer state
+_SEED_BYTES = 8  # the int64 seed of a regenerated basis
 
 
 class RSO(OptimizerWithBases):
-    """RSO on linears whose backward gives dB and no dW (``rsotrain.models.subspace_linear``).
+    """RSO on linears whose backward pass computes dB instead of dW (``rsotrain.models.subspace_linear``).
 
-    It is always the input that is projected, and linears with one input share P: the state is 2·r·out
-    elements a linear (adam) and r·in a site. W ← (1 − ηλ)W + η·ΔB Pᵀ, with ηλ the decoupled weight decay.
-    With bfloat16 weights this is rounded to nearest, which swallows updates below 2⁻⁹ of an entry: no
-    wider copy of W exists.
+    RSO always projects the input, and the linears of an input group share P. The optimizer state is 2·r·out
+    elements for each linear (adam) and r·in for each input group. W ← (1 − ηλ)W + η·ΔB Pᵀ, with decoupled
+    weight decay ηλ. There is no float32 copy of bfloat16 weights: they are rounded to nearest, which loses
+    updates below 2⁻⁹ of an entry.
 
-    Bases: with ``basis_scale`` an orthonormal one is multiplied by √(in/r). Then E[PPᵀ] = I for a random
-    one, and E‖dB‖² = ‖dW‖²: the norm that is clipped and logged, that of dB as it is, estimates the full
-    gradient's, and one ``grad_clip`` means the same for all methods. Without it the norm of dB is that of
-    the gradient's part in the subspace.
+    With ``basis_scale`` orthonormal bases are multiplied by √(in/r). For a random basis E[PPᵀ] = I then, and
+    E‖dB‖² = ‖dW‖². The norm that is logged and clipped (``gradient_norms``) estimates the norm of the full
+    gradient, so that ``grad_clip`` means the same for all methods. Without ``basis_scale`` it is the norm of
+    the gradient's projection on the subspace.
 
-    Samplers that look at data see XᵀX of the site's input, as gathered by the forward passes of the step
-    that ends with the draw: the row space of dW = dYᵀX lies in that of X, of which the rows do not count
-    where dY is zero, those of padding. As those of step 1 need a basis too, their first draw is at the end
-    of step 1 (staggered: of the step before their turn), and until then they have a random one. All draws
-    for step t are made at the end of step t−1: a checkpoint holds the bases to go on with, and never a Gram
-    matrix. Those in use, in × in in float32, are held from the forward pass to the draw, all together unless
-    the draws are staggered.
+    Data-dependent samplers use XᵀX of the group's input X, because the row space of dW = dYᵀX lies in that of
+    X. Rows of X at padding do not count, since dY is zero there. A refresh for step t happens at the end of
+    step t−1, and the forward passes of step t−1 gather XᵀX for it. A checkpoint thus holds the bases for the
+    next step, and no Gram matrix. Until the first data-dependent basis, at the end of step 1 (staggered: of
+    the step before the group's turn), the basis is random. The Gram matrices (in × in, float32) stay in
+    memory from the forward pass to the refresh: those of all groups together, unless refreshes are staggered.
 
-    The proximal term adds B/η to the gradient, after clipping, and needs B itself: r·out elements more.
-    ``refresh_warmup_steps`` n: after a refresh the rate is (s+1)/(n+1) of itself in step s = 0, 1, …, n−1.
+    The proximal term adds B/η to the gradient after clipping and has to keep B: r·out more elements for each
+    linear. With ``refresh_warmup_steps`` n, the learning rate after a refresh is multiplied by (s+1)/(n+1) in
+    steps s = 0, 1, …, n−1.
 
-    Sharded, a weight is split by its rows, and so are B's moments: dB, out × r, is all that is reduced.
+    A weight is sharded by its rows, and so are the moments. The only gradient to reduce is dB (out × r).
     """
 
     replicated_state: ClassVar = frozenset({"step"})
@@ -78,34 +79,34 @@ class RSO(OptimizerWithBases):
         config: RSOConfig,
         subspace: Subspace,
         *,
-        sites: list[Site],
+        input_groups: list[InputGroup],
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings, config)
-        assert sorted(parameters) == sorted(name for site in sites for name in site.layers)
-        self.subspace, self.sites = subspace, sites
+        assert sorted(parameters) == sorted(name for group in input_groups for name in group.layers)
+        self.subspace, self.input_groups = subspace, input_groups
         weight = next(iter(parameters.values()))
         self.bases = Bases(
-            {site.name: (site.size, site.rank) for site in sites},
+            {group.name: (group.size, group.rank) for group in input_groups},
             subspace.sampler,
             gap=subspace.gap,
             staggered=subspace.staggered,
             seed=subspace.seed,
             total_steps=subspace.total_steps,
             dtype=subspace.compute_dtype or work_dtype(weight.dtype),
-            devices={site.name: parameters[site.name].device for site in sites},
+            devices={group.name: parameters[group.name].device for group in input_groups},
             scaled=config.basis_scale and subspace.sampler.orthonormal,
             stored=config.projection is BasisStorage.stored,
-            mesh=self.shards[sites[0].name].mesh,
+            mesh=self.shards[input_groups[0].name].mesh,
         )
-        self.reduced: dict[str, Tensor] = {}  # this rank's rows of dB, where ranks share them
-        for site in sites:
-            self._place_first_basis(site)
-            for key, tensor in self.bases.state[site.name].items():
-                self.add_tensor(site.name, key, tensor)
-            for name, layer in site.layers.items():
-                layer.place_coefficients()
-                self._add_state(name, layer.coefficients)
-        self.buckets = buckets(sites, lambda site: sum(x.coefficients.numel() for x in site.layers.values()))
+        self.reduced: dict[str, Tensor] = {}  # this rank's rows of the reduced dB, where weights are sharded
+        for group in input_groups:
+            self._place_first_basis(group)
+            for key, tensor in self.bases.state[group.name].items():
+                self.add_tensor(group.name, key, tensor)
+            for name, layer in group.layers.items():
+                layer.place_leaf()
+                self._add_state(name, layer.B)
+        self.buckets = buckets(input_groups, lambda group: sum(x.B.numel() for x in group.layers.values()))
 
     @property
     def solver(self) -> Solver:
@@ -149,27 +150,27 @@ class RSO(OptimizerWithBases):
     ) -> tuple[ParameterGroups, dict[str, Any]]:
         """Replace the linears of ``groups.blocks`` by subspace linears, which read the same weights."""
         assert isinstance(model, nn.Module), "RSO replaces modules, so it needs the model itself"
-        return groups, {"sites": attach_subspace(model, list(groups.blocks), config.rank)}
+        return groups, {"input_groups": attach_subspace(model, list(groups.blocks), config.rank)}
 
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
-        """Of each linear 2r·out for Adam and a count, of each input that linears share r·in for P."""
-        sites: dict[str, list[Weight]] = {}
+        """For each linear its moments (2r·out for Adam) and a count; for each input group r·in for P."""
+        input_groups: dict[str, list[Weight]] = {}
         for weight in weights:
-            sites.setdefault(weight.site, []).append(weight)
+            input_groups.setdefault(weight.input_group, []).append(weight)
         num_moments = len(solver_of(config.solver).moments)
         total = 0
-        for name, members in sites.items():
+        for name, members in input_groups.items():
             rank = resolve_rank(config.rank, max(min(w.shape) for w in members), name)
             rows = [layout.piece(w.shape, rows=True)[0] for w in members]
             stored = config.projection is BasisStorage.stored
-            coefficients = 0 if config.proximal_eta is None else sum(rows) * rank
+            B = 0 if config.proximal_eta is None else sum(rows) * rank
             total += 0 if stored else _SEED_BYTES
             total += layout.bytes_of(
                 StateSize(
                     moments=tuple((r, rank) for r in rows for _ in range(num_moments)),
                     bases=((members[0].shape[1], rank),) if stored else (),
-                    wide=len(members) + coefficients,
+                    wide=len(members) + B,
                 )
             )
         return total
@@ -179,67 +180,102 @@ class RSO(OptimizerWithBases):
         assert shard.dim in (None, 0), "RSO projects the second dimension"
         return shard.shape[0] if shard.dim is None else shard.stop - shard.start
 
-    def _add_state(self, name: str, coefficients: Tensor) -> None:
-        shape = (self._num_rows(name), coefficients.shape[1])
+    def _add_state(self, name: str, B: Tensor) -> None:
+        shape = (self._num_rows(name), B.shape[1])
         for key in self.solver.moments:
             self.add_moment(name, key, shape, 0)
-        # gradients in the moments
-        self.add_tensor(name, "step", torch.zeros((), device=coefficients.device))
+        # the number of gradients in the moments
+        self.add_tensor(name, "step", torch.zeros((), device=B.device))
         if self.config.proximal_eta is not None:
-            wide = work_dtype(coefficients.dtype)
-            self.add_tensor(
-                name, _COEFFICIENTS, torch.zeros(shape, dtype=wide, device=coefficients.device), 0
-            )
+            wide = work_dtype(B.dtype)
+            self.add_tensor(name, _B, torch.zeros(shape, dtype=wide, device=B.device), 0)
 
-    def _place_first_basis(self, site: Site) -> None:
+    def _place_first_basis(self, group: InputGroup) -> None:
         if not self.bases.stored:
-            site.regenerate = partial(self.bases.__getitem__, site.name)
+            group.regenerate = partial(self.bases.__getitem__, group.name)
             return
-        site.basis = self.bases[site.name]
-        if site.basis.is_meta:  # random numbers are drawn on the CPU: seconds for a large model
+        group.basis = self.bases[group.name]
+        if group.basis.is_meta:  # random numbers come from the CPU, which takes seconds for a large model
             return
         if self.bases.informed(1):
-            self.bases.place(site.name, haar(self.bases.request(site.name, "start")))
+            self.bases.place(group.name, haar(self.bases.request(group.name, "start")))
         else:
-            self.bases.refresh(site.name, lambda: None, step=1, lr_factor=1.0)
+            self.bases.refresh(group.name, lambda: None, step=1, lr_factor=1.0)
 
     # --- gradients and inputs ------------------------------------------------------------------
 
     def gradient_holders(self) -> dict[str, Tensor]:
-        return {name: layer.coefficients for site in self.sites for name, layer in site.layers.items()}
+        return {name: layer.B for group in self.input_groups for name, layer in group.layers.items()}
 
     def reduce_gradients(self) -> None:
-        """Sum dB over ranks: one reduce-scatter of a bucket's dB, and one all-reduce between replicas."""
+        """Sum dB over ranks: for each bucket one reduce-scatter, and one all-reduce between replicas."""
         if self.bases.mesh is None:
             return
         for bucket in self.buckets:
-            layers = {name: layer for site in bucket for name, layer in site.layers.items()}
-            gradients = {name: gradient_of(name, layer.coefficients) for name, layer in layers.items()}
+            layers = {name: layer for group in bucket for name, layer in group.layers.items()}
+            gradients = {name: gradient_of(name, layer.B) for name, layer in layers.items()}
             self.reduced |= reduce_rows(gradients, self.shards, self.bases.mesh)
             for layer in layers.values():
-                layer.coefficients.grad = None
+                layer.B.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         return super().gradients() if self.bases.mesh is None else self.reduced
 
+    def gradient_norms(self, step: int) -> list[Tensor]:
+        """Norms that estimate the norm of the full gradient dW from dB.
+
+        With a scaled basis ‖dB‖ = √(in/r)·‖dW Q‖. A random Q captures r/in of the energy of dW, for which the
+        scale √(in/r) compensates. A data-dependent Q captures nearly all of it, so the scale is divided out;
+        ‖dW Q‖ never exceeds ‖dW‖.
+        """
+        gradients = self.gradients()
+        by_weight: dict[float, list[Tensor]] = {}  # matrices have few shapes, so there are few weights
+        for group in self.input_groups:
+            weight = self._column_weights(group, step)
+            for name in group.layers:
+                if isinstance(weight, float):
+                    by_weight.setdefault(weight, []).append(gradients[name])
+                else:
+                    by_weight.setdefault(1.0, []).append(gradients[name] * weight)
+        norms: list[Tensor] = []
+        for weight, own in by_weight.items():
+            norms += norms_of(own) if weight == 1.0 else torch._foreach_mul(norms_of(own), weight)
+        return norms
+
+    def _column_weights(self, group: InputGroup, step: int) -> float | Tensor:
+        """The weight of dB in the norm of the gradient: a number for all columns, or one for each."""
+        bases = self.bases
+        has_seen_data = step > max(1, bases.schedule.offset(bases.positions[group.name]))
+        if not bases.scaled or not bases.informed(step) or not has_seen_data:
+            return 1.0
+        size, rank, scale = group.size, group.rank, (group.size / group.rank) ** 0.5
+        informed = bases.sampler.num_informed(rank)
+        if informed == rank:
+            return 1.0 / scale
+        # the other columns are uniformly random in the orthogonal complement of the informed ones
+        complement = ((size - informed) / (rank - informed)) ** 0.5 / scale
+        weights = torch.full((rank,), complement, device=self.parameters[group.name].device)
+        weights[:informed] = 1.0 / scale
+        return weights.to(self.parameters[group.name].dtype)
+
     def zero_grad(self) -> None:
         super().zero_grad()
         self.reduced = {}
-        for site in self.sites:
-            site.gram = None
+        for group in self.input_groups:
+            group.gram = None
 
     @contextmanager
     def observing(self, step: int, valid_mask: Tensor | None) -> Iterator[None]:
         due = []
         if self.bases.informed(step + 1):
-            due = [site for site in self.sites if self._next_draw(site, step) is not None]
+            due = [group for group in self.input_groups if self._next_refresh(group, step) is not None]
         try:
-            for site in due:
-                site.start_observing(valid_mask)
+            for group in due:
+                group.start_observing(valid_mask)
             yield
         finally:
-            for site in due:
-                site.observing, site.reached = False, None
+            for group in due:
+                group.observing, group.valid_mask = False, None
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -247,63 +283,63 @@ class RSO(OptimizerWithBases):
     def update(self, step: int, lr_factor: float) -> None:
         gradients = self.gradients()
         for bucket in self.buckets:
-            names = [name for site in bucket for name in site.layers]
+            names = [name for group in bucket for name in group.layers]
             updates = self._negative_updates({name: gradients[name] for name in names}, step)
-            for site in bucket:
-                basis = site.current_basis()
-                lr = self.peak_lr * lr_factor * self._rewarmed(site, step)
-                for name, layer in site.layers.items():
+            for group in bucket:
+                basis = group.current_basis()
+                lr = self.peak_lr * lr_factor * self._rewarmed(group, step)
+                for name, layer in group.layers.items():
                     weight = local(layer.weight).detach()
                     add_lifted_(weight, updates[name], basis, lr, self.decay_factor(lr))
                     if self.config.proximal_eta is not None:
-                        self.state[name][_COEFFICIENTS].add_(updates[name], alpha=lr)
-        due = {site: i for site in self.sites if (i := self._next_draw(site, step)) is not None}
+                        self.state[name][_B].add_(updates[name], alpha=lr)
+        due = {group: i for group in self.input_groups if (i := self._next_refresh(group, step)) is not None}
         if due:
             self.refresh(due, step, lr_factor)
 
     def _negative_updates(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Take dB into the moments; −N by name."""
+        """Update the moments by dB; return −N by parameter name."""
         states = [self.state[name] for name in gradients_of]
         gradients = [g.to(work_dtype(g.dtype)) for g in gradients_of.values()]
         if self.config.proximal_eta is not None:
-            values = [state[_COEFFICIENTS] for state in states]
+            values = [state[_B] for state in states]
             gradients = list(torch._foreach_add(gradients, values, alpha=1.0 / self.config.proximal_eta))
         kept = [self.moments[name] for name in gradients_of]
         counts = [state["step"] for state in states]
         updates = self.solver.negative_updates(gradients, kept, counts, self.settings, step)
         return dict(zip(gradients_of, updates, strict=True))
 
-    def _rewarmed(self, site: Site, step: int) -> float:
-        index, since = self.bases.schedule.latest(self.bases.positions[site.name], step)
+    def _rewarmed(self, group: InputGroup, step: int) -> float:
+        index, since = self.bases.schedule.latest(self.bases.positions[group.name], step)
         if index == 0:
             return 1.0
         return min(1.0, (since + 1) / (self.config.refresh_warmup_steps + 1))
 
     # --- the refresh -----------------------------------------------------------------------------
 
-    def _next_draw(self, site: Site, step: int) -> int | None:
-        """Index of the draw at the end of ``step``, for the next one; None: the basis stays."""
-        schedule, position = self.bases.schedule, self.bases.positions[site.name]
+    def _next_refresh(self, group: InputGroup, step: int) -> int | None:
+        """Index of the refresh at the end of ``step``, for the next step; None where the basis stays."""
+        schedule, position = self.bases.schedule, self.bases.positions[group.name]
         if self.bases.informed(step + 1) and step == max(1, schedule.offset(position)):
             return 0
-        return schedule.draw_index(position, step + 1)
+        return schedule.refresh_index(position, step + 1)
 
-    def refresh(self, due: dict[Site, int], step: int, lr_factor: float) -> None:
+    def refresh(self, due: dict[InputGroup, int], step: int, lr_factor: float) -> None:
         sources = {
-            site.name: SumSource(site.take_gram, site.size, shared=self.bases.mesh is not None)
-            for site in due
+            group.name: SumSource(group.take_gram, group.size, shared=self.bases.mesh is not None)
+            for group in due
         }
-        indices = {site.name: index for site, index in due.items()}
+        indices = {group.name: index for group, index in due.items()}
         changes = self.bases.refresh_all(sources, step + 1, lr_factor, indices.__getitem__)
-        for site in due:
-            if site.name in changes:
-                for name in site.layers:
-                    self._basis_changed(name, changes[site.name], step)
+        for group in due:
+            if group.name in changes:
+                for name in group.layers:
+                    self._basis_changed(name, changes[group.name], step)
 
     def _basis_changed(self, name: str, change: BasisChange, step: int) -> None:
         state = self.state[name]
         if self.config.proximal_eta is not None:
-            state[_COEFFICIENTS].zero_()
+            state[_B].zero_()
         self.solver.basis_changed(
             self.subspace.on_refresh,
             self.moments[name],
@@ -313,11 +349,11 @@ class RSO(OptimizerWithBases):
             step,
         )
 
-    # --- books ---------------------------------------------------------------------------------
+    # --- metrics and tables --------------------------------------------------------------------
 
     def refresh_work(self) -> list[tuple[object, str]]:
-        """And XᵀX, gathered in the forward passes of a step that ends with new bases."""
-        return [*super().refresh_work(), *((site, "observe") for site in self.sites)]
+        """Also gathering XᵀX, in the forward passes of a step that ends with a refresh."""
+        return [*super().refresh_work(), *((group, "observe") for group in self.input_groups)]
 
     def ranks(self) -> list[int]:
-        return [site.rank for site in self.sites]
+        return [group.rank for group in self.input_groups]

@@ -21,7 +21,7 @@ _KINDS = ("exp_avg", "subset_sq")
 
 
 def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
-    """Entries in a subset of a row of ``size``; None: all. UserError if it does not divide ``size``."""
+    """Entries in a subset of a row of ``size``; None: all. UserError if they do not divide ``size``."""
     if subset_size is None:
         return size
     if subset_size < 1 or size % subset_size:
@@ -33,16 +33,16 @@ def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
 
 
 def _subsets(config: Any, matrix: MatrixSize) -> tuple[int, int]:
-    """Rows, and subsets in a row."""
+    """(number of rows, number of subsets in a row)."""
     return matrix.rows, matrix.size // (config.subset_size or matrix.size)
 
 
 class SubsetNorm(ParamGroupOptimizer):
     """SN: momentum of full size, one second moment for each subset of a row of the oriented gradient.
 
-    M ← β₁M + (1−β₁)A;  V ← β₂V + (1−β₂)s;  W ← (1 − ηλ)W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·M/(√V + ε). A sum, not a
-    mean, over the subset: steps are √subset_size smaller than Adam's. β₁ = 0 is RMSProp-SN, β₂ = 1
-    AdaGrad-SN.
+    M ← β₁M + (1−β₁)A;  V ← β₂V + (1−β₂)s;  W ← (1 − ηλ)W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·M/(√V + ε). s is a sum, not a
+    mean, over the subset, so updates are √subset_size times smaller than Adam's. β₁ = 0 gives RMSProp-SN,
+    β₂ = 1 AdaGrad-SN.
     """
 
     takes_adagrad_beta: ClassVar = True
@@ -89,11 +89,11 @@ class SubsetNorm(ParamGroupOptimizer):
 
 
 class SubspaceMomentum(SubspaceOptimizer):
-    """SM over SN: momentum in the subspace, the plain gradient outside, SN's second moment.
+    """SM over SN: momentum in the subspace, the plain gradient outside it, and SN's second moment.
 
-    M ← β₁M + (1−β₁)R;  numerator = lift(M) + (A − lift(R));  the rest as SN, with whose subset_size = 1
-    this is Adam's second moment (SM alone). By default M ← 0 when the basis changes; the authors' code
-    takes one more step with the old momentum there and loses that step's gradient, which this does not.
+    M ← β₁M + (1−β₁)R, and lift(M) + (A − lift(R)) replaces SN's M in the update. With subset_size = 1 the
+    second moment is Adam's (SM alone). By default a refresh sets M ← 0. The authors' code takes one more step
+    with the old momentum at a refresh and loses the gradient of that step; this implementation does not.
     """
 
     needs_orthonormal: ClassVar = True

@@ -1,7 +1,7 @@
-"""What is done with gradients in a subspace: gradients in, negative updates −N out.
+"""Update rules inside a subspace: they take gradients g and return negative updates −N.
 
-For GaLore and its kin g is R = A Q (M×r), for RSO dB (out×r). C = Q_newᵀ Q_old (r×r) is the transition to a
-new basis. A solver is a rule for g alone: it knows neither bases nor weights.
+For GaLore and the methods derived from it g is R = A Q (M×r), for RSO it is dB (out×r). C = Q_newᵀ Q_old
+(r×r) is the transition to a new basis. A solver sees g alone, neither bases nor weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.methods import InnerSolver, OnRefresh
-from rsotrain.optim.functional import adam_descent, transport_adam_, transport_momentum_
+from rsotrain.optim.functional import adam_negative_updates, transport_adam_, transport_momentum_
 from rsotrain.optim.moments import Moment
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solver:
-    """``moments``: names of its state tensors, each of g's shape.
+    """``moments``: names of the solver's state tensors, each of g's shape.
 
-    ``rule(gradients, moments, counts, settings)`` takes the gradients, which it may overwrite, into the
-    moments (one list for each name) and returns −N; ``counts`` are 0-d and count this gradient.
-    ``carry(moments, transition, count, settings)`` re-expresses the moments of one matrix in a new basis.
+    ``rule(gradients, moments, counts, settings)`` updates the moments (one list for each name) by the
+    gradients, which it may overwrite, and returns −N. ``counts``: the number of gradients in the moments of
+    each matrix, this one included, 0-d. ``carry(moments, transition, count, settings)`` transports the
+    moments of one matrix to a new basis.
     """
 
     moments: tuple[str, ...]
@@ -40,9 +41,9 @@ class Solver:
         settings: "Settings",
         step: int,
     ) -> list[Tensor]:
-        """Take the gradients of several matrices into their moments; −N of each.
+        """Update the moments of several matrices by their gradients; return −N of each.
 
-        ``counts``: of the gradients in the moments, which this one adds itself to.
+        ``counts``: the number of gradients in the moments of each matrix, which is increased by 1.
         """
         torch._foreach_add_(list(counts), 1.0)
         moments = [own[key] for key in self.moments for own in kept]
@@ -61,7 +62,7 @@ class Solver:
         settings: "Settings",
         step: int,
     ) -> None:
-        """Keep, zero (with their count) or transport the moments of one matrix."""
+        """Keep the moments of one matrix, zero them and their count, or transport them to the new basis."""
         moments = [kept[key] for key in self.moments]
         if on_refresh is OnRefresh.reset:
             for moment in moments:
@@ -81,7 +82,9 @@ def _adam(
 ) -> list[Tensor]:
     """N = M̂ / (√V̂ + ε)."""
     exp_avgs, exp_avg_sqs = moments
-    return adam_descent(gradients, exp_avgs, exp_avg_sqs, counts, betas=settings.betas, eps=settings.eps)
+    return adam_negative_updates(
+        gradients, exp_avgs, exp_avg_sqs, counts, betas=settings.betas, eps=settings.eps
+    )
 
 
 def _carry_adam(moments: Sequence[Tensor], transition: Tensor, count: Tensor, settings: "Settings") -> None:
@@ -95,7 +98,7 @@ def _momentum(
     counts: Sequence[Tensor],
     settings: "Settings",
 ) -> list[Tensor]:
-    """M ← β₁M + (1−β₁)g;  N = M/(1−β₁ᵗ): with β₁ = 0 gradient descent."""
+    """M ← β₁M + (1−β₁)g;  N = M/(1−β₁ᵗ). With β₁ = 0 this is gradient descent."""
     beta1 = settings.betas[0]
     (exp_avgs,) = moments
     for exp_avg, gradient in zip(exp_avgs, gradients, strict=True):
@@ -126,7 +129,7 @@ def _adagrad(
 def _carry_adagrad(
     moments: Sequence[Tensor], transition: Tensor, count: Tensor, settings: "Settings"
 ) -> None:
-    """V ← C² V, C² elementwise: the sums of squares if the coordinates of g were uncorrelated."""
+    """V ← C² V with C² elementwise, exact for the sums of squares of uncorrelated coordinates of g."""
     moments[0].copy_(moments[0] @ transition.square().T)
 
 

@@ -1,33 +1,22 @@
-"""The size of the optimizer state in closed form, from shapes alone: the check on what is really kept.
+"""The size of the optimizer state in closed form, from shapes alone. It checks the size of the real tensors.
 
-Each method says how many moments and other tensors it keeps of one matrix (``matrix_state``); what these
-take is worked out here, on the rank that has the largest pieces.
+Each method lists the moments and other tensors that it keeps for one matrix (``matrix_state``). This module
+computes their bytes on the rank with the largest pieces.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from rsotrain.config.methods import StateDtype
+from rsotrain.models.architecture import Weight
 from rsotrain.parallel.sharding import preferred_dim
 
 Shape = tuple[int, ...]
 
 
-class Weight(Protocol):
-    """``shape``: (out, in), or (size,). ``site``: name of the first linear that reads the same input."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def site(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class StateSize:
-    """``moments``: shapes on the rank. ``bases``: (k, r) of each. ``wide``: elements in float32."""
+    """``moments``: shapes on the rank. ``bases``: (k, r) of each. ``wide``: other elements, in float32."""
 
     moments: tuple[Shape, ...] = ()
     bases: tuple[tuple[int, int], ...] = ()
@@ -38,8 +27,8 @@ class StateSize:
 class MatrixSize:
     """One matrix, oriented M×k with M ≥ k, on the rank with the largest piece.
 
-    ``piece``: the shape of the piece as it lies. ``rows``: those of what is M×r: all of them where the
-    projected dimension is the one that is sharded.
+    ``piece``: the shape of the piece, not oriented. ``size``: k. ``rows``: the rows of an M×r tensor on the
+    rank, all M where the projected dimension k is sharded.
     """
 
     name: str
@@ -50,9 +39,10 @@ class MatrixSize:
 
 @dataclass(frozen=True)
 class WeightsLayout:
-    """How weights and states lie: ``pieces`` ranks share a copy; ``state_dtype``: of moments;
-    ``basis_bytes``: of a basis' element, in the dtype of products; ``bases_are_optimised``: moved by small
-    steps, for which some methods keep them in float32; ``sampler_state(k, r)``: bytes that the sampler keeps.
+    """How weights and optimizer state are stored. ``pieces``: ranks that share one copy. ``state_dtype``: of
+    moments. ``basis_bytes``: bytes of an element of a basis, in the dtype of products.
+    ``bases_are_optimised``: a sampler moves them by small steps, for which some methods keep them in float32.
+    ``sampler_state(k, r)``: bytes of the sampler's own tensors for a k×r basis.
     """
 
     pieces: int
@@ -62,7 +52,7 @@ class WeightsLayout:
     sampler_state: Callable[[int, int], int] = lambda size, rank: 0
 
     def piece(self, shape: Shape, *, rows: bool = False) -> Shape:
-        """That of the largest piece; ``rows``: sharded in the first dimension in any case."""
+        """Shape of the largest piece; ``rows``: shard the first dimension in any case."""
         dim = preferred_dim(shape, self.pieces, rows=rows)
         return tuple(-(-n // self.pieces) if i == dim else n for i, n in enumerate(shape))
 

@@ -1,4 +1,4 @@
-"""The step that all low-rank methods share: refresh, project, hand over to the method."""
+"""The step that all low-rank methods but RSO share: refresh bases, project gradients, apply the method."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,12 +22,11 @@ from rsotrain.subspace.sources import GradientSource
 
 
 class SubspaceOptimizer(OptimizerWithBases):
-    """A method with one low-rank basis for each matrix.
+    """The base of methods with one low-rank basis for each matrix.
 
     A method defines ``add_state``, ``apply``, ``basis_changed`` and ``matrix_state``. Matrices are updated in
-    buckets: one matrix product each for the projections, then the elementwise work of the whole bucket in
-    fused or foreach calls. ``needs_orthonormal``: the method makes no sense
-    with other bases.
+    buckets: each is projected by one matrix product, and the elementwise work of a bucket runs in fused or
+    foreach calls. ``needs_orthonormal``: the method makes no sense with bases that are not orthonormal.
     """
 
     needs_orthonormal: ClassVar[bool] = False
@@ -66,7 +65,7 @@ class SubspaceOptimizer(OptimizerWithBases):
             for key, tensor in self.bases.state[m.name].items():
                 self.add_tensor(m.name, key, tensor)
             self.add_state(m)
-        # of the wholes: all ranks have the same buckets
+        # by the sizes of whole matrices, so that all ranks have the same buckets
         self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
 
     @classmethod
@@ -80,7 +79,7 @@ class SubspaceOptimizer(OptimizerWithBases):
         return super().state_bytes_formula(config, weights, layout)
 
     def is_replicated(self, name: str, key: str) -> bool:
-        """Where the projected dimension is the sharded one, ranks share what is M×r."""
+        """Where the projected dimension is sharded, M×r tensors are replicated."""
         return super().is_replicated(name, key) or matrix_of(name, self.parameters[name]).by_columns
 
     def refresh_work(self) -> list[tuple[object, str]]:
@@ -90,7 +89,7 @@ class SubspaceOptimizer(OptimizerWithBases):
 
     @abstractmethod
     def add_state(self, matrix: Matrix) -> None:
-        """Add the method's own state of one matrix, zeros."""
+        """Add the method's own state tensors of one matrix, filled with zeros."""
 
     @abstractmethod
     def apply(
@@ -98,23 +97,23 @@ class SubspaceOptimizer(OptimizerWithBases):
     ) -> None:
         """Update the weights.
 
-        ``gradients``: A, M×k each, not to be changed; ``projected``: R = A Q, M×r each, may be changed.
+        ``gradients``: A, M×k each, which must not be changed; ``projected``: R = A Q, M×r each, which may be.
         """
 
     @abstractmethod
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
-        """Fit the moments to the new basis, before the gradient of ``step`` enters them."""
+        """Adapt the moments to the new basis, before the gradient of ``step`` updates them."""
 
     def basis(self, matrix: Matrix) -> Tensor:
-        """The basis in use, as products take it; of it what belongs to the columns that are here."""
+        """The basis in use, in the dtype of products; the rows that belong to this rank's columns."""
         return matrix.columns_of(self.bases[matrix.name].to(self.product_dtype))
 
     def gradient(self, matrix: Matrix) -> Tensor:
-        """What is projected, oriented."""
+        """This rank's piece of the oriented tensor that is projected."""
         return oriented(gradient_of(matrix.name, matrix.parameter), matrix.side)
 
     def sampled_gradient(self, matrix: Matrix, gradient: Tensor, step: int) -> Tensor:
-        """What the sampler looks at, given what ``gradient`` returned."""
+        """The tensor that the sampler uses; ``gradient``: the result of the method ``gradient``."""
         return gradient
 
     # --- the step ------------------------------------------------------------------------------
@@ -136,14 +135,14 @@ class SubspaceOptimizer(OptimizerWithBases):
             self.refresh(gradients, step, lr_factor, after_update=True)
 
     def _project(self, matrix: Matrix, gradient: Tensor, basis: Tensor) -> Tensor:
-        """R = A Q in float32 at least."""
+        """R = A Q in at least float32."""
         dtype = work_dtype(gradient.dtype)
         projected = torch.empty(matrix.num_rows, matrix.rank, dtype=dtype, device=gradient.device)
         project_(projected, gradient, basis)
         return matrix.shard.sum_(projected) if matrix.by_columns else projected
 
     def record_energy(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
-        """What a new basis captures of the gradient; after each refresh."""
+        """Record the share of the gradient that a new basis captures; called after each refresh."""
         if not self.subspace.sampler.orthonormal:
             basis = orthonormalised(self.bases[matrix.name].to(work_dtype(self.basis_dtype)))
             projected = self._project(matrix, gradient, matrix.columns_of(basis))
@@ -153,7 +152,7 @@ class SubspaceOptimizer(OptimizerWithBases):
     def refresh(
         self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
     ) -> None:
-        """Draw the bases that are due."""
+        """Refresh the bases that are due before (or after) the update of ``step``."""
         due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
         sources = {
             m.name: GradientSource(

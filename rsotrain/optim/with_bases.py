@@ -1,4 +1,4 @@
-"""What every optimizer with low-rank bases has: how they are chosen, when they change, what they tell."""
+"""The common base of optimizers with low-rank bases, and the settings of these bases."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,26 +13,22 @@ from rsotrain.subspace.samplers import Sampler
 
 
 def pair(config: SubspaceConfig, sampler: Sampler) -> str:
-    """What is refused, where a method and a sampler do not go together."""
+    """The beginning of a sentence that refuses an optimizer with a sampler."""
     return f"optimizer={config.name} with sampler={sampler.name}"
 
 
 def require_sampler(config: SubspaceConfig, sampler: Sampler | None) -> Sampler:
-    """The sampler; UserError where there is none, or where it would never be asked."""
+    """Return ``sampler``; UserError if it is None."""
     require(
         sampler is not None,
         f"optimizer={config.name} needs a sampler; sampler=none is for optimizers without a subspace",
-    )
-    require(
-        config.update_proj_gap >= 1,
-        f"optimizer.update_proj_gap={config.update_proj_gap} must be at least 1",
     )
     assert sampler is not None
     return sampler
 
 
 def require_orthonormal(config: SubspaceConfig, sampler: Sampler, *, always: bool) -> None:
-    """Raise UserError where bases must be orthonormal, ``always`` or to transport moments, and are not."""
+    """Raise UserError if bases must be orthonormal (``always``, or to transport moments) and are not."""
     transports = config.on_refresh is OnRefresh.transport
     what = f"optimizer={config.name}" if always else "optimizer.on_refresh=transport"
     otherwise = "" if always else ", or set optimizer.on_refresh=keep"
@@ -45,12 +41,12 @@ def require_orthonormal(config: SubspaceConfig, sampler: Sampler, *, always: boo
 
 @dataclass(frozen=True)
 class Subspace:
-    """How the bases of a part are chosen.
+    """How the bases of a parameter group are chosen.
 
-    ``rank``: as in ``resolve_rank``. ``gap``: optimizer steps between refreshes. ``seed``: the run's.
-    ``compute_dtype``: of the projections and of the stored bases; None: at least float32. A basis that
-    is itself optimised, by a sampler that samples after the update, is stored in float32 whatever this says,
-    but RSO's: it is multiplied by activations in ``compute_dtype``.
+    ``rank``: as in ``resolve_rank``. ``gap``: update_proj_gap, optimizer steps between two refreshes.
+    ``seed``, ``total_steps``: those of the run. ``compute_dtype``: the dtype of projections and stored bases;
+    None: at least float32. Bases of a sampler that optimises them (``post_update``) are stored in float32 in
+    any case, except in RSO, which multiplies them by activations in ``compute_dtype``.
     """
 
     sampler: Sampler
@@ -64,11 +60,11 @@ class Subspace:
 
 
 class OptimizerWithBases(ParamGroupOptimizer):
-    """Base of GaLore's kin (``SubspaceOptimizer``) and of RSO, which set ``subspace`` and ``bases``."""
+    """The base of ``SubspaceOptimizer`` and of RSO, which set ``subspace`` and ``bases``."""
 
     subspace: Subspace
     bases: Bases
-    # Are new bases sampled at the end of the step before the one that uses them first?
+    # Are bases sampled at the end of the step before the one that first uses them?
     samples_ahead: ClassVar[bool] = False
 
     @classmethod
@@ -76,15 +72,15 @@ class OptimizerWithBases(ParamGroupOptimizer):
         require_sampler(config, sampler)
 
     def is_replicated(self, name: str, key: str) -> bool:
-        """All ranks have the same bases."""
+        """Bases are the same on all ranks."""
         return super().is_replicated(name, key) or key in self.bases.state.get(name, ())
 
     def refresh_work(self) -> list[tuple[object, str]]:
-        """The methods, as owner and name, in which a step does what it does only because bases change."""
+        """(owner, method name) of the work that a step does only because bases are refreshed."""
         return [(self, "refresh")]
 
     def begins_round(self, step: int) -> bool:
-        return self.bases.schedule.draw_index(0, step) is not None
+        return self.bases.schedule.refresh_index(0, step) is not None
 
     def resume(self) -> None:
         self.bases.resume()

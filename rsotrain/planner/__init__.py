@@ -1,4 +1,4 @@
-"""``mode=plan``: the memory of a run before it starts, and advice when memory ends. Start at ``plan.py``.
+"""``mode=plan``: the memory of a run before it starts, and advice when memory runs out. Start at ``plan.py``.
 
-It runs the training step under fake tensors, so it imports what trains; none of the rooms beside it.
+The planner runs the training step with fake tensors, so it imports ``training`` and everything below it.
 """

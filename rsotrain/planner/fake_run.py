@@ -1,7 +1,7 @@
-"""The real training step under fake tensors: one rank of a run, none of its memory.
+"""The real training step with fake tensors: one rank of a run, without its memory.
 
-The Trainer, the model, the optimizer and FSDP are those that train; only the data are stand-ins, and a
-process group of the wanted size that sends nothing.
+Trainer, model, optimizer and FSDP are the real ones. Only the data are placeholders, and the process group
+has the planned size but sends nothing.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ from rsotrain.training.trainer import Trainer, model_without_memory
 
 
 class _Answers(TorchDispatchMode):
-    """Answers what code asks of a value that a fake tensor does not have.
+    """Returns values where code reads a fake tensor's value.
 
-    Conditions hold, counts are 0, numbers are 1: a loss that is finite, a decomposition that succeeded.
+    Booleans are True, integers 0 and floats 1, as for a finite loss or a successful decomposition.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,7 +44,7 @@ class _Answers(TorchDispatchMode):
 
 
 class _PassesDone(Exception):  # noqa: N818 (it is no error)
-    """Ends a step before the optimizer's part."""
+    """Ends a step before the optimizer's step."""
 
 
 class _Tokenizer:
@@ -66,7 +66,7 @@ class _Sequences:
 
 
 class _Data:
-    """What a Trainer needs of ``Data`` to train."""
+    """The attributes of ``Data`` that a Trainer needs for a step."""
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self.tokenizer = _Tokenizer(vocab_size)
@@ -74,14 +74,14 @@ class _Data:
 
 
 class _FakeTrainer(Trainer):
-    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """Whether a sequence is padded is for the data to say: of those that may be, one is."""
+    def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Without data, assume that a sequence is padded wherever the packing allows it."""
         padded = self.config.data.packing is Packing.padded
         return torch.ones_like(targets, dtype=torch.bool) if padded else None
 
 
 def tokenizer_size(config: Config) -> int:
-    """Tokens of the run's tokenizer, without training one; UserError where a file of it is missing."""
+    """Vocabulary size of the run's tokenizer, without training one; UserError where its file is missing."""
     given = config.tokenizer
     if isinstance(given, TrainedTokenizerConfig):
         return given.vocab_size
@@ -91,7 +91,7 @@ def tokenizer_size(config: Config) -> int:
 
 
 def with_micro_batches(config: Config, size: int | None = None) -> Config:
-    """With steps of at most two micro-batches, of ``size`` sequences or of the run's own size."""
+    """``config`` with at most two micro-batches in a step, of ``size`` sequences or of the run's own size."""
     of_rank = config.batch_size // world_size(config)
     micro = config.micro_batch_size or of_rank
     number = min(2, of_rank // micro)
@@ -105,9 +105,9 @@ def world_size(config: Config) -> int:
 
 @contextmanager
 def fake_world(config: Config) -> Iterator[World]:
-    """Rank 0 of as many as ``parallelism.world_size`` says, on the CPU; the others do not exist.
+    """Rank 0 of ``parallelism.world_size`` ranks, on the CPU; the other ranks do not exist.
 
-    Rank 0 has the largest pieces of everything. The process must not be a rank of a run.
+    Rank 0 has the largest pieces of all tensors. The process must not be a rank of a run.
     """
     size = world_size(config)
     device = torch.device("cpu")
@@ -127,9 +127,9 @@ def fake_world(config: Config) -> Iterator[World]:
 
 
 class FakeRun:
-    """A Trainer whose tensors are fake. ``kind``: of the device to plan for. A context manager.
+    """A context manager with a Trainer whose tensors are fake. ``kind``: the kind of device to plan for.
 
-    Micro-batches after the second add nothing, so there are at most two in a step.
+    Micro-batches after the second do not change the peak, so a step has at most two.
     """
 
     def __init__(self, config: Config, kind: str) -> None:
@@ -149,29 +149,29 @@ class FakeRun:
         self._stack.close()
 
     def _build(self) -> None:
-        # compiled code is not traced here, and the values of the first weights do not matter
+        # the plan does not cover compiled code, and the values of the initial weights do not matter
         config = replace(self.config, compile=False, model=replace(self.config.model, init_from=None))
         config = with_micro_batches(config)
         world = self._stack.enter_context(fake_world(config))
         data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
-        model = model_without_memory(config, data.tokenizer)  # real: fake tensors cannot leave "meta"
+        model = model_without_memory(config, data.tokenizer)  # not fake: fake tensors cannot leave "meta"
         model.device_kind = self.kind
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake, _Answers():
             self.trainer = _FakeTrainer(config, data, world, model)
         self.saved_activations_bytes = 0
-        self.gradients_bytes: list[int] = []  # of each group of parameters
+        self.gradients_bytes: list[int] = []  # of each parameter group
 
     def use_micro_batch(self, size: int) -> None:
-        """From now on micro-batches have ``size`` sequences."""
+        """Use micro-batches of ``size`` sequences from now on."""
         self.trainer.config = with_micro_batches(self.trainer.config, size)
 
     def step(self, number: int) -> MemoryTracker:
-        """Train step ``number`` (1-based), in which the same bases are drawn as in a run; what it took."""
+        """Run step ``number`` (1-based), with the refreshes of that step; return its memory."""
         return self._step(number, whole=True)
 
     def passes(self, number: int) -> MemoryTracker:
-        """Of the same step its forward and backward passes only."""
+        """The same for the forward and backward passes of the step only."""
         return self._step(number, whole=False)
 
     def _step(self, number: int, *, whole: bool) -> MemoryTracker:
@@ -210,7 +210,7 @@ class FakeRun:
                 yield
                 if name is Phase.backward:
                     tracker.mark((holder.grad for holder in optimizer.gradient_holders()), Kind.gradients)
-                elif name is Phase.optimizer_step:  # those that the optimizer has reduced itself
+                elif name is Phase.optimizer_step:  # gradients that the optimizer itself has reduced
                     tracker.mark(optimizer.gradients(), Kind.gradients)
                     self.gradients_bytes = [
                         tensors_bytes(group.gradients().values()) for group in optimizer.groups

@@ -1,53 +1,30 @@
 """Bytes of the optimizer state in closed form, from the shapes of a model alone.
 
-Each method says what it keeps of a matrix (``matrix_state`` of its class); outside the blocks there is Adam.
-This is the check on the planner, which asks the optimizer itself.
+The class of each method gives the state of a matrix (``matrix_state``); all other parameters have Adam's
+state. The formulas check the planner, which measures the optimizer's tensors.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rsotrain.config.schema import Config, ModelConfig, Precision
+from rsotrain.models import architecture
+from rsotrain.models.architecture import Weight
+from rsotrain.models.build import model_without_memory
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.build import build_sampler, method_of
 from rsotrain.optim.state_size import WeightsLayout
 from rsotrain.parallel.ranks import shards_of
 
 
-@dataclass(frozen=True)
-class Weight:
-    """``shape``: (out, in), or (size,). ``site``: name of the first linear that reads the same input."""
-
-    name: str
-    shape: tuple[int, ...]
-    site: str = ""
-
-
-def weights_of(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
-    """Every parameter of a LLaMA; tied ones once."""
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    yield Weight("model.embed_tokens.weight", (vocab_size, hidden))
-    for layer in range(model.num_hidden_layers):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        query, gate = f"{attention}.q_proj.weight", f"{mlp}.gate_proj.weight"
-        yield Weight(query, (hidden, hidden), query)
-        yield Weight(f"{attention}.k_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.v_proj.weight", (model.kv_size, hidden), query)
-        yield Weight(f"{attention}.o_proj.weight", (hidden, hidden), f"{attention}.o_proj.weight")
-        yield Weight(gate, (ffn, hidden), gate)
-        yield Weight(f"{mlp}.up_proj.weight", (ffn, hidden), gate)
-        yield Weight(f"{mlp}.down_proj.weight", (hidden, ffn), f"{mlp}.down_proj.weight")
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield Weight(f"model.layers.{layer}.{norm}.weight", (hidden,))
-    yield Weight("model.norm.weight", (hidden,))
-    if not model.tie_word_embeddings:
-        yield Weight("lm_head.weight", (vocab_size, hidden))
+def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
+    """All parameters of a model; a tied one once."""
+    return architecture.weights_of(model_without_memory(model, vocab_size))
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of rank 0, which has the largest pieces. ``blocks``: of the matrices that the method updates."""
+    """Bytes on rank 0, which has the largest pieces. ``blocks``: for the attention and MLP weights."""
 
     blocks: int
     rest: int
@@ -58,13 +35,13 @@ class StateBytes:
 
 
 def state_bytes(config: Config, vocab_size: int) -> StateBytes:
-    """Of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
+    """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
     optimizer = config.optimizer
-    claimed = [re.compile(pattern) for pattern in optimizer.block_parameters]
+    patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
     blocks: list[Weight] = []
     rest: list[Weight] = []
     for weight in weights_of(config.model, vocab_size):
-        matched = any(pattern.search(weight.name) for pattern in claimed)
+        matched = any(pattern.search(weight.name) for pattern in patterns)
         (blocks if matched else rest).append(weight)
     layout = _layout(config)
     return StateBytes(

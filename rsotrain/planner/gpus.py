@@ -1,12 +1,12 @@
-"""Which common GPUs hold a run, and with how many sequences at a time."""
+"""Which common GPUs have the memory for a run, and with how many sequences in a micro-batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 GIB = 2**30
-# The total memory of such a GPU in GiB, as torch says it ("total capacity" in its error when memory ends):
-# the least that was found in reports of it, which differ by up to 0.3 with the driver. ECC has its share
-# of an L40S; an A6000 has 47.3, but an A10 or an L4, of nominally 24 GB, only 22.0.
+# The total memory of a GPU in GiB as torch reports it ("total capacity" in its out-of-memory error). Reports
+# differ by up to 0.3 with the driver; this is the smallest found. ECC takes a share of an L40S (an A6000 has
+# 47.3), and an A10 or L4 of nominally 24 GB has only 22.0.
 _TOTAL_GIB = {
     "24 GB": ("RTX 3090, 4090", 23.5),
     "40 GB": ("A100", 39.3),
@@ -14,11 +14,11 @@ _TOTAL_GIB = {
     "80 GB": ("A100, H100", 79.1),
     "141 GB": ("H200", 139.7),
 }
-# The CUDA context takes about half of it; the rest is for cuBLAS' workspaces and fragmentation.
+# The CUDA context takes about half of this; the rest is for cuBLAS workspaces and fragmentation.
 RESERVED_BYTES = GIB
-# Planning takes time in proportion to the chunks of the loss; beyond, peaks go on in a straight line.
+# Planning time grows with the chunks of the loss. Beyond so many tokens, peaks are extrapolated linearly.
 _MAX_TOKENS = 32768
-_MIN_LIMIT = 32  # sequences that are always planned if they may fit
+_MIN_LIMIT = 32  # up to so many sequences are planned in any case, if they may fit
 _ENDLESS = 2**40
 
 
@@ -36,7 +36,7 @@ GPUS = tuple(
 
 @dataclass(frozen=True)
 class Fit:
-    """``fits``: with the run's own micro-batch. ``micro_batch``: the largest that fits, 0 if none does."""
+    """``fits``: does the run's own micro-batch fit? ``micro_batch``: the largest that fits; 0: none."""
 
     gpu: str
     examples: str
@@ -46,14 +46,14 @@ class Fit:
 
 
 def fits(peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: int) -> list[Fit]:
-    """For each GPU; ``peak_of``: of forward and backward pass at a micro-batch of so many sequences, costly.
+    """The fit of each GPU. ``peak_of(n)``: the peak of forward and backward passes with n sequences in a
+    micro-batch; a call takes time. ``fixed``: the peak of the optimizer's step, which does not depend on n.
 
-    ``fixed``: the peak of what does not depend on it, the optimizer's step.
-
-    A peak is the largest of sums that are each a constant and a multiple of the micro-batch: convex in it.
-    So the chord between two planned sizes lies above the truth, and what it says fits does. Planned are one
-    sequence, the run's own size, what the largest and the smallest GPU should hold, and where the former is
-    more than 32768 tokens (and 32 sequences) so many and half of them, in whose line the peaks go on.
+    A peak is a maximum of linear functions of n, hence convex. The chord between two planned sizes therefore
+    lies above the true peak, and a size that it says fits does fit. The planned sizes are one sequence, the
+    run's own size, and those that the largest and the smallest GPU should hold. If the size for the largest
+    GPU exceeds 32768 tokens (and 32 sequences), this limit and half of it are planned instead, and the line
+    through them is extrapolated.
     """
     sizes = {1, micro_batch} if micro_batch > 1 else {1, 2}
     curve = _Peaks({size: peak_of(size) for size in sizes}, fixed)
@@ -75,7 +75,7 @@ def fits(peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: i
 
 
 class _Peaks:
-    """Peaks at some sizes of the micro-batch, with straight lines between and after them."""
+    """Peaks at planned sizes of the micro-batch, linear between and beyond them."""
 
     def __init__(self, points: dict[int, int], fixed: int) -> None:
         self.points, self.fixed = points, fixed
@@ -92,7 +92,7 @@ class _Peaks:
         return self.points[before] + slope * (size - before)
 
     def largest(self, usable: int) -> int:
-        """Sequences that fit, 0 if none do."""
+        """The largest number of sequences that fits into ``usable`` bytes; 0 if none does."""
         low, high = 0, 1
         if max(self.fixed, self.at(1)) > usable:
             return 0

@@ -1,4 +1,4 @@
-"""What to say when a run has no memory left: the largest part, and what would reduce the peak most."""
+"""Advice when a run is out of memory: the largest part of the peak, and the changes that reduce it most."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
 from rsotrain.tracking.display import format_bytes
 
-# torch's CPU allocator, CUDA itself outside torch's allocator, and libraries that could not have a workspace
+# messages of torch's CPU allocator, of CUDA outside torch's allocator, and of libraries without a workspace
 _SAID = re.compile(
     r"DefaultCPUAllocator: |CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUSOLVER_STATUS_ALLOC_FAILED"
     r"|std::bad_alloc"
@@ -38,7 +38,7 @@ _TIMEOUT_SECONDS = 600.0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch's CPU allocator, of Python itself, or of the kernel."""
+    """Is ``error`` from a GPU, torch's CPU allocator, Python or the kernel being out of memory?"""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -48,9 +48,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
-    """Turn the end of memory into a TrainingError that says what would help.
+    """Turn an out-of-memory error into a TrainingError that says what would help.
 
-    The plan is made by a process of its own: this one has no memory left, and may be a rank of a group.
+    Another process makes the plan: this one has no memory left and may be a rank of a process group.
     """
     try:
         yield
@@ -66,7 +66,7 @@ def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
 
 
 def _wanted(error: BaseException) -> str:
-    """What could not be had, where the error says so: ``2.00 GiB`` of a GPU's, bytes of a CPU's."""
+    """The size of the failed allocation, if the error states it (GPU errors in GiB, CPU errors in bytes)."""
     found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
     if found is None:
         return ""
@@ -87,14 +87,14 @@ def _advice_of_process(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """``change``: what to write on the command line."""
+    """``change``: the override for the command line. ``config``: the settings with it."""
 
     change: str
     config: Config
 
 
 def options(config: Config) -> Iterator[Option]:
-    """What may reduce the memory of a run, among other settings than it has."""
+    """Changes of settings that may reduce the memory of a run."""
     optimizer = config.optimizer
     size = config.parallelism.world_size or 1
     of_rank = config.batch_size // size
@@ -146,7 +146,7 @@ def advice(config: Config) -> str:
     for option in options(config):
         try:
             saved.append((plan.peak - make_plan(option.config, gpus=False).peak, option.change))
-        except UserError:  # these settings do not go with the run's others
+        except UserError:  # the change does not go with the run's other settings
             continue
     best = [(gain, change) for gain, change in sorted(saved, reverse=True) if gain > 0][:_SHOWN]
     said = (

@@ -1,4 +1,4 @@
-"""The memory of a run before it starts: the real step under fake tensors, and which GPUs hold it."""
+"""The memory of a run before it starts, from the real step with fake tensors, and the GPUs that have it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes of one part on one rank. ``blocks``: of the matrices that the method updates."""
+    """Bytes on one rank. ``blocks``: the share of the attention and MLP weights, which the method updates."""
 
     total: int
     blocks: int
@@ -27,9 +27,9 @@ class Share:
 class Plan:
     """Bytes on rank 0, the rank with the largest pieces.
 
-    ``phases``: by phase, then by kind, at the moment of the phase when most bytes are alive; ``peak`` is
-    their sum. ``formula_state``: the optimizer state by the closed formulas. ``traffic``: bytes that the
-    rank puts into collectives in a step, by kind of collective; ``refresh``: in one that draws bases.
+    ``phases``: for each phase, the bytes by kind at its moment of most memory, and their sum ``peak``.
+    ``formula_state``: the optimizer state in closed form. ``traffic``: bytes that the rank sends in a step,
+    by kind of collective: ``step`` without a refresh where there is such a step, ``refresh`` with one.
     """
 
     settings: dict[str, Any]
@@ -45,12 +45,12 @@ class Plan:
     gpus: list[Fit] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``plan.json`` holds."""
+        """The content of ``plan.json``."""
         return asdict(self)
 
     @property
     def largest(self) -> tuple[str, int]:
-        """The kind with most bytes at the peak, and these."""
+        """(name, bytes) of the largest kind at the peak."""
         worst = max(self.phases.values(), key=lambda phase: phase["peak"])
         kinds = {name: nbytes for name, nbytes in worst.items() if name != "peak"}
         name = max(kinds, key=kinds.__getitem__)
@@ -58,12 +58,12 @@ class Plan:
 
 
 def device_kind_of(config: Config) -> str:
-    """What is planned for: a GPU, unless ``device=cpu``."""
+    """The kind of device that is planned for: a GPU, unless ``device=cpu``."""
     return "cpu" if config.device is Device.cpu else "cuda"
 
 
 def make_plan(config: Config, *, gpus: bool = True) -> Plan:
-    """Plan the run of ``config``; ``gpus``: and for each GPU the largest micro-batch, which takes longer.
+    """Plan the run of ``config``. ``gpus``: also find each GPU's largest micro-batch, which takes longer.
 
     Raises UserError where the settings do not fit together.
     """
@@ -72,7 +72,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
         peaks = _merged(of_steps)
         trainer, optimizer = run.trainer, run.trainer.optimizer
-        claimed = bool(optimizer.parameter_groups.blocks)
+        has_blocks = bool(optimizer.parameter_groups.blocks)
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
@@ -82,9 +82,9 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
                 tensors_bytes(trainer.model.parameters()),
                 tensors_bytes(optimizer.parameter_groups.blocks.values()),
             ),
-            gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if claimed else 0),
+            gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0),
             optimizer_state=Share(
-                optimizer.state_bytes(), optimizer.groups[0].state_bytes() if claimed else 0
+                optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0
             ),
             formula_state=Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
@@ -102,10 +102,11 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
 
 
 def _steps(run: FakeRun) -> list[int]:
-    """Numbers of steps that are unlike: an ordinary one, and one that replaces bases by others.
+    """Numbers (1-based) of the steps that differ in memory: one without a refresh and one with.
 
-    The first step draws the first bases: it is planned, too, where there is no such other, where the sampler
-    draws its first bases in another way, and where draws are staggered, since that step has all of them.
+    The first step samples the first bases. It is planned if the run is too short for another refresh, if the
+    sampler finds its first bases in another way, or if refreshes are staggered, as it samples all bases at
+    once.
     """
     for group in run.trainer.optimizer.groups:
         if isinstance(group, OptimizerWithBases):
@@ -118,20 +119,20 @@ def _steps(run: FakeRun) -> list[int]:
 
 
 def _refresh_step(group: OptimizerWithBases) -> int:
-    """Of the first round after the first draws the step that draws from most: the first of it, or staggered
-    any."""
+    """The step with the most refreshing in the first round after the first bases. Unless refreshes are
+    staggered, it is the first step of the round."""
     bases, schedule, ahead = group.bases, group.bases.schedule, group.samples_ahead
 
-    def drawn(step: int) -> int:
-        due = (n for n, i in bases.positions.items() if schedule.draw_index(i, step + ahead) is not None)
+    def refreshed(step: int) -> int:
+        due = (n for n, i in bases.positions.items() if schedule.refresh_index(i, step + ahead) is not None)
         return sum(bases.sizes[name][0] ** 2 for name in due)
 
     begin = schedule.gap + 1 - ahead
-    return max(range(begin, begin + schedule.gap), key=drawn) if schedule.staggered else begin
+    return max(range(begin, begin + schedule.gap), key=refreshed) if schedule.staggered else begin
 
 
 def _merged(of_steps: dict[int, dict[Phase, Peak]]) -> dict[Phase, Peak]:
-    """Of each phase the step in which it has the highest peak."""
+    """The highest peak of each phase over all steps."""
     result: dict[Phase, Peak] = {}
     for peaks in of_steps.values():
         for phase, peak in peaks.items():
@@ -146,7 +147,7 @@ _PASSES = (Phase.forward, Phase.backward)
 def _peak_of(
     run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], planned: int
 ) -> tuple[Callable[[int], int], int]:
-    """The peak of forward and backward passes by micro-batch, and that of all else."""
+    """(peak of forward and backward passes as a function of the micro-batch, peak of all other phases)."""
 
     def of_passes(peaks: dict[Phase, Peak]) -> int:
         return max(peaks[phase].total for phase in _PASSES)
@@ -166,23 +167,23 @@ def _peak_of(
 def _traffic(
     config: Config, micro: int, trackers: dict[int, MemoryTracker], of_steps: dict[int, dict[Phase, Peak]]
 ) -> dict[str, dict[str, int]]:
-    """Of a step with all its micro-batches; the last of them differs from the others."""
+    """Traffic of a step with all its micro-batches, of which the last differs from the others."""
     number = config.batch_size // world_size(config) // micro
 
     def of_step(step: int) -> dict[str, int]:
         first, last = trackers[step].traffic[0], trackers[step].traffic[-1]
         return {kind: last[kind] + (number - 1) * first[kind] for kind in sorted(first.keys() | last.keys())}
 
-    draws = [step for step in of_steps if Phase.refresh in of_steps[step]]
-    quiet = [step for step in of_steps if step not in draws]
-    result = {"step": of_step((quiet or draws)[-1])}
-    if quiet and draws:
-        result["refresh"] = of_step(draws[-1])
+    refreshes = [step for step in of_steps if Phase.refresh in of_steps[step]]
+    quiet = [step for step in of_steps if step not in refreshes]
+    result = {"step": of_step((quiet or refreshes)[-1])}
+    if quiet and refreshes:
+        result["refresh"] = of_step(refreshes[-1])
     return result
 
 
 def _settings(config: Config, micro: int) -> dict[str, Any]:
-    """What tells plans apart."""
+    """The settings by which plans may differ."""
     values = plain(config)
     return {
         "model": config.model.name,

@@ -10,6 +10,7 @@ from rsotrain.planner.gpus import GIB
 from rsotrain.planner.plan import Plan
 from rsotrain.planner.tracker import Kind
 from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.tracking.escaping import print_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _HEADINGS = {
     Kind.parameters: "weights",
     Kind.gradients: "grads",
-    Kind.optimizer_state: "state",
+    Kind.optimizer_state: "optim.\nstate",
     Kind.activations: "activ.",
     Kind.gathered: "gather",
     Kind.temporaries: "temp.",
@@ -27,14 +28,21 @@ PLANS = "plans.json"
 
 
 def print_plan(plan: Plan) -> None:
-    """All that a plan says, in tables of 80 columns."""
+    """Print a plan in tables of at most 80 columns."""
     tables = [_phases(plan), _parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
+    if plan.formula_state != plan.optimizer_state:
+        print(
+            f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
+            f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
+        )
     print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
 
 
 def _phases(plan: Plan) -> "Table":
+    from rich.text import Text
+
     size, unit = (GIB, "GiB") if plan.peak >= GIB else (_MIB, "MiB")
     settings = plan.settings
     ranks = "" if settings["world_size"] == 1 else f", rank 0 of {settings['world_size']}"
@@ -47,8 +55,8 @@ def _phases(plan: Plan) -> "Table":
         table.add_column(heading, justify="right", no_wrap=True)
     for phase, kinds in plan.phases.items():
         cells = [f"{kinds[kind.value] / size:.2f}" for kind in _HEADINGS]
-        peak = f"{kinds['peak'] / size:.2f}"
-        table.add_row(phase, *cells, f"[bold]{peak}[/bold]" if kinds["peak"] == plan.peak else peak)
+        style = "bold" if kinds["peak"] == plan.peak else ""
+        table.add_row(phase, *cells, Text(f"{kinds['peak'] / size:.2f}", style=style))
     return table
 
 
@@ -74,6 +82,8 @@ def _parts(plan: Plan) -> "Table":
 
 
 def _gpus(plan: Plan) -> "Table":
+    from rich.text import Text
+
     table = titled_table("Which GPUs hold it")
     table.add_column("GPU", style="bold", no_wrap=True)
     table.add_column("such as", no_wrap=True)
@@ -85,14 +95,14 @@ def _gpus(plan: Plan) -> "Table":
             fit.gpu,
             fit.examples,
             format_bytes(fit.usable),
-            "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]",
+            Text("fits", style="green") if fit.fits else Text("does not fit", style="red"),
             f"{fit.micro_batch:,}" if fit.micro_batch else "none",
         )
     return table
 
 
 def _traffic(plan: Plan) -> "Table":
-    columns = {"step": "a step", "refresh": "one that draws new bases"}
+    columns = {"step": "a step", "refresh": "one that samples new bases"}
     columns = {key: heading for key, heading in columns.items() if key in plan.traffic}
     table = titled_table("Bytes that a rank sends")
     table.add_column("", style="bold", no_wrap=True)
@@ -107,7 +117,7 @@ def _traffic(plan: Plan) -> "Table":
 
 
 def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
-    """Draw bytes by kind, a bar for each name; what to tell the user of it."""
+    """Draw the bytes by kind, a bar for each name; return a sentence for the user."""
     from rsotrain.tracking.drawing import stacked_bytes, write_png
 
     parts = {
@@ -117,23 +127,29 @@ def write_picture(bars: Mapping[str, Mapping[str, int]], path: Path) -> str:
     }
     try:
         write_png(stacked_bytes(list(bars), parts), path)
-    except UserError as error:  # without matplotlib a plan is no less true
+    except UserError as error:  # without matplotlib the plan is still valid
         return f"no picture: {error}"
     return f"picture: {path}"
 
 
-# What a choice brings with it, so that it need not be named beside it.
+# Settings that follow from another one, which labels omit beside it.
 _BROUGHT = {
     "model": ("hidden_size", "num_hidden_layers"),
     "optimizer": ("sampler", "rank", "update_proj_gap", "staggered"),
     "world_size": ("batch_size",),
 }
 _ABSENT = (None, "none", False)
-_BY_ITSELF = ("model", "optimizer", "sampler", "precision", "parallelism")  # its values say what they are
+_BY_ITSELF = (
+    "model",
+    "optimizer",
+    "sampler",
+    "precision",
+    "parallelism",
+)  # clear without their key
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each plan from the others."""
+    """A label for each plan, of the settings by which the plans differ."""
 
     def named(keys: Sequence[str]) -> list[str]:
         return [
@@ -151,14 +167,15 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Several plans, as ``plan.json`` holds them, side by side; also in a file and a picture in ``folder``.
+    """Print several plans, given as in ``plan.json``, side by side; write them and a picture to ``folder``.
 
-    Runs that differ in parallelism or micro-batch alone have one folder, and that the plan of the last.
+    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a run folder,
+    whose ``plan.json`` is that of the last.
     """
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")
     table.add_column("", style="bold", overflow="fold")
-    for heading in ("weights", "grads", "state", "activ.", "peak"):
+    for heading in ("weights", "grads", "optim.\nstate", "activ.", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits on", no_wrap=True)
     for name, plan in zip(names, plans, strict=True):
@@ -169,8 +186,8 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
     print_table(table)
     bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
     write_json_atomic(folder / PLANS, dict(zip(names, plans, strict=True)))
-    print(f"plans: {folder / PLANS}")
-    print(write_picture(bars, folder / "plans.png"))
+    print_line(f"plans: {folder / PLANS}")
+    print_line(write_picture(bars, folder / "plans.png"))
 
 
 def peak_of(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:

@@ -1,7 +1,8 @@
-"""Which bytes are alive at each moment of a training step, by what they are for.
+"""The bytes that are alive at each moment of a training step, by their purpose.
 
-Every storage that an operation brings forth is followed from its first appearance to its release, be it of
-real or of fake tensors. What lives inside one kernel (cuBLAS' workspace, that of an eigensolver) is not seen.
+The tracker follows the storage of every result of an operation, of real or of fake tensors, from its first
+appearance to its release. It does not see memory inside a kernel, such as the workspace of cuBLAS or of an
+eigensolver.
 """
 
 import weakref
@@ -20,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from rsotrain.instruments.phases import Phase
 from rsotrain.parallel.sharding import local
 
-CUDA_BLOCK_BYTES = 512  # torch's caching allocator rounds up to this, and its statistics count that
+CUDA_BLOCK_BYTES = 512  # torch's caching allocator rounds sizes up to a multiple of this
 
 
 class Kind(Enum):
-    """What bytes are for. gathered: FSDP's whole weights and the buffers of its collectives."""
+    """The purpose of bytes. gathered: FSDP's gathered weights and the buffers of its collectives."""
 
     parameters = "parameters"
     gradients = "gradients"
@@ -36,7 +37,7 @@ class Kind(Enum):
 
 @dataclass(eq=False)
 class _Storage:
-    """A storage's size now, and what it is for; None: nobody has said yet."""
+    """The current size of a storage, and its kind; None: not marked yet."""
 
     nbytes: int
     kind: Kind | None = None
@@ -49,17 +50,17 @@ _Event = tuple[str, _Storage | None, Any]
 
 @dataclass
 class Peak:
-    """Bytes alive at the moment when most were, by kind."""
+    """Bytes alive at the moment of most memory, in total and by kind."""
 
     total: int = 0
     by_kind: dict[Kind, int] = field(default_factory=dict)
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows storages while it is entered. ``granularity``: each counts as a multiple of so many bytes.
+    """Follows storages while it is entered, inside a FakeTensorMode if there is one.
 
-    ``traffic``: bytes that this rank has put into collectives, by kind of collective, from the beginning of
-    each forward pass to that of the next. Enter it after (inside) a FakeTensorMode.
+    ``granularity``: sizes are rounded up to a multiple of so many bytes. ``traffic``: for each forward pass,
+    the bytes that this rank puts into collectives until the next one begins, by kind of collective.
     """
 
     def __init__(self, granularity: int = 1) -> None:
@@ -80,7 +81,7 @@ class MemoryTracker(TorchDispatchMode):
             self._resized(storage)
             return storage
 
-        # FSDP frees and fills gathered weights by resizing their storages: no operation tells of it
+        # FSDP frees and refills gathered weights by resizing their storages, which is no operation
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
@@ -91,7 +92,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(getattr(kind, "__name__", "") == "DTensor" for kind in types):
-            return NotImplemented  # it comes back with the local tensors
+            return NotImplemented  # the operation is dispatched again with the local tensors
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -142,10 +143,10 @@ class MemoryTracker(TorchDispatchMode):
                 if found.kind is None:
                     self._mark(found, Kind.gathered)
 
-    # --- what they are for -------------------------------------------------------------------------
+    # --- kinds and phases --------------------------------------------------------------------------
 
     def mark(self, tensors: Iterable[Tensor | None], kind: Kind) -> None:
-        """From now on (and before, unless another kind was given then) these bytes are ``kind``."""
+        """Give these tensors a kind, from now on, and also before if they had none."""
         for tensor in tensors:
             if tensor is not None:
                 self._mark(self._found(local(tensor).untyped_storage()), kind)
@@ -157,7 +158,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """What happens inside belongs to ``name``; phases may nest."""
+        """Memory inside belongs to the phase ``name``; phases may nest."""
         self._phases.append(name)
         if name is Phase.forward:
             self.traffic.append(Counter())
@@ -171,9 +172,9 @@ class MemoryTracker(TorchDispatchMode):
     # --- the result --------------------------------------------------------------------------------
 
     def peaks(self) -> dict[Phase, Peak]:
-        """The moment with most bytes of each phase that was entered."""
+        """The moment of most memory in each phase that was entered."""
         kinds: dict[_Storage, Kind] = {}
-        for what, storage, value in self._events:  # what a storage is first said to be, it was from the start
+        for what, storage, value in self._events:  # a storage has its first kind from the start
             if what == "kind" and storage is not None:
                 kinds.setdefault(storage, value)
         totals = dict.fromkeys(Kind, 0)

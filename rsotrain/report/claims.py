@@ -3,7 +3,6 @@
 Every rule and every margin is here; ``RULE`` says it to the reader of a report.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rsotrain.report.evidence import (
     NoEvidence,
     Verdict,
     differences,
+    exp,
     interval_of,
     last,
     log_of,
@@ -150,7 +150,7 @@ def _loss(evidence: Evidence, one: str, other: str, margin: float, also: Sequenc
 
 def _perplexity(runs: Iterable[Run]) -> float:
     """Geometric mean."""
-    return math.exp(statistics.fmean(values(runs, LOSS)))
+    return exp(statistics.fmean(values(runs, LOSS)))
 
 
 def _bytes(
@@ -217,7 +217,7 @@ def _basis_is_cheaper(evidence: Evidence, *, per_step: bool) -> Part:
         pairs = evidence.pairs("osd", "galore", ["parallelism", *RANK])
         ratio = interval_of(differences(pairs, log_of(figure)))
         ours, theirs = (statistics.fmean(values(runs, figure)) for runs in zip(*pairs, strict=True))
-        shown = ratio.show(lambda value: f"{math.exp(value):.3g}")
+        shown = ratio.show(lambda value: f"{exp(value):.3g}")
         return ratio.verdict_below(
             0.0
         ), f"{format_seconds(ours)} against {format_seconds(theirs)}; ratio {shown}"

@@ -3,15 +3,20 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rsotrain.errors import UserError
-from rsotrain.report.claims import METHODS, examine
-from rsotrain.report.runs import looks, read_runs
+from rsotrain.report.claims import METHODS, Finding, examine
+from rsotrain.report.comparison import comparable
+from rsotrain.report.runs import Run, read_runs
+from rsotrain.report.watching import Told, looks
 from rsotrain.report.writing import report_on
+from rsotrain.tracking.escaping import one_line, print_line
 
 USER_ERROR_STATUS = 2
 LONGEST_SECONDS = 86_400  # between two looks
+NO_CLAIMS = f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one"
 DESCRIPTION = """\
 Compare runs: a table on the screen, and in --out report.html (one page, readable offline), report.md,
 report.csv and each picture as PNG and SVG.
@@ -53,7 +58,7 @@ def main() -> None:
     try:
         report(arguments)
     except UserError as error:
-        print(f"rsotrain-report: {error}", file=sys.stderr)
+        print_line(f"rsotrain-report: {one_line(str(error))}", sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,20 +81,58 @@ def report(arguments: argparse.Namespace) -> None:
 
         follow(arguments.runs, keys, mixed=arguments.mixed, every=every or 2.0)
         return
+    told = Told()
+    if arguments.watch:
+        _watch(arguments, keys, every or 30.0, told)
+        return
+    runs = read_runs(arguments.runs, told)
+    findings = examine(runs) if arguments.claims else []
+    if arguments.claims and not findings:
+        raise UserError(f"{NO_CLAIMS}; leave it out")
+    _write(arguments, keys, runs, findings, told)
+
+
+def _watch(arguments: argparse.Namespace, keys: Sequence[str], every: float, told: Told) -> None:
+    """Report on each look. What is refused at the first is a mistake; later it is said, and the rest goes on.
+
+    Raises UserError, also where the last report cannot be written.
+    """
+    standard: Run | None = None
+    for runs, again in looks(arguments.runs, every, told):
+        try:
+            if standard is not None and not arguments.mixed:
+                runs, unlike = comparable(runs, standard)
+                for sentence in unlike:
+                    told(sentence)
+            findings = examine(runs) if arguments.claims else []
+            if arguments.claims and not findings:
+                told(NO_CLAIMS)
+            _write(arguments, keys, runs, findings, told, refresh_seconds=every if again else None)
+        except UserError as error:
+            if standard is None or not again:
+                raise
+            told(str(error))
+            told.take()  # of the next report it is not true any more
+        standard = standard or runs[0]
+
+
+def _write(
+    arguments: argparse.Namespace,
+    keys: Sequence[str],
+    runs: Sequence[Run],
+    findings: Sequence[Finding],
+    told: Told,
+    refresh_seconds: float | None = None,
+) -> None:
     names = ", ".join(path.resolve().name for path in arguments.runs[:3])
-    command = shlex.join(["rsotrain-report", *sys.argv[1:]])
-    title = arguments.title or f"Comparison: {names}{', …' if len(arguments.runs) > 3 else ''}"
-    out, every = arguments.out or Path("report"), every or 30.0
-    for runs, again in (
-        looks(arguments.runs, every) if arguments.watch else [(read_runs(arguments.runs), False)]
-    ):
-        findings = examine(runs) if arguments.claims else []
-        if arguments.claims and not findings:
-            raise UserError(
-                f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one;"
-                " leave it out"
-            )
-        report_on(
-            runs, out, title, findings, command=command, group_by=keys, mixed=arguments.mixed,
-            refresh_seconds=every if again else None,
-        )  # fmt: skip
+    report_on(
+        runs,
+        arguments.out or Path("report"),
+        arguments.title or f"Comparison: {names}{', …' if len(arguments.runs) > 3 else ''}",
+        findings,
+        command=shlex.join(["rsotrain-report", *sys.argv[1:]]),
+        group_by=keys,
+        mixed=arguments.mixed,
+        refresh_seconds=refresh_seconds,
+        left_out=told.take(),
+    )

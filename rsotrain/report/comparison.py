@@ -19,6 +19,7 @@ LAYOUT_KEYS = ("seq_len", "evaluation.max_tokens", "data.packing", "data.documen
 # How training documents are read, which does not change validation.
 READING_KEYS = ("data.streaming", "data.shuffle", "data.lanes", "data.shuffle_buffer", "data.workers")
 # Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
+LONGEST_VALUE = 60  # characters of a setting in a label
 BYTES_KEYS = ("micro_batch_size", "parallelism")
 
 
@@ -36,10 +37,15 @@ class Column(NamedTuple):
     spreads: bool = True
 
 
+def _digits(number: int) -> Callable[[float], str]:
+    """So many behind the point; of a run that diverged the power of ten."""
+    return lambda value: f"{value:.{number}f}" if abs(value) < 1e7 else f"{value:.3g}"
+
+
 COLUMNS = (
-    Column("val/loss", "validation loss", lambda value: f"{value:.4f}", min),
-    Column("val/perplexity", "perplexity", lambda value: f"{value:.2f}", min),
-    Column("val/bits_per_byte", "bits/byte", lambda value: f"{value:.4f}", min),
+    Column("val/loss", "validation loss", _digits(4), min),
+    Column("val/perplexity", "perplexity", _digits(2), min),
+    Column("val/bits_per_byte", "bits/byte", _digits(4), min),
     Column("throughput/tokens_per_second", "tokens/s", format_count, max),
     Column("memory/peak_bytes", "peak memory", format_bytes, min, spreads=False),
     Column("memory/optimizer_state_bytes", "optimizer state", format_bytes, min, spreads=False),
@@ -158,9 +164,7 @@ def differing_keys(runs: Sequence[Run], also: Collection[str] = ()) -> list[str]
     ignored = set(OPERATIONAL_KEYS) - set(also)
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [
-        key
-        for key in keys
-        if not {key, key.split(".")[0]} & ignored and len({_hashable(r.config.get(key)) for r in runs}) > 1
+        key for key in keys if not {key, key.split(".")[0]} & ignored and len(set(_values_of(runs, key))) > 1
     ]
 
 
@@ -180,8 +184,12 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
     labels = []
     for run in runs:
         telling = _telling_keys(others, alike[_values(run, names)])
-        parts = [str(run.config[key]) for key in names if run.config.get(key) not in (None, "none")]
-        parts += [f"{k.split('.')[-1]}={run.config[k]}" for k in telling if run.config.get(k) is not None]
+        parts = [short(run.config[key]) for key in names if run.config.get(key) not in (None, "none")]
+        parts += [
+            f"{short(k.split('.')[-1])}={short(run.config[k])}"
+            for k in telling
+            if run.config.get(k) is not None
+        ]
         labels.append(" ".join(parts))
     return [
         run.name if not label or labels.count(label) > 1 else label
@@ -191,8 +199,8 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
 
 def _names(runs: Sequence[Run]) -> str:
     """Model, optimizer and sampler, those that all have."""
-    names = [{run.config.get(f"{group}.name") for run in runs} for group in ("model", "optimizer", "sampler")]
-    return " ".join(str(*name) for name in names if len(name) == 1 and not name & {None, "none"})
+    names = [set(_values_of(runs, f"{group}.name")) for group in ("model", "optimizer", "sampler")]
+    return " ".join(short(*name) for name in names if len(name) == 1 and not name & {None, "none"})
 
 
 def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -210,6 +218,10 @@ def _values(run: Run, keys: Sequence[str]) -> tuple[Any, ...]:
     return tuple(_hashable(run.config.get(key)) for key in keys)
 
 
+def _values_of(runs: Sequence[Run], key: str) -> list[Any]:
+    return [_hashable(run.config.get(key)) for run in runs]
+
+
 def _resolve(key: str, runs: Sequence[Run]) -> str:
     known = dict.fromkeys(k for run in runs for k in run.config)
     for candidate in (key, f"{key}.name"):
@@ -219,7 +231,16 @@ def _resolve(key: str, runs: Sequence[Run]) -> str:
 
 
 def _hashable(value: Any) -> Any:
-    return str(value) if isinstance(value, list | dict) else value
+    """``value`` for a comparison: a list, or a NaN, which is not equal to itself, as text."""
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def short(value: object) -> str:
+    """A value within a label, which is to fit on a line: the middle of a long one is left out."""
+    text = str(value)
+    return (
+        text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}…{text[-LONGEST_VALUE // 2 :]}"
+    )
 
 
 # --- what a validation loss means --------------------------------------------------------------
@@ -232,7 +253,7 @@ def _differences(one: Run, other: Run) -> list[str]:
     else the settings do.
     """
     keys = dict.fromkeys([*one.config, *other.config])
-    differing = [k for k in keys if one.config.get(k) != other.config.get(k)]
+    differing = [k for k in keys if _hashable(one.config.get(k)) != _hashable(other.config.get(k))]
     read = [k for k in differing if k.startswith(("data.", "tokenizer.")) and k not in READING_KEYS]
     layout = [k for k in differing if k in LAYOUT_KEYS]
     if one.data_fingerprint is None or other.data_fingerprint is None:
@@ -256,6 +277,20 @@ def _validation_sets(runs: Sequence[Run]) -> list[list[Run]]:
     return sets
 
 
+def comparable(runs: Sequence[Run], standard: Run) -> tuple[list[Run], list[str]]:
+    """The runs whose validation losses can be compared with that of ``standard``; of each other why not."""
+    kept, refused = [], []
+    for run in runs:
+        if differences := _differences(standard, run):
+            refused.append(
+                f"left out: {run.name}, whose validation loss cannot be compared with that of {standard.name}"
+                f" ({differences[0]}; --mixed marks such runs)"
+            )
+        else:
+            kept.append(run)
+    return kept, refused
+
+
 def _refusal(one: Run, other: Run) -> str:
     return (
         f"{one.name} and {other.name} cannot be compared by their validation losses:"
@@ -264,4 +299,4 @@ def _refusal(one: Run, other: Run) -> str:
 
 
 def _show(value: object) -> str:
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+    return Path(value).name if isinstance(value, str) and "/" in value else short(value)

@@ -1,18 +1,18 @@
 """Lines over tokens, steps or time: one for each group, the mean of its finished runs."""
 
 import statistics
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rsotrain.report.comparison import Group
 from rsotrain.report.tables import name_of
-from rsotrain.tracking.drawing import count_tick, look, new_figure, seconds_tick
+from rsotrain.tracking.drawing import count_tick, label, look, new_figure, seconds_tick
 from rsotrain.tracking.theme import Palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LEGEND_WIDTH = 28  # characters
 
@@ -48,27 +48,31 @@ def curves(
     it changes.
     """
     shown = groups if shown is None else shown
-    lines = sum(len(textwrap.wrap(name_of(group), LEGEND_WIDTH)) for group in shown)
+    names = [label(name_of(group), LEGEND_WIDTH, 4) for group in shown]
+    lines = sum(1 + name.count("\n") for name in names)
     figure = new_figure(max(3.9, 0.2 * lines + 0.9))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, (metric, label) in zip(axes, panels, strict=True):
+    handles: list[Line2D] = []
+    for panel, (metric, quantity) in zip(axes, panels, strict=True):
+        handles = []
         for index, group in enumerate(groups):
             if group in shown:
                 style = look(index, palette) | ({"drawstyle": "steps-post"} if stairs else {})
-                _draw_group(panel, group, metric, axis, style)
-        panel.set_ylabel(label)
+                handles.append(_draw_group(panel, group, metric, axis, style))
+        panel.set_ylabel(quantity)
         panel.set_xlabel(axis.label)
         panel.xaxis.set_major_formatter(axis.form)
         panel.set_xlim(left=0)
         panel.grid(visible=False, axis="x")
         if (top := _top([line.get_ydata() for line in panel.get_lines()])) is not None:
             panel.set_ylim(top=top)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", handlelength=2.2, labelspacing=0.45)
+    # not by the labels of the lines: matplotlib leaves out those that begin with an underscore
+    figure.legend(handles, names, loc="outside right upper", handlelength=2.2, labelspacing=0.45)
     return figure
 
 
-def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dict[str, Any]) -> None:
+def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dict[str, Any]) -> "Line2D":
+    """The thin lines of the runs and the group's own, which is returned."""
     series = [(run.finished, points) for run in group.runs if (points := run.series(metric))]
     if len(series) > 1:
         for _, points in series:
@@ -80,13 +84,9 @@ def _draw_group(panel: "Axes", group: Group, metric: str, axis: Axis, style: dic
         tuple(statistics.fmean(column) for column in zip(*(points[step] for points in by_step), strict=True))
         for step in shared
     ]
-    panel.plot(
-        *_xy(means, axis),
-        marker="o" if len(means) < 12 and "drawstyle" not in style else None,
-        markersize=4.5,
-        label=textwrap.fill(name_of(group), LEGEND_WIDTH),
-        **style,
-    )
+    marker = "o" if len(means) < 12 and "drawstyle" not in style else None
+    (line,) = panel.plot(*_xy(means, axis), marker=marker, markersize=4.5, **style)
+    return line
 
 
 def _xy(points: Sequence[tuple[float, ...]], axis: Axis) -> tuple[list[float], list[float]]:

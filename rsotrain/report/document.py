@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import Group
-from rsotrain.report.tables import escaped, markdown
+from rsotrain.report.tables import markdown
+from rsotrain.tracking.escaping import for_markdown, markdown_code
 
 # file name of a picture -> what it shows; the other pictures are on the HTML page
 PICTURES = {
@@ -17,26 +18,36 @@ PICTURES = {
 
 
 def document(
-    groups: Sequence[Group], findings: Sequence[Finding], pictures: Collection[str], title: str, command: str
+    groups: Sequence[Group],
+    findings: Sequence[Finding],
+    pictures: Collection[str],
+    title: str,
+    command: str,
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The page. ``pictures``: names of PNG files beside it, each in a light and a dark one."""
-    parts = [f"# {title}", markdown(groups).rstrip()]
+    """The page. ``pictures``: names of PNG files beside it, each in a light and a dark one.
+
+    ``left_out``: sentences about other runs.
+    """
+    parts = [f"# {for_markdown(title)}", markdown(groups).rstrip()]
+    if left_out:
+        parts.append("\n".join(f"- {for_markdown(sentence)}" for sentence in left_out))
     if findings:
         parts += ["## The papers' claims", claims_table(findings), RULE]
     for name, what in PICTURES.items():
         if name in pictures:
             parts += [f"## {what}", _picture(name, what)]
-    return "\n\n".join([*parts, f"Written by `{command}`."]) + "\n"
+    return "\n\n".join([*parts, f"Written by {markdown_code(command)}."]) + "\n"
 
 
 def claims_table(findings: Sequence[Finding]) -> str:
     """A Markdown table: each claim, and a line for each of its parts."""
     lines = ["| claim | | figures |", "|---|---|---|"]
     for number, finding in enumerate(findings, start=1):
-        claim = f"**{number}. {escaped(finding.claim)}** ({finding.paper})"
+        claim = f"**{number}. {for_markdown(finding.claim)}** ({finding.paper})"
         lines.append(f"| {claim} | **{finding.verdict.value}** | |")
         lines += [
-            f"| {escaped(part.statement)} | {part.verdict.value} | {escaped(part.figures)} |"
+            f"| {for_markdown(part.statement)} | {part.verdict.value} | {for_markdown(part.figures)} |"
             for part in finding.parts
         ]
     return "\n".join(lines)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from rsotrain.report.comparison import REPLICATE_KEY, Group, differing_keys
+from rsotrain.report.comparison import REPLICATE_KEY, Group, differing_keys, short
+from rsotrain.report.records import number_of
 from rsotrain.report.runs import Run
 
 # Student's t for 95 %, by degrees of freedom from 1 on; beyond them the last, which errs towards doubt.
@@ -102,7 +103,7 @@ class Evidence:
         for run in groups[0].finished if groups else []:
             seed = run.config.get(REPLICATE_KEY, 0)
             if not isinstance(seed, int):
-                raise NoEvidence(f"the seed of {run.name} is {seed!r}")
+                raise NoEvidence(f"the seed of {run.name} is {short(repr(seed))}")
             if seed in runs:
                 raise NoEvidence(f"there are two runs of {method} of seed {seed}; leave one")
             runs[seed] = run
@@ -196,7 +197,7 @@ def refresh_seconds(per_step: bool) -> Figure:
 
     def figure(run: Run) -> float | None:
         seconds = [point[3] for point in run.series("subspace/refresh_seconds")]
-        gap = float(run.config.get("optimizer.update_proj_gap") or 1)
+        gap = number_of(run.config.get("optimizer.update_proj_gap")) or 1
         logged_per_step = bool(run.config.get("optimizer.staggered"))
         return statistics.median(seconds) * gap ** (logged_per_step - per_step) if seconds else None
 
@@ -211,6 +212,14 @@ def log_of(figure: Figure) -> Figure:
         return math.log(value) if value is not None and value > 0 else None
 
     return logarithm
+
+
+def exp(value: float) -> float:
+    """Infinite where it is too large for a number: the perplexity of a run that diverged."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def tokens_to_reach(run: Run, loss: float) -> float | None:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsotrain.report.comparison import LOSS, compare, label_runs
-from rsotrain.report.runs import Run, looks, read_runs
+from rsotrain.report.comparison import LOSS, comparable, compare, label_runs
+from rsotrain.report.runs import Run
 from rsotrain.report.tables import screen
-from rsotrain.tracking.display import format_count, format_seconds
+from rsotrain.report.watching import Told, looks
+from rsotrain.tracking.display import format_count, format_seconds, titled_table
 from rsotrain.tracking.run_files import RunState
 
 if TYPE_CHECKING:
@@ -24,29 +25,36 @@ BAR = 16  # characters
 
 
 def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: float) -> None:
-    """Show the runs in ``paths`` until none runs, then how their groups compare."""
+    """Show the runs in ``paths`` until none runs, then how their groups compare.
+
+    Raises UserError for those that cannot be compared when it begins; of one that appears later it says so.
+    """
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
-    runs = read_runs(paths)
+    console, told = Console(), Told()
+    seen = looks(paths, every, told)
+    runs, _ = next(seen)
     compare(runs, keys, mixed=mixed)  # refuse at once what cannot be compared at the end
+    standard = runs[0]
     with Live(runs_table(runs), console=console, auto_refresh=False, transient=False) as live:
-        for runs, _ in looks(paths, every):
+        for runs, _ in seen:
             live.update(runs_table(runs), refresh=True)
+    if not mixed:
+        runs, unlike = comparable(runs, standard)
+        for sentence in unlike:
+            told(sentence)
     if len(runs) > 1:
         console.print(screen(compare(runs, keys, mixed=mixed), console.width))
 
 
 def runs_table(runs: Sequence[Run]) -> "Table":
     """A line for each run: what it is, how far it is, its latest figures; the running ones first."""
-    from rich.box import ROUNDED
-    from rich.table import Table
     from rich.text import Text
 
     states = [run.state.value for run in runs]
     counts = ", ".join(f"{states.count(s.value)} {s.value}" for s in STATE_STYLES if s.value in states)
-    table = Table(title=f"{len(runs)} runs: {counts}", box=ROUNDED, title_justify="left", title_style="bold")
+    table = titled_table(f"{len(runs)} runs: {counts}")
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     table.add_column("step", no_wrap=True)
@@ -60,7 +68,7 @@ def runs_table(runs: Sequence[Run]) -> "Table":
         bar = "━" * round(BAR * done)
         progress = Text.assemble((bar, "blue"), ("━" * (BAR - len(bar)), "dim"), f" {done:4.0%}")
         table.add_row(
-            Text(label),
+            label,
             Text(run.state.value, style=STATE_STYLES[run.state]),
             progress,
             _time_left(run),

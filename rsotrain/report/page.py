@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from html import escape
 
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
@@ -12,7 +11,8 @@ from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
 from rsotrain.tracking.display import format_count, format_seconds
-from rsotrain.tracking.theme import LIGHT, variables, with_variables
+from rsotrain.tracking.escaping import for_html
+from rsotrain.tracking.theme import LIGHT, SVG_TAG, variables, with_variables
 
 TITLES = {
     "validation_loss": "Validation loss",
@@ -29,14 +29,18 @@ def page(
     title: str,
     findings: Sequence[Finding] = (),
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The page. ``pictures``: name -> SVG element; ``refresh_seconds``: a browser loads it again so often."""
+    """The page. ``pictures``: name -> SVG element; ``refresh_seconds``: a browser loads it again so often.
+
+    ``left_out``: sentences about other runs.
+    """
     runs = [run for group in groups for run in group.runs]
     again = f'<meta http-equiv="refresh" content="{refresh_seconds:g}">' if refresh_seconds else ""
     body = [
-        f"<header><h1>{escape(title)}</h1><p>{_subtitle(runs)}</p></header>",
+        f"<header><h1>{for_html(title)}</h1><p>{_subtitle(runs)}</p></header>",
         _tiles(groups),
-        f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups)}</section>",
+        f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups, left_out)}</section>",
         *_claims(findings),
         *_pictures(pictures),
         f"<section><h2>Runs</h2>{_runs(runs)}</section>",
@@ -46,7 +50,7 @@ def page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"{again}<title>{escape(title)}</title><style>{_css(pictures)}</style></head>\n<body><main>\n"
+        f"{again}<title>{for_html(title)}</title><style>{_css(pictures)}</style></head>\n<body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )
@@ -57,7 +61,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     counted = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     models = dict.fromkeys(str(m) for run in runs if (m := run.config.get("model.name")) is not None)
     parts = [f"{len(runs)} run{'s' if len(runs) != 1 else ''} ({', '.join(counted)})", ", ".join(models)]
-    return " · ".join(escape(part) for part in parts if part)
+    return " · ".join(for_html(part) for part in parts if part)
 
 
 def _tiles(groups: Sequence[Group]) -> str:
@@ -67,8 +71,8 @@ def _tiles(groups: Sequence[Group]) -> str:
         best = best_groups(groups, column)
         if column.metric in _TILES and len(best) == 1 and (statistic := best[0].statistic(column.metric)):
             tiles.append(
-                f'<div class="tile"><span>{escape(_TILES[column.metric])}</span>'
-                f"<b>{escape(column.form(statistic.mean))}</b><em>{escape(name_of(best[0]))}</em></div>"
+                f'<div class="tile"><span>{for_html(_TILES[column.metric])}</span>'
+                f"<b>{for_html(column.form(statistic.mean))}</b><em>{for_html(name_of(best[0]))}</em></div>"
             )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -83,16 +87,16 @@ _TILES = {
 
 def _table(groups: Sequence[Group]) -> str:
     head = "".join(
-        f"<th>{escape(label)}</th>" for label in ["", *(c.label for c in columns_of(groups)), "runs"]
+        f"<th>{for_html(label)}</th>" for label in ["", *(c.label for c in columns_of(groups)), "runs"]
     )
     lines = []
     for index, (group, cells) in enumerate(rows(groups)):
         texts = "".join(
-            f'<td class="best">{escape(text)}</td>' if best else f"<td>{escape(text)}</td>"
+            f'<td class="best">{for_html(text)}</td>' if best else f"<td>{for_html(text)}</td>"
             for text, best in cells
         )
         lines.append(
-            f"<tr><th>{_swatch(index)}{escape(name_of(group))}</th>{texts}<td>{escape(group.status)}</td></tr>"
+            f"<tr><th>{_swatch(index)}{for_html(name_of(group))}</th>{texts}<td>{for_html(group.status)}</td></tr>"
         )
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'
@@ -109,9 +113,9 @@ def _swatch(index: int) -> str:
 BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES
 
 
-def _notes(groups: Sequence[Group]) -> str:
-    said = notes(groups)
-    return f'<p class="notes">{escape(" ".join(said))}</p>' if said else ""
+def _notes(groups: Sequence[Group], left_out: Sequence[str]) -> str:
+    paragraphs = [" ".join(notes(groups)), *left_out]
+    return "".join(f'<p class="notes">{for_html(text)}</p>' for text in paragraphs if text)
 
 
 def _claims(findings: Sequence[Finding]) -> list[str]:
@@ -119,16 +123,16 @@ def _claims(findings: Sequence[Finding]) -> list[str]:
         return []
     lines = []
     for number, finding in enumerate(findings, start=1):
-        claim = f"{number}. {escape(finding.claim)} <span>({escape(finding.paper)})</span>"
+        claim = f"{number}. {for_html(finding.claim)} <span>({for_html(finding.paper)})</span>"
         lines.append(f'<tr class="claim"><th>{claim}</th>{_verdict(finding.verdict)}<td></td></tr>')
         lines += [
-            f"<tr><th>{escape(part.statement)}</th>{_verdict(part.verdict)}<td>{escape(part.figures)}</td></tr>"
+            f"<tr><th>{for_html(part.statement)}</th>{_verdict(part.verdict)}<td>{for_html(part.figures)}</td></tr>"
             for part in finding.parts
         ]
     table = f'<table class="claims"><tbody>{"".join(lines)}</tbody></table>'
     return [
         "<section><h2>The papers' claims</h2>"
-        f'<div class="scroll">{table}</div><p class="notes">{escape(RULE)}</p></section>'
+        f'<div class="scroll">{table}</div><p class="notes">{for_html(RULE)}</p></section>'
     ]
 
 
@@ -149,12 +153,12 @@ def _pictures(pictures: Mapping[str, str]) -> list[str]:
             labels = {f"{section}_by_{axis.name}": axis.label for axis in AXES}
             buttons = "".join(
                 f'<input type="radio" name="{section}" id="{name}"{" checked" if name == names[0] else ""}>'
-                f'<label for="{name}">{escape(labels[name])}</label>'
+                f'<label for="{name}">{for_html(labels[name])}</label>'
                 for name in names
             )
             panes = "".join(f'<div class="pane {name}">{_adapted(pictures[name])}</div>' for name in names)
             content = f'<div class="tabs">{buttons}{panes}</div>'
-        out.append(f"<section><h2>{escape(TITLES[section])}</h2>{content}</section>")
+        out.append(f"<section><h2>{for_html(TITLES[section])}</h2>{content}</section>")
     return out
 
 
@@ -163,8 +167,10 @@ def _adapted(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"\bid=\"(figure|axes|patch|text|line2d|legend|matplotlib|xtick|ytick)[^\"]*\"", "", svg)
-    return with_variables(svg)
+    return with_variables(SVG_TAG.sub(lambda tag: _OWN_ID.sub("", tag[0]), svg))
+
+
+_OWN_ID = re.compile(r'\bid="(figure|axes|patch|text|line2d|legend|matplotlib|xtick|ytick)[^"]*"')
 
 
 def _runs(runs: Sequence[Run]) -> str:
@@ -176,9 +182,9 @@ def _runs(runs: Sequence[Run]) -> str:
             f"<td>{format_count(run.step)}/{format_count(run.steps)}</td>",
             f"<td>{'–' if loss is None else LOSS.form(loss)}</td>",
             f"<td>{'–' if seconds is None else format_seconds(seconds)}</td>",
-            f'<td class="settings">{escape(label)}</td>',
+            f'<td class="settings">{for_html(label)}</td>',
         ]
-        lines.append(f'<tr><th title="{escape(str(run.path))}">{escape(run.name)}</th>{"".join(cells)}</tr>')
+        lines.append(f'<tr><th title="{for_html(run.path)}">{for_html(run.name)}</th>{"".join(cells)}</tr>')
     head = "".join(
         f"<th>{label}</th>" for label in ("", "state", "step", "validation loss", "wall time", "what it is")
     )

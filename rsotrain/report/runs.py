@@ -1,24 +1,23 @@
 """Run folders, and W&B's offline folders, as what a report needs of them."""
 
-import json
-import math
 import os
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rsotrain.config.keys import flatten
+from rsotrain.config.identity import completed
 from rsotrain.errors import INTERRUPTED_STATUS, UserError
-from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, read_offline_runs
+from rsotrain.files import read_json, read_yaml
+from rsotrain.report.records import figure_of, number_of, read_history, size_of
+from rsotrain.report.wandb_offline import OfflineRun, is_offline_folder, log_of, read_offline_runs
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY, RunState
 
 SILENCE_SECONDS = 600.0  # a run on another machine that logs nothing for so long counts as lost
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,43 +43,37 @@ class Run:
     @property
     def steps(self) -> int:
         """How many it is to do; what it has done where the configuration does not say."""
-        return int(_number(self.config.get("steps")) or self.step)
+        return int(number_of(self.config.get("steps")) or self.step)
 
     def last(self, metric: str) -> float | None:
         """What ``summary.json`` says, else the latest; None: never logged, or not a finite number then."""
-        return _number(self.summary[metric]) if metric in self.summary else self.latest(metric)
+        return figure_of(metric, self.summary[metric]) if metric in self.summary else self.latest(metric)
 
     def latest(self, metric: str) -> float | None:
         """The value in the last record that has the metric; a diverged run has no figure, not an old one."""
-        return next((_number(r[metric]) for r in reversed(self.history) if metric in r), None)
+        return next((figure_of(metric, r[metric]) for r in reversed(self.history) if metric in r), None)
 
     def series(self, metric: str) -> list[tuple[float, float, float, float]]:
         """(step, tokens, seconds, value) of each record that has the metric."""
         points = []
         for record in self.history:
-            value = _number(record.get(metric))
-            x = [_number(record.get(key)) for key in ("step", "tokens", "time")]
+            value = figure_of(metric, record.get(metric))
+            x = [figure_of(key, record.get(key)) for key in ("step", "tokens", "time")]
             if value is not None and None not in x:
                 points.append((*x, value))
         return points  # type: ignore[return-value]
 
 
-def _number(value: object) -> float | None:
-    """``value`` if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path], tell: Tell | None = None) -> list[Run]:
     """The runs in ``paths``: run folders, folders of run folders, or W&B's offline folders.
 
-    A folder that is named must be, or hold, a run; run folders in a folder that is named are left out
-    while they have no metrics. Several W&B folders of one id are one run. Raises UserError.
+    A folder that is named must be, or hold, a run. Of those in a folder that is named, the ones without
+    metrics are left out, and those that cannot be read, which ``tell`` is told. Several W&B folders of one
+    id are one run. Raises UserError.
     """
     runs: list[Run] = []
     offline: list[Path] = []
-    named = list(dict.fromkeys(p.expanduser().resolve() for p in paths))
+    named = list(dict.fromkeys(map(_resolved, paths)))
     for path in named:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give run folders, or the folder that holds them")
@@ -88,10 +81,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             offline.append(path)
         elif is_run_folder(path):
             runs.append(read_run(path))
-        elif inner := [p for p in sorted(path.iterdir()) if p.is_dir()]:
-            found = [read_run(p) for p in inner if is_run_folder(p) and has_metrics(p)]
+        elif inner := folders_in(path):
+            within = [p for p in inner if is_run_folder(p) and has_metrics(p)]
+            found, damaged = _read_all(within)
             folders = [p for p in inner if is_offline_folder(p)]
+            _tell_all(damaged, tell)
             if not found and not folders:
+                if damaged:
+                    raise UserError(damaged[0])
                 raise UserError(
                     f"{path} holds no run with metrics; give run folders, or the folder that holds them"
                 )
@@ -99,10 +96,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             offline += folders
         else:
             raise UserError(f"{path} is not a run folder: it has no {CONFIG}")
-    for record in read_offline_runs(offline):
+    for record in _read_offline(offline, named, tell):
         if record.history:
             state = _state_of_offline(record)
-            runs.append(Run(record.path, record.name, record.config, record.history, record.summary, state))
+            config = completed(record.config)
+            runs.append(Run(record.path, record.name, config, record.history, record.summary, state))
         elif record.path in named:
             raise UserError(f"{record.path} has no metrics: its run has not got to the first step")
     if not runs:
@@ -112,50 +110,70 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return _unique(runs)
 
 
-def read_neighbours(folders: Sequence[Path]) -> list[Run]:
-    """The other runs in the folders that hold ``folders``; of one that cannot be read it says why."""
+def read_neighbours(folders: Sequence[Path], tell: Tell) -> list[Run]:
+    """The other runs in the folders that hold ``folders``; ``tell`` is told which cannot be read, and why."""
     known = {folder.resolve() for folder in folders}
-    runs = []
-    for parent in sorted({folder.parent for folder in known}):
-        for path in sorted(parent.iterdir()):
-            if path not in known and is_run_folder(path) and has_metrics(path):
-                try:
-                    runs.append(read_run(path))
-                except UserError as error:
-                    print(f"left out of the report: {error}", file=sys.stderr)
+    runs, damaged = _read_all(
+        path
+        for parent in sorted({folder.parent for folder in known})
+        for path in folders_in(parent)
+        if path not in known and is_run_folder(path) and has_metrics(path)
+    )
+    _tell_all(damaged, tell)
     return runs
 
 
-def looks(paths: Sequence[Path], every: float) -> Iterator[tuple[list[Run], bool]]:
-    """The runs in ``paths`` and whether to look again, each ``every`` seconds, until none of them goes on.
-
-    Between two members of a sweep nothing runs for a moment, and a run has no metrics before its first
-    step: the end is believed when it is seen twice. Raises UserError.
-    """
-    went = False
-    while True:
-        runs = read_runs(paths)
-        goes = any(run.state is RunState.running for run in runs) or _is_starting(paths)
-        yield runs, goes or went
-        if not (goes or went):
-            return
-        went = goes
-        time.sleep(every)
+def _read_all(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and of each other one why not."""
+    runs, damaged = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            damaged.append(str(error))
+    return runs, damaged
 
 
-def _is_starting(paths: Sequence[Path]) -> bool:
-    """Whether a run in ``paths`` has begun and not got to its first step."""
-    folders = [folder for path in paths for folder in (path, *path.expanduser().glob("*/"))]
-    records = [f / RUN_RECORD for f in folders if (f / RUN_RECORD).is_file() and not has_metrics(f)]
-    return any(_state(_read_json(record), {}, record) is RunState.running for record in records)
+def _read_offline(folders: Sequence[Path], named: Sequence[Path], tell: Tell | None) -> list[OfflineRun]:
+    runs, damaged = read_offline_runs(folders)
+    for folder, sentence in damaged.items():
+        if folder in named:
+            raise UserError(sentence)
+        _tell_all([sentence], tell)
+    return runs
+
+
+def _tell_all(damaged: Sequence[str], tell: Tell | None) -> None:
+    if tell is not None:
+        for sentence in damaged:
+            tell(f"left out: {sentence}")
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        path = path.expanduser().resolve()
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a circle of links, a NUL
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def folders_in(path: Path) -> list[Path]:
+    """Sorted; those that may not be looked into are left out. Raises UserError."""
+    try:
+        return [entry for entry in sorted(path.iterdir()) if os.path.isdir(entry)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def is_run_folder(path: Path) -> bool:
-    return (path / CONFIG).is_file() or (path / METRICS).is_file()
+    return os.path.isfile(path / CONFIG) or os.path.isfile(path / METRICS)
 
 
 def has_metrics(path: Path) -> bool:
-    return (path / METRICS).is_file() and (path / METRICS).stat().st_size > 0
+    return os.path.isfile(path / METRICS) and size_of(path / METRICS) > 0
 
 
 def read_run(path: Path) -> Run:
@@ -163,45 +181,29 @@ def read_run(path: Path) -> Run:
     if not has_metrics(path):
         raise UserError(f"{path} has no metrics: its run has not got to the first step (see its train.log)")
     try:
-        config = yaml.safe_load((path / CONFIG).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path / CONFIG} cannot be read, so nobody knows what was run there: {reason}"
-        ) from error
+        config = read_yaml(path / CONFIG)
+    except UserError as error:
+        raise UserError(f"{error}, so nobody knows what was run there") from error
     if not isinstance(config, dict):
         raise UserError(f"{path / CONFIG} is not the configuration of a run")
     history = read_history(path / METRICS)
     if not history:
         raise UserError(f"{path / METRICS} holds no record that can be read")
-    record = _read_json(path / RUN_RECORD)
-    summary = _read_json(path / SUMMARY)
+    record = read_object(path / RUN_RECORD)
+    summary = read_object(path / SUMMARY)
     fingerprint = record.get("data")
     return Run(
         path=path,
         name=path.name,
-        config=dict(flatten(config)),
+        config=completed(config),
         history=history,
         summary=summary,
-        state=_state(record, summary, path / METRICS),
+        state=state_of(record, summary, path / METRICS),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
     )
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order; lines torn by a kill, or still being written, are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
-
-
-def _state(record: Mapping[str, Any], summary: Mapping[str, Any], metrics: Path) -> RunState:
+def state_of(record: Mapping[str, Any], summary: Mapping[str, Any], metrics: Path) -> RunState:
     if summary.get("finished"):
         return RunState.finished
     try:
@@ -210,18 +212,23 @@ def _state(record: Mapping[str, Any], summary: Mapping[str, Any], metrics: Path)
         state = RunState.running
     if state is not RunState.running:
         return RunState.stopped if state is RunState.finished else state
-    if record.get("host") == socket.gethostname() and isinstance(record.get("pid"), int):
-        return RunState.running if _is_alive(record["pid"]) else RunState.lost
+    pid = record.get("pid")
+    if record.get("host") == socket.gethostname() and isinstance(pid, int) and not isinstance(pid, bool):
+        return RunState.running if _is_alive(pid) else RunState.lost
     return _running_or_lost(metrics)
 
 
 def _state_of_offline(run: OfflineRun) -> RunState:
     ended = {0: RunState.finished, INTERRUPTED_STATUS: RunState.stopped, None: None}
-    return ended.get(run.exit_code, RunState.failed) or _running_or_lost(next(run.path.glob("run-*.wandb")))
+    return ended.get(run.exit_code, RunState.failed) or _running_or_lost(log_of(run.path))
 
 
 def _running_or_lost(log: Path) -> RunState:
-    return RunState.running if time.time() - log.stat().st_mtime < SILENCE_SECONDS else RunState.lost
+    try:
+        silent = time.time() - log.stat().st_mtime
+    except OSError:
+        return RunState.lost
+    return RunState.running if silent < SILENCE_SECONDS else RunState.lost
 
 
 def _is_alive(pid: int) -> bool:
@@ -236,10 +243,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, as in the folder of a run that has just begun."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = read_json(file)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

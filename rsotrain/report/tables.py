@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import BYTES_KEYS, COLUMNS, LOSS, Column, Group, best_groups, differing_keys
 from rsotrain.report.evidence import Verdict
+from rsotrain.tracking.display import titled_table
+from rsotrain.tracking.escaping import for_csv, for_markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,13 +51,18 @@ def notes(groups: Sequence[Group]) -> list[str]:
         if statistic is not None and (without := len(group.finished) - statistic.number) > 0:
             said.append(f"{without} of the finished runs of {name_of(group)} ended without a finite loss.")
         if group.varies:
-            said.append(f"The runs of {name_of(group)} differ in {', '.join(group.varies)}, too.")
+            said.append(f"The runs of {name_of(group)} differ in {_listed(group.varies)}, too.")
     firsts = [group.runs[0] for group in groups]
     if between := [k for k in differing_keys(firsts, BYTES_KEYS) if k.split(".")[0] in BYTES_KEYS]:
-        said.append(f"Groups differ in {', '.join(between)}, on which bytes and tokens/s depend.")
+        said.append(f"Groups differ in {_listed(between)}, on which bytes and tokens/s depend.")
     if any(group.mark for group in groups):
         said.append("Validation losses of groups with different letters mean different things.")
     return said
+
+
+def _listed(keys: Sequence[str], number: int = 8) -> str:
+    more = f" and {len(keys) - number} more" if len(keys) > number else ""
+    return ", ".join(keys[:number]) + more
 
 
 def markdown(groups: Sequence[Group]) -> str:
@@ -64,13 +71,8 @@ def markdown(groups: Sequence[Group]) -> str:
     lines = ["| | " + " | ".join(c.label for c in columns) + " | runs |", "|---" * (len(columns) + 2) + "|"]
     for group, cells in rows(groups):
         texts = [f"**{text}**" if is_best else text for text, is_best in cells]
-        lines.append(f"| {escaped(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
-    return "\n".join([*lines, "", *notes(groups)]).rstrip() + "\n"
-
-
-def escaped(text: str) -> str:
-    """For a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+        lines.append(f"| {for_markdown(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
+    return "\n".join([*lines, "", *map(for_markdown, notes(groups))]).rstrip() + "\n"
 
 
 def comma_separated(groups: Sequence[Group]) -> str:
@@ -86,7 +88,7 @@ def comma_separated(groups: Sequence[Group]) -> str:
             statistic = group.statistic(column.metric)
             mean, spread = (statistic.mean, statistic.spread) if statistic else (None, None)
             figures += [mean, spread, int(is_best)]
-        writer.writerow([group.label, group.mark, len(group.runs), len(group.finished), *figures])
+        writer.writerow([for_csv(group.label), group.mark, len(group.runs), len(group.finished), *figures])
     return text.getvalue()
 
 
@@ -104,9 +106,7 @@ LABEL_WIDTH = 36  # columns that labels and states have at least before figures 
 
 def screen(groups: Sequence[Group], width: int, title: str = "Comparison") -> "Table":
     """A rich table for ``width`` columns of a terminal; best figures bold and green."""
-    from rich.box import ROUNDED
     from rich.cells import cell_len
-    from rich.table import Table
     from rich.text import Text
 
     columns, lines = columns_of(groups), rows(groups)
@@ -116,28 +116,26 @@ def screen(groups: Sequence[Group], width: int, title: str = "Comparison") -> "T
     labels = max(len(name_of(g)) for g in groups) + max(len(g.status) for g in groups) + 7
     while len(shown) > 1 and sum(widths[i] for i in shown) + min(labels, LABEL_WIDTH) > width:
         shown.pop()
-    table = Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
+    table = titled_table(title)
     table.add_column("", style="bold", overflow="fold")
     for i in shown:
         table.add_column(SCREEN[columns[i].metric], justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
     for group, cells in lines:
         texts = [Text(cells[i][0], style="bold green" if cells[i][1] else "") for i in shown]
-        table.add_row(Text(name_of(group)), *texts, group.status)
+        table.add_row(name_of(group), *texts, group.status)
     return table
 
 
 def claims_screen(findings: Sequence[Finding]) -> "Table":
     """A rich table: each claim and its verdict; the figures are in the report."""
-    from rich.box import ROUNDED
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="The papers' claims", box=ROUNDED, title_justify="left", title_style="bold")
+    table = titled_table("The papers' claims")
     table.add_column("", overflow="fold")
     table.add_column("", no_wrap=True)
     table.show_header = False
     for number, finding in enumerate(findings, start=1):
         style = VERDICT_STYLES[finding.verdict]
-        table.add_row(Text(f"{number}. {finding.claim}"), Text(finding.verdict.value, style=style))
+        table.add_row(f"{number}. {finding.claim}", Text(finding.verdict.value, style=style))
     return table

@@ -11,6 +11,7 @@ from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
+from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
@@ -26,23 +27,27 @@ def report_on(
     group_by: Sequence[str] = (),
     mixed: bool = False,
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Compare ``runs``, write the report to ``out`` where that is given, and print the tables.
 
     ``findings``: of the papers' claims. ``refresh_seconds``: it is written again after so long, and a line
-    printed in place of the tables. ``group_by``, ``mixed``: as in ``compare``. Raises UserError.
+    printed in place of the tables. ``group_by``, ``mixed``: as in ``compare``. ``left_out``: sentences about
+    runs that were found and are not among ``runs``. Raises UserError.
     """
     groups = compare(runs, group_by, mixed=mixed)
     paths = []
     if out is not None:
-        paths = write_report(groups, out, title, findings, command=command, refresh_seconds=refresh_seconds)
+        paths = write_report(
+            groups, out, title, findings, command=command, refresh_seconds=refresh_seconds, left_out=left_out
+        )
     if refresh_seconds is None:
         print_comparison(groups, findings)
         if paths:
-            print(f"{paths[0]} and {len(paths) - 1} more files")
+            print_line(f"{paths[0]} and {len(paths) - 1} more files")
         return
     finished = sum(run.finished for run in runs)
-    print(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}", flush=True)
+    print_line(f"{time.strftime('%H:%M:%S')}  {len(runs)} runs, {finished} finished: {paths[0]}")
 
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:
@@ -62,6 +67,7 @@ def write_report(
     *,
     command: str,
     refresh_seconds: float | None = None,
+    left_out: Sequence[str] = (),
 ) -> list[Path]:
     """Pages, tables and pictures in ``out``; the HTML page first. ``command``: what wrote it, for the reader.
 
@@ -74,8 +80,8 @@ def write_report(
     figures = draw(groups, LIGHT)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
     texts = {
-        PAGE: page(groups, svgs, title, findings, refresh_seconds),
-        "report.md": document(groups, findings, figures, title, command),
+        PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
+        "report.md": document(groups, findings, figures, title, command, left_out),
         "report.csv": comma_separated(groups),
         **{f"{name}.svg": svg for name, svg in svgs.items()},
     }

@@ -1,4 +1,4 @@
-"""``mode=train``: the run around the trainer, its folder, resuming, signals. Start at ``run.py``.
+"""``mode=train``: the run around the trainer, its folder, resuming, signals. Start at ``mode.py``.
 
 Imports the rooms below it (training, checkpoints, tracking, …), none beside it.
 """

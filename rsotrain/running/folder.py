@@ -183,7 +183,7 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{error}; so the run there cannot be compared with these settings:"
                 " choose another run_name, or overwrite=true to discard it"
             ) from error
-        if differing := differences(identity_of(saved), identity(config)):
+        if differing := differences(identity_of(saved, config), identity(config)):
             raise UserError(
                 f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"

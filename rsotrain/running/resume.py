@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config.identity import differences, identity
 from rsotrain.config.schema import LoadWhat
+from rsotrain.data.position import other_order
 from rsotrain.errors import UserError, require
-from rsotrain.files import finite
+from rsotrain.files import finite, read_yaml
+from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
 
 # What reading hostile files has raised, in safetensors, in torch.distributed.checkpoint and here.
@@ -133,7 +135,10 @@ class _Resumption:
 
     def _take_up(self, state: dict[str, Any], run: dict[str, Any], path: Path, other_data: str) -> Progress:
         require(run["data"] == self.trainer.data.fingerprint, other_data)
-        done = state["trainer"]["step"]
+        trainer = state["trainer"]
+        if "sequences" not in trainer:  # an older checkpoint, of a run whose steps were all alike
+            trainer |= _position_by_settings(path, trainer["step"])
+        done = trainer["step"]
         require(
             done <= self.config.steps,
             f"{path} is of step {done}, but steps={self.config.steps};"
@@ -141,10 +146,23 @@ class _Resumption:
         )
         try:
             self.trainer.load_state_dict(state)
+            reordered = other_order(trainer, self.trainer.data.train, self.config.seed)
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is damaged: its position in the data cannot be read;"
                 " take it away, or begin with its weights: checkpoint.load=weights"
             ) from error
         self.notify(f"resumed from {path}")
+        if reordered is not None:
+            self.notify(reordered)
         return Progress.from_json(run)
+
+
+def _position_by_settings(checkpoint: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint does not say of its place in the data, by the settings of the run that it lies in."""
+    try:
+        settings = read_yaml(checkpoint.absolute().parents[1] / CONFIG)
+        batch_size, seq_len = settings["batch_size"], settings["seq_len"]
+    except (UserError, LookupError, TypeError):
+        return {}  # moved elsewhere: then it is taken to be of a run like this one
+    return {"sequences": step * batch_size, "order": {"seq_len": seq_len}}

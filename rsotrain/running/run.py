@@ -1,12 +1,9 @@
 """One run from its configuration to its files: what surrounds the training loop."""
 
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rsotrain.checkpoints.files import list_checkpoints
@@ -28,92 +25,16 @@ from rsotrain.errors import (
 from rsotrain.files import finite, os_errors_said, reason, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
-from rsotrain.parallel.ranks import World, start
-from rsotrain.running.folder import RunFolder, open_run_folder
+from rsotrain.parallel.ranks import World
+from rsotrain.running.folder import RunFolder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
-from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.tracking.display import Display, print_parameter_table
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
-from rsotrain.tracking.screen import survive_its_loss
-from rsotrain.tracking.wandb_logger import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
-from rsotrain.training.guard import Guard, unguarded
-from rsotrain.training.trainer import StepResult, Trainer, check_composition, share_of_batch
-
-
-def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
-    """Train to ``config.steps``, or on from the newest checkpoint of the same run.
-
-    Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
-    checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
-    checkpoint written.
-    """
-    survive_its_loss()
-    world = start(config.parallelism, config.device)
-    with (
-        world.reporting_losses(),
-        world.ending_together(StoppedEarly, Interrupted),
-        ExitStack() as stack,
-    ):
-        world.together(lambda: check_composition(config))
-        resolve_mode(config.logger.wandb_mode)
-
-        def enter() -> tuple[RunFolder, dict[str, Any] | None]:
-            folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID") or None))
-            return folder, folder.finished_summary()
-
-        folder, summary = world.from_main(enter)  # rank 0 alone makes and locks it
-        if summary is not None:
-            if world.is_main:
-                print(f"{folder.path} is finished already; overwrite=true runs it again")
-                print_closing_table(summary, _files(folder))
-            return summary
-        log_path = folder.log
-        with os_errors_said(f"{log_path} cannot be written"):
-            display = build_display(
-                config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
-            )
-        try:
-            with guard(config, world), _os_errors_said():
-                run = TrainingRun(config, folder, display, world)
-                summary = run.run()
-        finally:
-            display.close()
-        if world.is_main:
-            files = _files(folder)
-            if (wandb := run.loggers.places().get("wandb")) is not None:
-                files["wandb"] = _inside(folder.path, wandb)
-            print_closing_table(summary, files, log_path)
-        return summary
-
-
-@contextmanager
-def _os_errors_said() -> Iterator[None]:
-    """For what the disk refuses where nobody else says so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise TrainingError(
-            f"{error.filename or 'a file'}: {reason(error)};"
-            " the same command goes on from the last checkpoint"
-        ) from error
-
-
-def _files(folder: RunFolder) -> dict[str, Path | str]:
-    """The run folder and, relative to it, what is in it."""
-    files: dict[str, Path | str] = {"run folder": folder.path, "metrics": folder.metrics.name}
-    if checkpoints := list_checkpoints(folder.checkpoints):
-        files["checkpoint"] = _inside(folder.path, checkpoints[-1])
-    return files
-
-
-def _inside(folder: Path, place: Path | str) -> str:
-    inside = isinstance(place, Path) and place.is_relative_to(folder)
-    return str(Path(place).relative_to(folder) if inside else place)
+from rsotrain.training.trainer import StepResult, Trainer, share_of_batch
 
 
 class _StoppedError(Exception):

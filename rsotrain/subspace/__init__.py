@@ -1,4 +1,4 @@
 """Low-rank bases: how they are sampled, refreshed and projected on. Start at ``samplers.py``.
 
-Imports ``parallel`` and ``instruments`` alone.
+This package may import ``parallel``, ``instruments`` and everything below them.
 """

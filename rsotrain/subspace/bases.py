@@ -1,4 +1,4 @@
-"""The bases of a set of matrices: drawing and replacing them."""
+"""The bases of a set of matrices, and their refreshes."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.refresh_record import RefreshRecord
-from rsotrain.subspace.samplers import Draw, Sampler, orthonormalised
+from rsotrain.subspace.samplers import Sampler, SampleRequest, orthonormalised
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source, spread
@@ -21,15 +21,15 @@ from rsotrain.subspace.sources import Source, spread
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Elements of gathered matrices that one rank holds while the bases of a round are drawn: 128 MiB in float32.
+# Elements of gathered matrices that one rank holds while it samples the bases of a round: 128 MiB in float32.
 _ROUND_ELEMENTS = 1 << 25
-_DRAWN, _NOT_FINITE, _ZERO, _FAILED = range(4)
+_SAMPLED, _NOT_FINITE, _ZERO, _FAILED = range(4)
 _REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 
 @dataclass(frozen=True)
 class BasisChange:
-    """``old``: Q_old, k×r; ``new``: Q_new; both have columns of norm ``scale``."""
+    """A refresh of one basis from ``old``, Q_old (k×r), to ``new``, Q_new; columns have norm ``scale``."""
 
     old: Tensor
     new: Tensor
@@ -42,7 +42,7 @@ class BasisChange:
         return (self.new.to(wide).T @ self.old.to(wide)) / self.scale**2
 
     def overlap(self, orthonormal: bool) -> Tensor:
-        """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of the two subspaces: 1 if they are the same."""
+        """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of both subspaces, which is 1 if these are the same."""
         transition = self.transition
         if not orthonormal:
             old, new = (orthonormalised(q.to(transition.dtype)) for q in (self.old, self.new))
@@ -51,16 +51,15 @@ class BasisChange:
 
 
 class Bases:
-    """One basis for each name: draws it when due, and remembers how the last draws went.
+    """One basis for each name. It is refreshed when due, and ``record`` keeps the metrics of refreshes.
 
-    ``sizes``: (k, r) of each. ``state[name]`` holds ``basis`` (k×r, zeros until the first draw, so that
-    nothing is projected before there is a subspace) and the sampler's own tensors. Random numbers come
-    from (seed, name, index of the draw) alone, so that bases which depend on no data need not be
-    ``stored``: they are then drawn again, bitwise the same, at each use, and the state holds the seed that
-    these three give, ``basis_seed``, so that a run which goes on with other settings has the bases that its
-    moments are expressed in. ``scaled``: what the sampler draws
-    is multiplied by √(k/r), so that E[QQᵀ] = I where it was uniformly random and orthonormal. ``mesh``: of
-    the ranks that have the same bases; they call ``refresh_all`` together.
+    ``sizes``: (k, r) of each basis. ``state[name]`` holds the sampler's own tensors and ``basis`` (k×r). This
+    is zero until the first refresh, so that nothing is projected before there is a subspace. Random numbers
+    are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
+    ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
+    which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
+    sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones.
+    ``mesh``: the ranks that have the same bases; they call ``refresh_all`` together.
     """
 
     def __init__(
@@ -78,11 +77,11 @@ class Bases:
         stored: bool = True,
         mesh: "DeviceMesh | None" = None,
     ) -> None:
-        assert stored or not sampler.informed, "data cannot be drawn again"
+        assert stored or not sampler.informed, "a data-dependent basis cannot be sampled again"
         self.sizes = sizes
         self.sampler = sampler
         self.switch_step: int | None = None
-        if sampler.switch is not None:  # 1 − 0.7 is rounded up: not a step later for that
+        if sampler.switch is not None:  # the tolerance keeps rounding errors (of 1 − 0.7) from adding a step
             self.switch_step = 1 + math.ceil(sampler.switch * total_steps - 1e-6)
         restart = self.switch_step if self.switch_step != 1 else None
         self.schedule = RefreshSchedule(gap, len(sizes), staggered, restart)
@@ -93,7 +92,7 @@ class Bases:
         self.stored = stored
         self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
-        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the draws in use
+        self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the bases in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
             if stored:
@@ -102,17 +101,17 @@ class Bases:
                 self.state[name] = {"basis_seed": torch.tensor(self.seeds[name], device=devices[name])}
             for key, shape in sampler.state_shapes(size, rank).items():
                 self.state[name][key] = torch.zeros(shape, device=devices[name])
-        self.waiting = set(sizes) if stored else set()  # no draw has succeeded yet
-        self._first_draws = dict.fromkeys(sizes, 0)  # their steps, of this process
+        self.waiting = set(sizes) if stored else set()  # names whose first refresh has not succeeded yet
+        self._first_refreshes = dict.fromkeys(sizes, 0)  # step of each first refresh in this process; 0: none
         self.record = RefreshRecord(gap, mesh)
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
             return self.state[name]["basis"]
-        return self._drawn(self._request(name, self.seeds[name]))
+        return self._sampled(self._request(name, self.seeds[name]))
 
     def resume(self) -> None:
-        """The state has been loaded."""
+        """Called after the optimizer state has been loaded."""
         if self.stored:
             self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
         else:
@@ -121,27 +120,27 @@ class Bases:
     def _seed_of(self, name: str, index: int | str) -> int:
         return seed_of(self.seed, "basis", name, index)
 
-    def request(self, name: str, index: int | str) -> Draw:
-        """The draw with this index, without data."""
+    def request(self, name: str, index: int | str) -> SampleRequest:
+        """The request for the refresh ``index``, without data."""
         return self._request(name, self._seed_of(name, index))
 
-    def _request(self, name: str, seed: int) -> Draw:
+    def _request(self, name: str, seed: int) -> SampleRequest:
         size, rank = self.sizes[name]
-        return Draw(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
+        return SampleRequest(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
 
     def place(self, name: str, basis: Tensor) -> None:
-        """Put an orthonormal ``basis`` in the place of the one in use."""
+        """Replace the basis in use by an orthonormal ``basis``, which is scaled if ``scaled``."""
         size, rank = self.sizes[name]
         kept = self.state[name]["basis"]
         wide = torch.promote_types(self.dtype, basis.dtype)
         kept.copy_(basis.to(wide) * self._scale(size, rank))
         self.waiting.discard(name)
 
-    def _drawn(self, draw: Draw) -> Tensor:
-        basis = self.sampler.draw(draw)
+    def _sampled(self, request: SampleRequest) -> Tensor:
+        basis = self.sampler.sample(request)
         if self.scaled:
             wide = torch.promote_types(self.dtype, basis.dtype)
-            basis = basis.to(wide) * self._scale(draw.size, draw.rank)
+            basis = basis.to(wide) * self._scale(request.size, request.rank)
         # one memory layout for all: products with a stored and a regenerated basis are then bitwise equal
         return basis.to(self.dtype).contiguous()
 
@@ -149,22 +148,22 @@ class Bases:
         return (size / rank) ** 0.5 if self.scaled else 1.0
 
     def informed(self, step: int) -> bool:
-        """Does a draw for ``step`` need data?"""
+        """Does a refresh for ``step`` need data?"""
         return self.sampler.informed and not self._switched(step)
 
     def _switched(self, step: int) -> bool:
         return self.switch_step is not None and step >= self.switch_step
 
     def due(self, name: str, step: int, *, after_update: bool) -> bool:
-        """Is a draw due at ``step`` before (or after) the weights are updated?
+        """Is a refresh due at ``step`` before (or after) the weights are updated?
 
-        The first draw is due until it has succeeded; no other follows in that step.
+        The first refresh stays due until it succeeds; no other refresh follows in the same step.
         """
         if name in self.waiting:
             return not after_update
-        if after_update and self._first_draws[name] == step:
+        if after_update and self._first_refreshes[name] == step:
             return False
-        index = self.schedule.draw_index(self.positions[name], step)
+        index = self.schedule.refresh_index(self.positions[name], step)
         return index is not None and after_update == (self.sampler.post_update and index > 0)
 
     @torch.no_grad()
@@ -175,9 +174,9 @@ class Bases:
         lr_factor: float,
         index: Callable[[str], int] | None = None,
     ) -> dict[str, BasisChange]:
-        """Draw these bases, those of a mesh divided among its ranks; the changes there were, by name.
+        """Refresh the bases of ``sources``; return the changes by name. Ranks of a mesh divide the work.
 
-        ``index``: number of each draw; None: of that which is due at ``step``.
+        ``index``: the refresh index of each basis; None: the index of the refresh that is due at ``step``.
         """
         if not sources:
             return {}
@@ -206,7 +205,7 @@ class Bases:
         return {name: change for name, change in changes.items() if change is not None}
 
     def _rounds(self, names: list[str], sources: Mapping[str, Source]) -> Iterator[list[str]]:
-        """In order, as many at a time as the ranks may hold, and at least one for each rank."""
+        """Divide ``names``, in order, into rounds whose gathered matrices the ranks can hold together."""
         if not names:
             return
         assert self.mesh is not None
@@ -225,7 +224,7 @@ class Bases:
     def _share(
         self, sources: Mapping[str, Source], step: int, lr_factor: float, number: Callable[[str], int]
     ) -> dict[str, BasisChange | None]:
-        """Each basis is drawn by one rank, which has the whole matrix, and sent to the others."""
+        """Refresh bases: one rank gathers each matrix, samples its basis and broadcasts it."""
         assert self.mesh is not None
         names = list(sources)
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -233,36 +232,36 @@ class Bases:
         device = self.devices[names[0]]
         with self.record.timing(step, device):
             arriving = {name: sources[name].at(owners[name]) for name in names}
-            drawn: dict[str, Tensor] = {}
+            sampled: dict[str, Tensor] = {}
             outcomes = torch.zeros(len(names), dtype=torch.int64, device=device)
             for i, name in enumerate(names):
                 if owners[name] == rank:
-                    outcome, new = self._try_draw(
+                    outcome, new = self._try_sample(
                         name, self[name], arriving.pop(name)(), step, lr_factor, number(name)
                     )
                     outcomes[i] = outcome
                     if new is not None:
-                        drawn[name] = new
+                        sampled[name] = new
             for leaving in arriving.values():
                 leaving()
             dist.all_reduce(outcomes)
             found = dict(zip(names, outcomes.tolist(), strict=True))
             for owner in range(size):
-                sent = [name for name in names if owners[name] == owner and found[name] == _DRAWN]
+                sent = [name for name in names if owners[name] == owner and found[name] == _SAMPLED]
                 if sent:
-                    drawn |= self._broadcast(sent, owner, drawn)
+                    sampled |= self._broadcast(sent, owner, sampled)
         changes = {}
         for name in names:
             if reason := _REASONS.get(found[name]):
                 self.record.skip(name, step, reason, name in self.waiting)
-            changes[name] = self._settle(name, self[name], drawn.get(name), step, number(name))
+            changes[name] = self._settle(name, self[name], sampled.get(name), step, number(name))
         return changes
 
-    def _broadcast(self, names: list[str], owner: int, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _broadcast(self, names: list[str], owner: int, sampled: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = [self.sizes[name] for name in names]
         lengths = [size * rank for size, rank in shapes]
         if dist.get_rank() == owner:
-            flat = torch.cat([drawn[name].flatten() for name in names])
+            flat = torch.cat([sampled[name].flatten() for name in names])
         else:
             flat = torch.empty(sum(lengths), dtype=self.dtype, device=self.devices[names[0]])
         dist.broadcast(flat, src=owner)
@@ -277,19 +276,19 @@ class Bases:
         lr_factor: float,
         index: int | None = None,
     ) -> BasisChange | None:
-        """Draw the basis that is due at ``step``, or that of number ``index``.
+        """Refresh one basis. ``index``: its refresh index; None: that of the refresh due at ``step``.
 
-        ``gram`` is called only if the sampler needs it, and returns None if the gradient is not finite:
-        the old basis then stays, as it does if the decomposition fails; that is counted, and warned of
-        once. It also stays if the gradient is zero. Returns None at the first draw and where the basis
-        stayed.
+        ``gram`` is called only if the sampler needs data. The old basis stays if ``gram`` returns None
+        because the gradient is not finite, if the decomposition fails, or if the gradient is zero. The first
+        two are counted, and the first failure is warned of. Returns None at the first refresh and where the
+        basis stays.
         """
         if index is None:
             index = self.schedule.latest(self.positions[name], step)[0]
         old = self[name]
         with self.record.timing(step, old.device):
             seen = gram() if self.informed(step) else None
-            outcome, new = self._try_draw(name, old, seen, step, lr_factor, index)
+            outcome, new = self._try_sample(name, old, seen, step, lr_factor, index)
         if reason := _REASONS.get(outcome):
             self.record.skip(name, step, reason, name in self.waiting)
         return self._settle(name, old, new, step, index)
@@ -297,16 +296,16 @@ class Bases:
     def _settle(
         self, name: str, old: Tensor, new: Tensor | None, step: int, index: int
     ) -> BasisChange | None:
-        """Put ``new``, if there is one, in the place of ``old``, which is in use."""
+        """Replace ``old``, the basis in use, by ``new`` if there is one."""
         if new is None:
             return None
         first = name in self.waiting or step == 1
         change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
         if self.record.measures(index):
-            self.record.drawn(name, None if change is None else change.overlap(self.sampler.orthonormal))
+            self.record.sampled(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
             self.waiting.remove(name)
-            self._first_draws[name] = step
+            self._first_refreshes[name] = step
         if self.stored:
             old.copy_(new)
         else:
@@ -314,23 +313,23 @@ class Bases:
             self.state[name]["basis_seed"].fill_(self.seeds[name])
         return change
 
-    def _try_draw(
+    def _try_sample(
         self, name: str, old: Tensor, seen: Gram | None, step: int, lr_factor: float, index: int
     ) -> tuple[int, Tensor | None]:
-        """(outcome, basis if there is one). ``seen`` is None where there is nothing finite to see."""
-        draw = self.request(name, index)
+        """(outcome, new basis or None). ``seen``: None if no data are needed or if they are not finite."""
+        request = self.request(name, index)
         if self.informed(step):
             if seen is None:
                 return _NOT_FINITE, None
             if not bool(seen.energy() > 0):
                 return _ZERO, None
-        draw.gram = seen
-        draw.switched = self._switched(step)
-        draw.lr_factor = lr_factor
-        draw.state = self.state[name]
+        request.gram = seen
+        request.switched = self._switched(step)
+        request.lr_factor = lr_factor
+        request.state = self.state[name]
         if index > 0 and name not in self.waiting:
-            draw.previous = old / self._scale(draw.size, draw.rank) if self.scaled else old
+            request.previous = old / self._scale(request.size, request.rank) if self.scaled else old
         try:
-            return _DRAWN, self._drawn(draw)
+            return _SAMPLED, self._sampled(request)
         except torch.linalg.LinAlgError:
             return _FAILED, None

@@ -1,7 +1,7 @@
-"""What a data-dependent sampler may see: the Gram matrix of the projected side, or products with it.
+"""The data of data-dependent samplers: the Gram matrix AᵀA of the projected side, or products with it.
 
-Both sum over the dimension that is not projected, so a sharded matrix needs one all-reduce of a k×k (or
-k×r) matrix and nothing else.
+Both sum over the dimension that is not projected, so a sharded A needs only one all-reduce of a k×k (or k×r)
+matrix.
 """
 
 from collections.abc import Iterator
@@ -11,36 +11,36 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 23  # bounds the float64 temporaries of blockwise sums
-# A symmetric product is made of its lower blocks: of n in a row, (n + 1)/2n of the operations of the whole.
+# Only the lower blocks of a symmetric product are computed: with n×n blocks (n + 1)/2n of all operations.
 _SYMMETRIC_BLOCKS = 8
-_LEAST_WIDTH = 128  # of a block: narrower products run below the device's rate
+_LEAST_WIDTH = 128  # of a block; narrower products are slower per operation
 
 
 def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) of each column of blocks, from the diagonal down."""
+    """(rows, columns) of each block column, from the diagonal down."""
     width = max(_LEAST_WIDTH, -(-size // _SYMMETRIC_BLOCKS))
     for start in range(0, size, width):
         yield slice(start, size), slice(start, min(start + width, size))
 
 
 def add_gram_(total: Tensor, rows: Tensor) -> None:
-    """total ← total + AᵀA in its lower blocks; what is above them is left. total: k×k, rows: A, M×k."""
+    """total ← total + AᵀA in its lower blocks only. ``total``: k×k; ``rows``: A, M×k."""
     for below, columns in _lower_blocks(total.shape[0]):
         total[below, columns].addmm_(rows[:, below].T, rows[:, columns])
 
 
 def mirrored_(total: Tensor) -> Tensor:
-    """``total``, what is above its lower blocks overwritten by the transpose of what is below them."""
+    """``total`` (k×k) with its lower blocks copied to the upper ones, transposed; in place."""
     for _, columns in _lower_blocks(total.shape[0]):
         total[columns, columns.stop :] = total[columns.stop :, columns].T
     return total
 
 
 def largest_entry(matrix: Tensor) -> Tensor:
-    """max |A|, 0-d, of ``matrix`` or a transposed view; NaN if an entry is."""
+    """max |A|, 0-d; NaN if an entry is NaN. ``matrix``: contiguous, or the transpose of such a tensor."""
     if matrix.numel() == 0:
         return matrix.new_zeros(())
-    # one pass, and fast only over what lies in order; torch's norm of infinite order takes ten times as long
+    # aminmax is fast on contiguous tensors only; torch's norm of infinite order takes ten times as long
     lowest, highest = torch.aminmax(matrix if matrix.is_contiguous() else matrix.T)
     return torch.maximum(-lowest, highest)
 
@@ -48,7 +48,7 @@ def largest_entry(matrix: Tensor) -> Tensor:
 class Gram(Protocol):
     """The Gram matrix AᵀA (k×k) of an oriented matrix A (M×k).
 
-    ``resolution``: relative size below which A's own entries are rounding noise.
+    ``size``: k. ``resolution``: the relative size below which entries of A are rounding errors.
     """
 
     size: int
@@ -76,9 +76,10 @@ class Gram(Protocol):
 
 
 class GradientGram:
-    """Of a gradient, scaled to a largest entry of 1 so that no square under- or overflows.
+    """The Gram matrix of a gradient, scaled to a largest entry of 1 so that no square under- or overflows.
 
-    ``gradient``: oriented, M×k, any float dtype, finite. ``largest``: of the whole, for a piece of it.
+    ``gradient``: oriented, M×k, any float dtype, finite. ``largest``: max |A| of the whole matrix, where
+    ``gradient`` is a piece of it.
     """
 
     def __init__(self, gradient: Tensor, largest: Tensor | None = None) -> None:
@@ -88,13 +89,13 @@ class GradientGram:
         if largest is None:
             largest = largest_entry(gradient).to(dtype)
         self.largest = largest
-        # divided by it, not times its reciprocal, which is infinite for subnormal gradients
+        # a division, because the reciprocal of a subnormal number is infinite
         self.normalised = gradient.to(dtype) / torch.where(self.largest > 0, self.largest, 1.0)
         self._energy: Tensor | None = None
 
     @classmethod
     def of_finite(cls, gradient: Tensor) -> "GradientGram | None":
-        """None if an entry is NaN or infinite; asking synchronises with the device."""
+        """The Gram matrix, or None if an entry is not finite. The check synchronises with the device."""
         gram = cls(gradient)
         return gram if bool(gram.largest.isfinite()) else None
 
@@ -117,7 +118,7 @@ class GradientGram:
 
     def energy(self) -> Tensor:
         if self._energy is None:
-            # float32 holds the sum of a column well enough, not that of all; a float64 copy takes long
+            # float32 is precise enough for the sum over a column, but not over all; a float64 copy is slow
             along = 0 if self.normalised.stride(0) == 1 else 1
             norms = torch.linalg.vector_norm(self.normalised, dim=along)
             self._energy = norms.double().square_().sum()
@@ -131,7 +132,7 @@ class GradientGram:
 
 
 class DenseGram:
-    """A Gram matrix that was gathered elsewhere; ``matrix``: k×k, symmetric, finite."""
+    """A Gram matrix that is given as such; ``matrix``: k×k, symmetric, finite."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.size = matrix.shape[0]

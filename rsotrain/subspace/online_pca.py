@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.methods import OnlinePCAConfig, PCASolver
-from rsotrain.errors import require
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.samplers import Columns, Draw, Sampler, no_state, orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state, orthonormalised
 from rsotrain.subspace.spectral import svd
 
 BETAS = (0.9, 0.999)
@@ -18,8 +17,8 @@ EPS = 1e-8
 def pca_gradient(gram: Gram, basis: Tensor, penalty: float) -> Tensor:
     """∇_Q of ‖G̃QQᵀ − G̃‖_F² + λ‖QᵀQ − I‖_F², G̃ = G/‖G‖_F, λ = ``penalty``; ``basis``: k×r float32.
 
-    With H = G̃ᵀG̃ and S = G̃Q: −2(2HQ − HQ QᵀQ − Q SᵀS) + 4λ Q(QᵀQ − I), and SᵀS = QᵀHQ, so products
-    with the Gram matrix are all it needs.
+    With H = G̃ᵀG̃ and S = G̃Q it is −2(2HQ − HQ QᵀQ − Q SᵀS) + 4λ Q(QᵀQ − I). As SᵀS = QᵀHQ, it needs only
+    products with the Gram matrix.
     """
     energy = gram.energy().clamp(min=torch.finfo(basis.dtype).tiny)
     product = gram.matmul(basis) / energy.to(basis.dtype)  # HQ
@@ -33,39 +32,39 @@ def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
     return {"basis_exp_avg": shape, "basis_exp_avg_sq": shape, "basis_step": ()}
 
 
-def online_pca(draw: Draw, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool) -> Tensor:
-    """The SVD's basis at the first draw, then one Adam (or SGD) step on the loss of ``pca_gradient``.
+def online_pca(
+    request: SampleRequest, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool
+) -> Tensor:
+    """The SVD's basis at the first refresh, then one Adam (or SGD) step on the loss of ``pca_gradient``.
 
-    The step comes after the weights' update, from step 2 on: the basis of step 1 is exact for its gradient.
+    From step 2 on, the basis takes this step after the update of the weights. Step 1 has none, since its
+    basis is optimal for its gradient.
     """
-    if draw.previous is None:
-        return svd(draw)
-    assert draw.gram is not None
-    basis = draw.previous.float()
-    descent = -pca_gradient(draw.gram, basis, penalty)
+    if request.previous is None:
+        return svd(request)
+    assert request.gram is not None
+    basis = request.previous.float()
+    update = -pca_gradient(request.gram, basis, penalty)
     if use_adam:
-        state = draw.state
+        state = request.state
         state["basis_step"] += 1.0
         moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
-        descent = _adam_descent(-descent, *moments, state["basis_step"])
-    basis = torch.add(basis, descent, alpha=lr * draw.lr_factor)
+        update = _adam_negative_update(-update, *moments, state["basis_step"])
+    basis = torch.add(basis, update, alpha=lr * request.lr_factor)
     return orthonormalised(basis) if orthonormalize else basis
 
 
-def _adam_descent(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> Tensor:
-    """−M̂ / (√V̂ + ε), the moments updated: torch's fused AdamW on zeros with a rate of 1."""
-    descent = torch.zeros_like(gradient)
+def _adam_negative_update(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> Tensor:
+    """−M̂ / (√V̂ + ε), by torch's fused AdamW on zeros with a rate of 1; updates the moments."""
+    update = torch.zeros_like(gradient)
     torch._fused_adamw_(
-        [descent], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=1.0, beta1=BETAS[0], beta2=BETAS[1],
+        [update], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=1.0, beta1=BETAS[0], beta2=BETAS[1],
         weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
     )  # fmt: skip
-    return descent
+    return update
 
 
 def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:
-    for key in ("lr", "penalty"):
-        value = getattr(config, key)
-        require(value >= 0, f"sampler.{key}={value} must not be negative")
     use_adam = config.solver is PCASolver.adam
     return Sampler(
         config.name,

@@ -1,9 +1,9 @@
-"""The one place that knows left from right.
+"""Projections, and the one place that distinguishes left from right projections.
 
 A weight W (m×n) is projected on its smaller side (GaLore, arXiv 2403.03507): ``right`` if m ≥ n, with a
-basis Q of n×r and R = G Q; else ``left``, with a basis of m×r and R = Qᵀ G. Everything else works on the
-*oriented* view A = G (right) or Gᵀ (left), M×k with M ≥ k, where both cases read R = A Q (M×r) and
-lift(R) = R Qᵀ. Moments therefore have one row for each row or column that is not projected.
+basis Q of n×r and R = G Q; else ``left``, with a basis of m×r and R = Qᵀ G. All other code uses the
+*oriented* view A = G (right) or Gᵀ (left), M×k with M ≥ k. In both cases R = A Q (M×r) and lift(R) = R Qᵀ, so
+moments have one row for each row or column that is not projected.
 """
 
 from enum import Enum
@@ -20,7 +20,7 @@ class Side(Enum):
 
 
 def side_of(shape: torch.Size | tuple[int, int]) -> Side:
-    """The projected side of an unsharded weight of this shape; square counts as right."""
+    """The projected side of a whole weight of this shape; right for a square one."""
     rows, columns = shape
     return Side.right if rows >= columns else Side.left
 
@@ -52,7 +52,7 @@ def resolve_rank(rank: int | float, size: int, name: str) -> int:
 
 
 def project_(out: Tensor, matrix: Tensor, basis: Tensor) -> None:
-    """out ← A Q. ``out``: M×r, any float dtype; ``matrix``: A, M×k; the product runs in the basis' dtype."""
+    """out ← A Q. ``out``: M×r, any float dtype; ``matrix``: A, M×k. The product runs in the basis' dtype."""
     if out.dtype == matrix.dtype == basis.dtype:
         torch.mm(matrix, basis, out=out)
     else:
@@ -68,7 +68,7 @@ def add_lifted_(
     have one dtype, no M×k temporary is made.
     """
     factor = low_rank.to(basis.dtype)
-    # in the layout of the target: a left-projected one is a transposed view
+    # products have the memory layout of the target, which is a transposed view if it is left-projected
     if target.dtype == basis.dtype:
         if target.is_contiguous():
             target.addmm_(factor, basis.T, beta=decay_factor, alpha=alpha)

@@ -1,43 +1,44 @@
-"""Bases that depend on no data."""
+"""Samplers whose bases depend on no data."""
 
 import torch
 from torch import Tensor
 
 from rsotrain.config.methods import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
-from rsotrain.subspace.samplers import Columns, Draw, Sampler, one_hot, orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
 
 
-def normal(draw: Draw) -> Tensor:
-    return torch.randn(draw.size, draw.rank, generator=draw.generator).to(draw.device)
+def normal(request: SampleRequest) -> Tensor:
+    return torch.randn(request.size, request.rank, generator=request.generator).to(request.device)
 
 
-def haar(draw: Draw) -> Tensor:
+def haar(request: SampleRequest) -> Tensor:
     """Uniformly distributed orthonormal columns."""
-    return orthonormalised(normal(draw))
+    return orthonormalised(normal(request))
 
 
-def gaussian(draw: Draw) -> Tensor:
+def gaussian(request: SampleRequest) -> Tensor:
     """Independent N(0, 1/r) entries: E[PPᵀ] = I, but not orthonormal; column norms are about √(k/r)."""
-    return normal(draw) * draw.rank**-0.5
+    return normal(request) * request.rank**-0.5
 
 
-def coordinate(draw: Draw) -> Tensor:
+def coordinate(request: SampleRequest) -> Tensor:
     """r distinct random axes, in ascending order."""
-    picked = torch.randperm(draw.size, generator=draw.generator)[: draw.rank].sort().values
-    return one_hot(picked.to(draw.device), draw.size)
+    picked = torch.randperm(request.size, generator=request.generator)[: request.rank].sort().values
+    return one_hot(picked.to(request.device), request.size)
 
 
-def srht(draw: Draw) -> Tensor:
-    """r random columns of D (H ⊗ C): random signs, Hadamard for the power of two in k, cosines for the rest.
+def srht(request: SampleRequest) -> Tensor:
+    """r random columns of D (H ⊗ C), where D has random signs on its diagonal.
 
-    The usual padding to a power of two is not orthonormal for other k; this is, for every k.
+    H is the Hadamard matrix of the largest power of two that divides k, and C a cosine transform of size
+    k/two. Unlike the usual padding to a power of two, this is orthonormal for every k.
     """
-    odd = draw.size
+    odd = request.size
     while odd % 2 == 0:
         odd //= 2
-    two = draw.size // odd
-    signs = torch.randint(0, 2, (draw.size, 1), generator=draw.generator) * 2.0 - 1.0
-    columns = torch.randperm(draw.size, generator=draw.generator)[: draw.rank].sort().values
+    two = request.size // odd
+    signs = torch.randint(0, 2, (request.size, 1), generator=request.generator) * 2.0 - 1.0
+    columns = torch.randperm(request.size, generator=request.generator)[: request.rank].sort().values
     # H[i, j] = (−1)^popcount(i & j) / √two
     parity = torch.arange(two)[:, None] & (columns // odd)[None, :]
     for shift in (32, 16, 8, 4, 2, 1):
@@ -48,7 +49,7 @@ def srht(draw: Draw) -> Tensor:
     cosines = torch.cos(torch.pi * (torch.arange(odd).double()[:, None] + 0.5) * j / odd)
     cosines *= torch.where(j == 0, 1.0, 2.0**0.5) / odd**0.5
     product = hadamard[:, None, :] * cosines[None, :, :]
-    return (product.reshape(draw.size, -1) * signs).float().to(draw.device)
+    return (product.reshape(request.size, -1) * signs).float().to(request.device)
 
 
 def haar_sampler(config: HaarConfig) -> Sampler:

@@ -1,4 +1,4 @@
-"""How the last draws of a set of bases went: what is logged as ``subspace/…``."""
+"""The metrics ``subspace/…`` of the last refreshes of a set of bases."""
 
 import time
 import warnings
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class RefreshRecord:
-    """Of all bases that one method draws. Where draws come more often than every ten steps (``gap``), not
-    all are measured.
+    """Measures the refreshes of one method, one in about ten steps where they are more frequent (``gap``).
 
-    ``mesh``: of the ranks that have the same bases; they call ``metrics`` together. ``unobserved``: what was
-    drawn since it was seen by ``observe``. ``skipped``: how many draws failed in this process.
+    ``mesh``: the ranks that have the same bases; they call ``metrics`` together. ``unobserved``: names of
+    bases that were sampled and for which ``observe`` has not been called since. ``skipped``: number of
+    refreshes that failed in this process.
     """
 
     def __init__(self, gap: int, mesh: "DeviceMesh | None") -> None:
@@ -34,20 +34,20 @@ class RefreshRecord:
         self._captured: dict[str, Tensor] = {}
 
     def measures(self, index: int) -> bool:
-        """Is draw number ``index`` of a basis one to measure?"""
+        """Is the refresh ``index`` of a basis measured?"""
         return index == 0 or index % self._every == 1 % self._every
 
-    def drawn(self, name: str, overlap: Tensor | None) -> None:
-        """Note a measured draw, and its overlap with the basis before if there was one."""
+    def sampled(self, name: str, overlap: Tensor | None) -> None:
+        """Record a measured refresh; ``overlap``: with the old basis, None at the first refresh."""
         self.unobserved.add(name)
         if overlap is not None:
             self._overlaps[name] = overlap
 
     def observe(self, name: str, gradient: Tensor, projected: Tensor, copies: int = 1) -> None:
-        """Note the share of ‖A‖_F² that lies in the subspace.
+        """Record the share of ‖A‖_F² that lies in the subspace.
 
-        ``gradient``: A (M×k); ``projected``: A on an orthonormal basis of the subspace (M×r). Of both the
-        pieces that are here; of the latter there are ``copies`` in all.
+        ``gradient``: this rank's piece of A (M×k); ``projected``: this rank's piece of A Q (M×r), where Q is
+        an orthonormal basis of the subspace; ``copies``: the number of ranks that have this piece of A Q.
         """
         self.unobserved.discard(name)
         energy, kept = (
@@ -57,7 +57,7 @@ class RefreshRecord:
         self._captured[name] = torch.stack([kept / copies, energy])
 
     def skip(self, name: str, step: int, reason: str, waiting: bool) -> None:
-        """Count a draw that failed, and warn of the first. ``waiting``: there is no basis yet."""
+        """Count a refresh that failed, and warn of the first. ``waiting``: there is no basis yet."""
         self.skipped += 1
         if self.skipped == 1:
             stays = "nothing is projected yet" if waiting else "its old basis stays"
@@ -70,7 +70,7 @@ class RefreshRecord:
 
     @contextmanager
     def timing(self, step: int, device: torch.device) -> Iterator[None]:
-        """Add the time of what is inside to that of the draws of ``step``."""
+        """Add the time spent inside to the refresh time of ``step``."""
         if step != self._step:
             self._step, self._seconds = step, 0.0
             self._events.clear()
@@ -90,8 +90,9 @@ class RefreshRecord:
             self._seconds += time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
-        """``subspace/…`` of each matrix' last measured draw, mean over matrices; seconds of the last step
-        with draws; how many draws failed in this process, once one has. May synchronise.
+        """``subspace/…``: means over matrices of the last measured refresh of each; the seconds that the last
+        step with refreshes spent on them; the number of failed refreshes in this process, unless it is 0. May
+        synchronise with the device.
         """
         result: dict[str, float] = {}
         if self._overlaps:

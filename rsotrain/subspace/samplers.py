@@ -1,7 +1,7 @@
-"""What a sampler is: (Gram matrix or size, rank, generator) -> basis of k×r in float32.
+"""Samplers: functions from a SampleRequest (Gram matrix or size, rank, generator) to a basis, k×r in float32.
 
-Random samplers look only at ``Draw.size`` (``random_bases.py``), data-dependent ones at ``Draw.gram``
-(``spectral.py``, ``online_pca.py``).
+Random samplers (``random_bases.py``) use only ``SampleRequest.size``; data-dependent ones (``spectral.py``,
+``online_pca.py``) use ``SampleRequest.gram``.
 """
 
 import math
@@ -16,12 +16,12 @@ from rsotrain.subspace.gram import Gram
 
 
 @dataclass
-class Draw:
-    """One request for a basis.
+class SampleRequest:
+    """The input of a sampler for one refresh.
 
-    ``previous``: the basis in use (k×r), None at the first draw. ``switched``: training is past the
-    sampler's ``switch``. ``lr_factor``: of the schedule, 1 at the peak. ``state``: the sampler's own
-    tensors for this matrix, updated in place.
+    ``size``, ``rank``: k and r. ``previous``: the basis in use (k×r), None at the first refresh.
+    ``switched``: training is past the sampler's ``switch``. ``lr_factor``: of the learning-rate schedule, 1
+    at the peak. ``state``: the sampler's own tensors for this matrix, which it updates in place.
     """
 
     size: int
@@ -40,10 +40,10 @@ def no_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 class Columns(Enum):
-    """What is known of the columns of a sampler's bases, from the most to the least.
+    """What is known of the columns of a sampler's bases, from the strongest to the weakest property.
 
-    axes: unit vectors, so that nothing is rounded in products with them. unit: their norms are 1, or
-    nearly, but they are not orthogonal. scaled: E[QQᵀ] = I instead.
+    axes: distinct coordinate axes, so that products with them are exact. orthonormal. unit: of norm 1, or
+    nearly, but not orthogonal. scaled: E[QQᵀ] = I.
     """
 
     axes = "axes"
@@ -56,17 +56,19 @@ class Columns(Enum):
 class Sampler:
     """A way to sample bases.
 
-    ``columns``: what is known of them; ``hint`` says what to do where they must be orthonormal and are not.
-    ``informed``: it needs the Gram matrix. ``needs_gradient``: and the gradient that this is of.
-    ``post_update``: after the first basis, it samples after the update, for the next step. ``switch``: share
-    of training after which it samples by another rule, which needs no data; there is a new basis then,
-    wherever the last one was. ``by_products``: after the first basis it is content with a few products with
-    the Gram matrix, so that ranks that share a matrix sample together; otherwise one does for all.
-    ``state_shapes``: of the float32 tensors it keeps for a k×r basis, by name.
+    ``sample``: returns a basis (k×r, float32) for a request. ``columns``: a property of the bases; ``hint``
+    says what to do where they must be orthonormal and are not. ``informed``: it needs the Gram matrix.
+    ``needs_gradient``: it also needs the gradient itself. ``post_update``: all refreshes but the first come
+    after the update and are for the next step. ``switch``: the share of training after which it samples by
+    another rule that needs no data; the switch brings a refresh of all bases. ``by_products``: all refreshes
+    but the first need only a few products with the Gram matrix, so the ranks that share a matrix sample
+    together; otherwise one rank samples for all. ``state_shapes(k, r)``: shapes of its own float32 tensors
+    for a k×r basis, by name. ``informed_columns(r)``: how many columns, the first ones, depend on data; None:
+    all of them if ``informed``.
     """
 
     name: str
-    draw: Callable[[Draw], Tensor]
+    sample: Callable[[SampleRequest], Tensor]
     columns: Columns = Columns.orthonormal
     informed: bool = False
     needs_gradient: bool = False
@@ -75,26 +77,33 @@ class Sampler:
     switch: float | None = None
     hint: str = ""
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
+    informed_columns: Callable[[int], int] | None = None
+
+    def num_informed(self, rank: int) -> int:
+        """How many columns of a data-dependent basis depend on data; they are the first ones."""
+        if self.informed_columns is not None:
+            return self.informed_columns(rank)
+        return rank if self.informed else 0
 
     @property
     def orthonormal(self) -> bool:
         return self.columns in (Columns.axes, Columns.orthonormal)
 
     def state_bytes(self, size: int, rank: int) -> int:
-        """Of what it keeps for a k×r basis beside the basis."""
+        """Bytes of the sampler's own tensors for a k×r basis."""
         return sum(4 * math.prod(shape) for shape in self.state_shapes(size, rank).values())
 
 
 def orthonormalised(block: Tensor) -> Tensor:
-    """Q of the QR decomposition with a positive diagonal of R, hence continuous in ``block``.
+    """Q of the QR decomposition with a positive diagonal of R, which makes it continuous in ``block``.
 
-    Orthonormal for every finite block, of any rank.
+    Q is orthonormal for every finite ``block``, whatever its rank.
     """
     q, r = torch.linalg.qr(block)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 
 
 def one_hot(indices: Tensor, size: int) -> Tensor:
-    """Unit vectors e_i for ``indices`` (r) as columns, k×r."""
+    """The unit vectors e_i for ``indices`` (r) as columns, k×r with k = ``size``."""
     basis = torch.zeros(size, len(indices), device=indices.device)
     return basis.scatter_(0, indices[None, :], 1.0)

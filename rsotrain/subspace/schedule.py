@@ -1,14 +1,15 @@
-"""When a basis changes."""
+"""The steps at which bases are refreshed."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RefreshSchedule:
-    """At steps 1, 1+T, 1+2T, … (1-based, T = ``gap``); all matrices at once, or staggered.
+    """Refreshes at steps 1, 1+T, 1+2T, … (1-based, T = ``gap``, update_proj_gap).
 
-    Staggered, all are drawn at step 1 and matrix i of n then at 1 + ⌊iT/n⌋ + jT: no step carries them all.
-    At step ``restart`` (2 or later) the schedule begins anew, with a draw of all.
+    ``staggered``: all matrices are refreshed at step 1, and then matrix i of n at 1 + ⌊iT/n⌋ + jT, which
+    spreads the work over the T steps. At step ``restart`` (2 or later) the schedule begins again, with a
+    refresh of all matrices.
     """
 
     gap: int
@@ -16,13 +17,13 @@ class RefreshSchedule:
     staggered: bool
     restart: int | None = None
 
-    def draw_index(self, position: int, step: int) -> int | None:
-        """0 for the first draw of matrix ``position``, 1 for the next, …; None: ``step`` has no refresh."""
+    def refresh_index(self, position: int, step: int) -> int | None:
+        """Index (0, 1, …) of the refresh of matrix ``position`` at ``step``; None if there is none."""
         index, since = self.latest(position, step)
         return index if since == 0 else None
 
     def latest(self, position: int, step: int) -> tuple[int, int]:
-        """(index of the last draw of matrix ``position`` up to ``step``, steps since then)."""
+        """(index of the last refresh of matrix ``position`` up to ``step``, steps since then)."""
         if self.restart is None or step < self.restart:
             return self._latest(position, step)
         before, _ = self._latest(position, self.restart - 1)
@@ -30,7 +31,7 @@ class RefreshSchedule:
         return before + 1 + index, since
 
     def offset(self, position: int) -> int:
-        """Steps by which the draws of matrix ``position`` come after 1 + jT."""
+        """Steps by which the refreshes of matrix ``position`` come after 1 + jT."""
         return position * self.gap // self.num_matrices if self.staggered else 0
 
     def _latest(self, position: int, step: int) -> tuple[int, int]:

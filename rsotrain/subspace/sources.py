@@ -1,7 +1,7 @@
-"""What a sampler may see of one matrix, where the matrix or its sum is spread over ranks.
+"""Gram matrices for samplers, of matrices or sums that are distributed over ranks.
 
-Two ways: on every rank, with products of the Gram matrix that are summed in all-reduces, so that all draw
-the same; or on one rank, the owner, where the matrix is gathered, and which then broadcasts what it drew.
+A basis is sampled in one of two ways: on every rank, with all-reduced products of the Gram matrix, so that
+all ranks get the same basis; or on one rank, the owner, which gathers the matrix and broadcasts the basis.
 """
 
 from collections.abc import Callable
@@ -17,29 +17,29 @@ from rsotrain.subspace.projection import Side, oriented
 
 
 class Source(Protocol):
-    """A Gram is None where the gradient (or the sum) is not finite. All ranks call these together."""
+    """A matrix whose Gram matrix a sampler needs; this is None if not finite. All ranks call together."""
 
     @property
     def cost(self) -> float:
-        """Of a draw, in operations."""
+        """Operations that sampling takes."""
         ...
 
     @property
     def elements(self) -> int:
-        """That the owner holds."""
+        """Elements that the owner gathers."""
         ...
 
     def everywhere(self) -> Gram | None:
-        """For drawing on every rank."""
+        """The Gram matrix on every rank."""
         ...
 
     def at(self, owner: int) -> Callable[[], Gram | None]:
-        """For drawing on the rank ``owner`` alone; None elsewhere. Begins to send; what it returns waits."""
+        """Begin to gather on ``owner``. The returned function waits: the Gram matrix there, else None."""
         ...
 
 
 def spread(costs: list[float], num_ranks: int) -> list[int]:
-    """An owner for each: the dearest first, each to the rank with the least so far."""
+    """An owner for each of ``costs``: the largest first, each to the rank with the least load so far."""
     loads, owners = [0.0] * num_ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = min(range(num_ranks), key=loads.__getitem__)
@@ -48,7 +48,7 @@ def spread(costs: list[float], num_ranks: int) -> list[int]:
 
 
 class GradientSource:
-    """A gradient. ``gradient()``: oriented, of it the piece that ``shard`` says; ``by_columns``: in k."""
+    """A gradient. ``gradient()``: this rank's piece, oriented; ``by_columns``: it is sharded in k."""
 
     def __init__(self, gradient: Callable[[], Tensor], shard: Shard, side: Side, by_columns: bool) -> None:
         self.gradient, self.shard, self.side, self.by_columns = gradient, shard, side, by_columns
@@ -68,7 +68,7 @@ class GradientSource:
 
     def at(self, owner: int) -> Callable[[], Gram | None]:
         rank, pieces = dist.get_rank(), self.shard.pieces
-        if rank // pieces != owner // pieces:  # another replica's
+        if rank // pieces != owner // pieces:  # the owner is in another replica
             return lambda: None
         gathered = self.shard.gather(oriented(self.gradient(), self.side), owner % pieces)
 
@@ -83,7 +83,7 @@ class GradientSource:
 
 
 class SumSource:
-    """A Gram matrix k×k to which every rank has gathered its own summand, whose memory is used."""
+    """A Gram matrix (k×k) that is a sum over ranks; each rank's ``summand()`` may be overwritten."""
 
     def __init__(self, summand: Callable[[], Tensor], size: int, shared: bool) -> None:
         self.summand, self.shared = summand, shared
@@ -113,9 +113,9 @@ def _dense(matrix: Tensor) -> DenseGram | None:
 
 
 class SummedGram:
-    """As GradientGram, of a gradient whose rows are spread over the ranks of ``shard``; scaled alike.
+    """A GradientGram of a gradient whose rows are sharded over the ranks of ``shard``, scaled alike.
 
-    Each method is one all-reduce of what it returns.
+    Each method all-reduces its result.
     """
 
     def __init__(self, gradient: Tensor, shard: Shard) -> None:
@@ -123,7 +123,7 @@ class SummedGram:
         self.resolution = torch.finfo(gradient.dtype).eps
         self.shard = shard
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        largest = largest_entry(gradient).to(dtype)  # a maximum over ranks may lose a NaN
+        largest = largest_entry(gradient).to(dtype)  # an all-reduced maximum may lose a NaN, but no infinity
         self.largest = torch.where(largest.isfinite(), largest, torch.inf)
         dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=shard.group)
         self.piece = GradientGram(gradient, self.largest)

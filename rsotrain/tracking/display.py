@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from rsotrain.config.schema import Progress
+from rsotrain.tracking.escaping import for_terminal
 from rsotrain.tracking.screen import silence
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class Display:
                 log.close()
 
     def _put(self, text: str, screen: bool = True) -> None:
+        text = for_terminal(text)
         with self._lock:
             if self._log is not None:
                 with suppress(OSError):  # a full disk ends no training
@@ -190,7 +192,7 @@ class Display:
             if not screen or self._silent:
                 return
             if self._live is not None:
-                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 print(text, flush=True)
 
@@ -331,7 +333,7 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
     """Print which group every parameter belongs to, and what it costs, with the totals below."""
     table = titled_table("Parameters")
     table.add_column("group", style="bold", overflow="fold")
-    for name in ("parameters", "tensors", "learning rate", "rank", "state"):
+    for name in ("parameters", "tensors", "learning rate", "rank", "optimizer state"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -355,11 +357,10 @@ def print_parameter_table(rows: Sequence[ParameterRow], log_path: Path | None = 
 
 
 def titled_table(title: str) -> "Table":
-    """An empty table in the style of all tables on the screen."""
-    from rich.box import ROUNDED
-    from rich.table import Table
+    """An empty table in the style of all tables on the screen, whose texts are literal."""
+    from rsotrain.tracking.plain_table import PlainTable
 
-    return Table(title=title, box=ROUNDED, title_justify="left", title_style="bold")
+    return PlainTable(title)
 
 
 def print_table(table: "Table", log_path: Path | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
 from rsotrain.tracking.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.escaping import for_terminal
 from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 9.6  # inches
+BAR_LABEL_WIDTH = 36  # characters
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))  # more groups than colours
 
 
@@ -33,7 +37,9 @@ def drawing_in(palette: Palette, **more: Any) -> Iterator[None]:
     import_matplotlib()
     import matplotlib
 
-    with matplotlib.rc_context(_style(palette) | more):
+    with matplotlib.rc_context(_style(palette) | more), warnings.catch_warnings():
+        # a letter that the font lacks is a box in the PNG; the SVG's are the browser's
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         yield
 
 
@@ -41,6 +47,8 @@ def _style(palette: Palette) -> dict[Any, Any]:
     return {
         "font.family": "sans-serif",
         "font.size": 10.5,
+        "text.parse_math": False,  # names of settings and runs have dollars in them
+        "text.usetex": False,
         "svg.fonttype": "none",  # text stays text
         "text.color": palette.ink,
         "axes.facecolor": palette.surface,
@@ -61,6 +69,11 @@ def _style(palette: Palette) -> dict[Any, Any]:
         "lines.solid_capstyle": "round",
         "legend.frameon": False,
     }
+
+
+def label(text: str, width: int, lines: int) -> str:
+    """A name as a picture shows it: in lines of ``width`` characters, cut after so many of them."""
+    return textwrap.fill(for_terminal(text), width, max_lines=lines, placeholder="…")
 
 
 def new_figure(height: float) -> "Figure":
@@ -129,10 +142,11 @@ def stacked_bytes(
 
 def horizontal_bars(names: Sequence[str], palette: Palette) -> tuple["Figure", "Axes", list[int]]:
     """An empty picture of horizontal bars, the first name on top."""
+    labels = [label(name, BAR_LABEL_WIDTH, 2) for name in names]
     figure = new_figure(0.36 * len(names) + 1.25)
     panel = figure.subplots()
     places = list(range(len(names)))
-    panel.set_yticks(places, names, color=palette.ink)
+    panel.set_yticks(places, labels, color=palette.ink)
     panel.invert_yaxis()
     panel.grid(visible=False, axis="y")
     return figure, panel, places

@@ -1,5 +1,6 @@
 """Colours of pictures and page. Pictures are drawn in the light ones; a page swaps in variables for both."""
 
+import re
 from typing import NamedTuple
 
 # name -> (light, dark). Hues of a series keep their order under the common colour deficiencies.
@@ -23,6 +24,9 @@ COLORS = {
     "part-5": ("#f2b866", "#c98f3d"),
     "part-6": ("#d3d8de", "#59626c"),
 }
+
+
+SVG_TAG = re.compile(r"<[^>]*>")  # matplotlib escapes both brackets wherever they are text
 
 
 class Palette(NamedTuple):
@@ -53,7 +57,15 @@ def variables(dark: bool) -> str:
 
 
 def with_variables(svg: str) -> str:
-    """A picture drawn in the light colours, its colours now those of the page around it."""
-    for name, (light, _) in COLORS.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return svg
+    """A picture drawn in the light colours, its colours now those of the page around it.
+
+    What it says stays, be it the name of a colour.
+    """
+
+    def recolored(tag: re.Match[str]) -> str:
+        text = tag[0]
+        for name, (light, _) in COLORS.items():
+            text = text.replace(light, f"var(--{name})")
+        return text
+
+    return SVG_TAG.sub(recolored, svg)

@@ -1,4 +1,4 @@
-"""The trainer, evaluation, the schedule of the learning rate. Start at ``Trainer.train_step``.
+"""The trainer, evaluation and the learning-rate schedule. Start at ``Trainer.train_step``.
 
-Imports models, optimizers, data and ranks; knows nothing of folders, loggers or screens.
+This package imports models, optimizers, data and ranks. It does not use folders, loggers or the screen.
 """

@@ -1,4 +1,4 @@
-"""Token-weighted loss, perplexity and bits per byte: the same for every batch size and world size."""
+"""Token-weighted loss, perplexity and bits per byte, independent of batch size and world size."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,23 +10,23 @@ from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.parallel.ranks import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-Between = Callable[[], None]  # what it raises ends a long stretch of work early
+Between = Callable[[], None]  # raises an exception to end a long computation early
 
 
 def go_on() -> None:
-    """The ``Between`` of those who do not stop early."""
+    """The ``Between`` that never ends a computation early."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(nats per token), infinite instead of an overflow."""
+    """exp(loss), ``loss`` in nats per token; infinite instead of an overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def batches_of_rank(batches: Iterable[Batch], rank: int, size: int) -> Iterator[Batch]:
-    """Every ``size``-th batch from number ``rank`` on.
+    """Every ``size``-th batch, starting with the batch of index ``rank``.
 
-    A sharded model's forward passes need all ranks, so all get equally many: a rank for which the last
-    round has none gets the round's first, with no target that counts.
+    A sharded model's forward passes need all ranks, so all ranks get equally many batches: a rank without a
+    batch in the last round gets the first batch of that round with all targets ignored.
     """
     for i, batch in enumerate(batches):
         if i % size == 0:
@@ -55,14 +55,15 @@ def evaluate(
     ``IGNORE_INDEX`` do not count. The sum of the losses is divided by the number of targets once, at the
     end; averaging the averages of batches would weigh short batches too much.
 
-    ``legacy_divisor``: also ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the code
-    of GaLore (arXiv 2403.03507) and its successors reports them. With n batches, l_i the mean loss over
-    the targets of one, in nats, it is Σ l_i / (n + 1): the count of batches begins at 1, so it reads
-    n / (n + 1) of what it should, and a batch weighs the same whatever its number of targets. Both make it
-    depend on the batch size. Here it is that of one process, whatever the number of ranks; that code on W
-    processes divides as one process with batches W times as large.
+    ``legacy_divisor``: also return ``val/legacy_loss`` and its exponential ``val/legacy_perplexity``, as the
+    code of GaLore (arXiv 2403.03507) and its successors report them. For n batches with mean losses l_i, in
+    nats per target, this loss is Σ l_i / (n + 1). Their count of batches begins at 1, so the loss is too
+    small by the factor n / (n + 1), and all batches have the same weight whatever their number of targets.
+    For both reasons it depends on the batch size. Here it is the loss of one process, whatever the number of
+    ranks; their code on W processes gives the loss of one process with batches W times as large.
 
-    ``between`` is called before each batch, on all ranks equally often; what it raises ends the evaluation.
+    ``between`` is called before each batch, on all ranks equally often; an exception from it ends the
+    evaluation.
     """
     was_training = model.training
     model.eval()
@@ -82,7 +83,7 @@ def evaluate(
 
 
 def _sums(model: nn.Module, batches: Iterable[Batch], world: World, between: Between) -> list[float]:
-    """Over all ranks: losses in nats, targets, mean losses of batches, batches."""
+    """Sums over all ranks: losses in nats, targets, mean losses of batches, number of batches."""
     total, means = torch.zeros(2, dtype=torch.float64, device=world.device)
     tokens = num_batches = 0
     for inputs, targets in batches_of_rank(batches, world.rank, world.size):
@@ -90,7 +91,7 @@ def _sums(model: nn.Module, batches: Iterable[Batch], world: World, between: Bet
         counted = int((targets != IGNORE_INDEX).sum())
         loss_sum = model(inputs.to(world.device), targets.to(world.device)).double()
         total += loss_sum
-        if counted > 0:  # none in what stands in for a missing batch
+        if counted > 0:  # a batch that replaces a missing one has none
             means += loss_sum / counted
             num_batches += 1
         tokens += counted

@@ -1,4 +1,4 @@
-"""What may surround the work of a run, handed in from above."""
+"""A context around the work of a run, which callers pass in."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from rsotrain.config.schema import Config
 from rsotrain.parallel.ranks import World
 
-# Entered before model and optimizer take memory, left after the last step. The planner has one that says what
-# would help when memory ends; who trains need not know the planner.
+# Entered before model and optimizer allocate memory, left after the last step. The planner's guard says what
+# would help when memory runs out; passing it in keeps training independent of the planner.
 Guard = Callable[[Config, World], AbstractContextManager[None]]
 
 

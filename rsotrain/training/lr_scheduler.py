@@ -1,8 +1,6 @@
-"""Learning-rate schedules: the factor on every peak rate as a pure function of the step."""
+"""The learning-rate schedule: the factor of all peak learning rates as a pure function of the step."""
 
-import math
-
-from rsotrain.config.schema import ConstantConfig, CosineConfig, LinearConfig, LRSchedulerConfig, WSDConfig
+from rsotrain.config.schedules import LRSchedulerConfig
 
 
 def warmup_steps(config: LRSchedulerConfig, total_steps: int) -> int:
@@ -20,19 +18,5 @@ def lr_factor(config: LRSchedulerConfig, step: int, total_steps: int) -> float:
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    last = total_steps - 1
-    # in (0, 1]: the share of the way from the end of the warm-up to the last update
-    progress = (step - warmup + 1) / max(last - warmup + 1, 1)
-    match config:
-        case CosineConfig(min_ratio=low):
-            return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
-        case LinearConfig(min_ratio=low):
-            return low + (1 - low) * (1 - progress)
-        case WSDConfig(decay_fraction=fraction, min_ratio=low):
-            decay = round(fraction * total_steps)
-            if step < total_steps - decay:
-                return 1.0
-            return low + (1 - low) * (last - step) / decay
-        case ConstantConfig():
-            return 1.0
-    raise AssertionError(f"no rule for {type(config).__name__}")
+    progress = (step - warmup + 1) / max(total_steps - warmup, 1)
+    return config.after_warmup(step, total_steps, progress)

@@ -1,7 +1,7 @@
-"""The training loop. One clock: ``step`` counts optimizer updates, and everything is driven by it."""
+"""The training step and its state. The one clock is ``step``, the number of optimizer updates."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,30 +12,30 @@ from torch import nn
 
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
+from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
-from rsotrain.data.targets import IGNORE_INDEX, reached_positions
+from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import NonFiniteError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
+from rsotrain.models.architecture import flops_per_token
 from rsotrain.models.build import build_model, materialize, model_vocab_size
 from rsotrain.models.compiling import compile_blocks
+from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.generation import generate_texts
 from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.evaluation import Between, evaluate, go_on
-from rsotrain.training.flops import training_flops_per_token
 from rsotrain.training.lr_scheduler import lr_factor
-
-NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean nats per valid token of the batch. ``grad_norm``: before clipping. Of all ranks, as are
-    ``tokens``; ``signals``: the sums over ranks of what ``train_step`` was given to pass around."""
+    """``loss``: mean over the valid tokens of the batch, in nats. ``grad_norm``: before clipping. ``tokens``:
+    number of valid tokens. All three are of all ranks. ``signals``: sums over ranks of the given signals."""
 
     loss: float
     grad_norm: float
@@ -51,9 +51,9 @@ def no_signals() -> tuple[float, ...]:
 
 
 def check_composition(config: Config) -> None:
-    """Refuse, before any data is read, what cannot be composed: device, model, optimizer and sampler.
+    """Raise UserError if device, model, optimizer and sampler cannot be combined, before any data is read.
 
-    Builds model and optimizer on the meta device, which takes no memory. Raises UserError.
+    Model and optimizer are built on the meta device, which takes no memory.
     """
     resolve_device(config.device)
     model = build_model(
@@ -86,24 +86,18 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
     )
 
 
-def _norm_pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Runs of a cache's worth when widened to float32; what is that wide already in one piece."""
-    wide = gradient.dtype.itemsize >= torch.float32.itemsize
-    return [gradient] if wide else gradient.reshape(-1).split(NORM_ELEMENTS)
-
-
 def share_of_batch(batch_size: int, world: World) -> range:
-    """The places of a batch that are this rank's."""
+    """The indices within a batch of this rank's sequences."""
     own = batch_size // world.size
     return range(world.rank * own, (world.rank + 1) * own)
 
 
 class Trainer:
-    """Model, optimizer, data order and clock of one run; knows nothing of folders, loggers or screens.
+    """Model, optimizer, data order and clock of one run. It does not use folders, loggers or the screen.
 
-    ``train_step`` is exactly one optimizer update, ``state_dict`` all that an exact resume needs. With
-    several ranks each has a Trainer; all call its methods together, and each batch is divided among them.
-    ``model``: that of ``model_without_memory``, where it is there already.
+    ``train_step`` is exactly one optimizer update; ``state_dict`` holds all that an exact resume needs. Each
+    rank has a Trainer. All ranks call its methods together, and each batch is divided among them. ``model``:
+    the result of ``model_without_memory``, if the caller has built it already.
     """
 
     def __init__(
@@ -128,7 +122,8 @@ class Trainer:
             compile_blocks(self.model)
         self.order = data.train.order(config.seed)
         self.step = 0
-        self.tokens = 0  # predicted so far, ignored positions not counted
+        self.tokens = 0  # targets so far, without ignored ones
+        self.position = 0  # number of sequences taken from the data so far
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
@@ -141,7 +136,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update, for the parameters outside the blocks."""
+        """Learning rate of the next update for embedding, head and norms."""
         return self.config.optimizer.lr * self._lr_factor()
 
     def _lr_factor(self) -> float:
@@ -149,35 +144,36 @@ class Trainer:
 
     @property
     def flops_per_token(self) -> int:
-        return training_flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
+        return flops_per_token(self.model, self.config.seq_len)
 
     @property
     def _batch_size_of_rank(self) -> int:
         return self.config.batch_size // self.world.size
 
     def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the next batch: which sequences that has does not depend on the ranks."""
+        """This rank's share of the next batch, whose sequences do not depend on the number of ranks."""
         share = share_of_batch(self.config.batch_size, self.world)
-        indices = self.order.indices(self.step, self.config.batch_size)[share.start : share.stop]
+        indices = self.order.indices(self.position, self.config.batch_size)[share.start : share.stop]
         size = self.config.micro_batch_size or len(share)
         batches = [self.data.train.batch(indices[i : i + size]) for i in range(0, len(share), size)]
-        if self.device.type == "cuda":  # from pinned memory the copies to the device do not hold up the host
+        if self.device.type == "cuda":  # copies from pinned memory do not block the host
             return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
         return batches
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
         """One optimizer update.
 
-        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens,
-        so that k micro-batches, or k ranks, give the update of one batch. ``signals`` is asked before the
-        update, and what the ranks answer is summed. Raises NonFiniteError before the update.
+        The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens, so
+        that gradient accumulation over k micro-batches, or k ranks, gives the update of one batch.
+        ``signals`` is called before the update, and its results are summed over ranks. Raises NonFiniteError
+        before the update.
         """
         batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(batches):
-            if self.world.mesh is not None:  # replicas need the sum over all micro-batches only
+            if self.world.mesh is not None:  # replicas reduce once, after all micro-batches
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
             with phase(Phase.forward):
                 loss = self.forward(inputs, targets) / tokens
@@ -202,16 +198,17 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens += tokens
+        self.position += self.config.batch_size
         return StepResult(loss_value, norm_value, tokens, tuple(answers))
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed loss of one micro-batch of the step, on the device."""
-        reached = self.reached(targets)
-        if reached is not None:
-            reached = reached.to(self.device, non_blocking=True)
+        valid_mask = self.valid_mask(targets)
+        if valid_mask is not None:
+            valid_mask = valid_mask.to(self.device, non_blocking=True)
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        with self.optimizer.observing(reached):
+        with self.optimizer.observing(valid_mask):
             if self.saved_activations_bytes is not None:
                 return self.model(inputs, targets)
             with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
@@ -219,21 +216,16 @@ class Trainer:
             self.saved_activations_bytes = saved.total
             return loss
 
-    def reached(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """``reached_positions`` of one micro-batch."""
-        return reached_positions(targets)
+    def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """``valid_positions`` of one micro-batch; a plan replaces it."""
+        return valid_positions(targets)
 
     def _finish_gradients(self, loss: torch.Tensor, signals: Signals) -> torch.Tensor:
         """(loss, global 2-norm of the gradients, signals…), summed over ranks; then clip to ``grad_clip``.
 
-        The norm is fp32, and that before they are scaled down.
+        The norm is in float32 and of the gradients before clipping.
         """
-        gradients = self.optimizer.gradients()
-        pieces = gradients
-        if self.device.type == "cpu":  # where the norm widens a whole bf16 tensor
-            pieces = [piece for gradient in gradients for piece in _norm_pieces(gradient)]
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack(self.optimizer.gradient_norms()))
         if self.world.size == 1:
             result = torch.stack([loss, norm, *(loss.new_full((), s) for s in signals())])
         else:
@@ -247,11 +239,11 @@ class Trainer:
             norm = result[1].to(norm.dtype)
         if self.config.grad_clip is not None:
             factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(self.optimizer.gradients(), factor)
         return result
 
     def evaluate(self, between: Between = go_on) -> dict[str, float]:
-        """Validation metrics at the present weights; ``between``: called before each batch, and may raise."""
+        """Validation metrics of the current weights; ``between``: called before each batch; may raise."""
         config, validation = self.config, self.data.validation
         size = config.evaluation.micro_batch_size or config.micro_batch_size or self._batch_size_of_rank
         try:
@@ -267,7 +259,7 @@ class Trainer:
             self._reshard()
 
     def _reshard(self) -> None:
-        """Give back the memory of what forward passes alone have gathered."""
+        """Free the weights that forward passes without a backward pass have gathered."""
         if self.world.mesh is not None:
             self.model.reshard()  # type: ignore[operator]
 
@@ -289,13 +281,13 @@ class Trainer:
 
     @cached_property
     def _validation_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each scored token of what ``evaluation.max_tokens`` leaves."""
+        """UTF-8 bytes of text for each target within ``evaluation.max_tokens``."""
         validation, limit = self.data.validation, self.config.evaluation.max_tokens
         num_bytes = validation.num_target_bytes(self.data.tokenizer.decode, limit)
         return num_bytes / validation.num_targets(limit)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank by part; peak memory is the process's and is measured by whoever logs it."""
+        """Bytes on this rank by kind. Loggers measure the peak memory of the process themselves."""
         return {
             "memory/parameters_bytes": tensors_bytes(self.model.parameters()),
             "memory/gradients_bytes": self.gradients_bytes,
@@ -304,44 +296,63 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """``model`` and ``optimizer``: flat name -> tensor, of which this rank's piece, as ``shards`` says.
+        """``model`` and ``optimizer``: this rank's piece of each tensor by name, as ``shards`` describes it.
 
-        ``trainer``: what JSON can hold, the same on every rank.
+        ``trainer``: values that JSON can hold, the same on every rank.
         """
-        data = merged_states(self.world.gathered(self.data.train.state_dict()))
+        train = self.data.train
+        data = merged_states(self.world.gathered(train.state_dict(self.position)))
         named = self.model.named_parameters()  # tied weights once
         return {
             "model": {name: local(p).detach() for name, p in named},
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "tokens": self.tokens, "data": data},
+            "trainer": {
+                "step": self.step,
+                "tokens": self.tokens,
+                "sequences": self.position,
+                "order": order_record(train, self.config.seed),
+                "data": data,
+            },
         }
 
     def shards(self) -> dict[str, Shard]:
-        """Which piece of each tensor ``state_dict`` has, by name; what is absent is whole."""
+        """Which piece of the whole each tensor of ``state_dict`` is, by name; the others are whole."""
         shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
         return {name: s for name, s in (shards | self.optimizer.shards()).items() if s.dim is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError, changing nothing, if ``state`` is not of this model and optimizer."""
+        """Raises UserError and changes no tensor if ``state`` is of another model, optimizer or data.
+
+        Training continues with the sequence after the last one taken, whatever the batch size was.
+        """
+        position = saved_position(state["trainer"], self.data.train, self.config.batch_size)
         self._check_weights(state["model"], same_dtype=True)
+        self.data.train.load_state_dict(state["trainer"].get("data", {}), position)
         self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
         self._copy_weights(state["model"])
-        self.data.train.load_state_dict(state["trainer"].get("data", {}))
+        self.position = position
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """The weights alone, of any dtype, for a new run; UserError if they are another model's."""
+        """Load weights alone, of any dtype, for a new run; UserError if they are of another model."""
         self._check_weights(weights, same_dtype=False)
         self._copy_weights(weights)
 
     def _check_weights(self, saved: Mapping[str, torch.Tensor], *, same_dtype: bool) -> None:
-        parameters = {name: local(p) for name, p in self.model.named_parameters()}
-        for name in sorted(parameters.keys() | saved.keys()):
-            here, there = parameters.get(name), saved.get(name)
-            same = here is not None and there is not None and here.shape == there.shape
-            if not same or (same_dtype and parameters[name].dtype != saved[name].dtype):
-                raise UserError(f"the checkpoint is of another model: {name} is not the same there as here")
+        shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+
+        def described(name: str, tensor: torch.Tensor) -> Described:
+            """(shape of the whole, dtype). A saved tensor of this rank's piece's shape is such a piece."""
+            shard, shape = shards.get(name), tuple(tensor.shape)
+            if shard is not None and shape == shard.piece_shape and not tensor.is_meta:
+                shape = shard.shape
+            return shape, tensor.dtype if same_dtype else None
+
+        here = {name: described(name, local(p)) for name, p in self.model.named_parameters()}
+        there = {name: described(name, tensor) for name, tensor in saved.items()}
+        if difference := first_difference(here, there):
+            raise UserError(f"the checkpoint is of another model: {difference}; give the model it is of")
 
     @torch.no_grad()
     def _copy_weights(self, saved: Mapping[str, torch.Tensor]) -> None:

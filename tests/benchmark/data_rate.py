@@ -93,7 +93,7 @@ def batches_per_second(config: Any, folder: Path) -> float:
 
 
 def fetch(data: Any, order: Any, step: int, batch_size: int) -> None:
-    data.train.batch(order.indices(step, batch_size))
+    data.train.batch(order.indices(step * batch_size, batch_size))
 
 
 def rate(model: str, steps: int, threads: int) -> None:

@@ -40,12 +40,12 @@ def step_flops(trainer: Any) -> float:
     config = trainer.config
     tokens = config.batch_size * config.seq_len / trainer.world.size
     flops = trainer.flops_per_token * tokens
-    for part in trainer.optimizer.groups:
-        if isinstance(part, RSO):
-            for site in part.sites:
-                rows = sum(layer.weight.shape[0] for layer in site.layers.values())
+    for optimizer in trainer.optimizer.groups:
+        if isinstance(optimizer, RSO):
+            for group in optimizer.input_groups:
+                rows = sum(layer.weight.shape[0] for layer in group.layers.values())
                 # x P and dYᵀ Z instead of dYᵀ X
-                flops += 2 * tokens * (site.size * site.rank + rows * site.rank - rows * site.size)
+                flops += 2 * tokens * (group.size * group.rank + rows * group.rank - rows * group.size)
     return flops
 
 

@@ -127,7 +127,7 @@ def main() -> None:
         built = build_optimizer(named.items(), config, sampler, precision=precision, seed=0, total_steps=GAP)
         steps[name] = built.step
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_index in range(arguments.rounds + 1):  # the first warms up, and draws the bases
+    for round_index in range(arguments.rounds + 1):  # the first warms up, and samples the bases
         for name, step in steps.items():
             start = time.perf_counter()
             step()

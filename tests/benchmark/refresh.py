@@ -16,7 +16,7 @@ from rsotrain.subspace import samplers
 from rsotrain.subspace.gram import GradientGram
 from rsotrain.subspace.online_pca import online_pca
 from rsotrain.subspace.projection import oriented, side_of
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 
 
@@ -43,9 +43,9 @@ def main() -> None:
     a = oriented(gradient, side_of(gradient.shape))
     size, rank = a.shape[1], arguments.rank
 
-    def draw(index: int, previous: Tensor | None) -> Draw:
+    def request(index: int, previous: Tensor | None) -> SampleRequest:
         gram = GradientGram.of_finite(a)
-        return Draw(size, rank, gram, generator(0, index), a.device, previous)
+        return SampleRequest(size, rank, gram, generator(0, index), a.device, previous)
 
     # the basis that a run would have in use: that of a gradient which differs by a third
     drifted = a + torch.randn(a.shape, generator=torch.Generator().manual_seed(1)) * a.std() / 3
@@ -55,19 +55,19 @@ def main() -> None:
     del drifted, values, previous_vectors
 
     ways = {
-        "svd": lambda: samplers.svd(draw(0, None)),
-        "importance": lambda: samplers.importance(draw(0, None), power=1.0),
-        "randomized_svd, first": lambda: samplers.randomized_svd(draw(0, None), rounds=2),
-        "randomized_svd, later": lambda: samplers.randomized_svd(draw(0, previous), rounds=2),
-        "block_power, later": lambda: samplers.randomized_svd(draw(0, previous), rounds=1),
+        "svd": lambda: samplers.svd(request(0, None)),
+        "importance": lambda: samplers.importance(request(0, None), power=1.0),
+        "randomized_svd, first": lambda: samplers.randomized_svd(request(0, None), rounds=2),
+        "randomized_svd, later": lambda: samplers.randomized_svd(request(0, previous), rounds=2),
+        "block_power, later": lambda: samplers.randomized_svd(request(0, previous), rounds=1),
         "online_pca, later": lambda: online_pca(
-            draw(0, previous), lr=0.005, penalty=0.1, use_adam=False, orthonormalize=False
+            request(0, previous), lr=0.005, penalty=0.1, use_adam=False, orthonormalize=False
         ),
-        "haar": lambda: samplers.haar(draw(0, None)),
-        "srht": lambda: samplers.srht(draw(0, None)),
+        "haar": lambda: samplers.haar(request(0, None)),
+        "srht": lambda: samplers.srht(request(0, None)),
     }
     if not arguments.no_svd:
-        ways = {"torch.linalg.svd": lambda: samplers.full_svd(draw(0, None))} | ways
+        ways = {"torch.linalg.svd": lambda: samplers.full_svd(request(0, None))} | ways
     print(f"{arguments.shape[0]}×{arguments.shape[1]}, rank {rank}, {arguments.threads} threads")
     print(f"{'basis':24s} {'seconds':>8s} {'energy':>8s} {'of svd':>8s}")
     base = None

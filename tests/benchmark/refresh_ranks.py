@@ -1,4 +1,4 @@
-"""Seconds of a refresh of all bases on one rank and on several: the draws are divided among them.
+"""Seconds of a refresh of all bases on one rank and on several: the samplers' work is divided among them.
 
     python tests/benchmark/refresh_ranks.py [--model llama_130m] [--ranks 2] [--rounds 2]
 
@@ -50,11 +50,11 @@ def refresh_seconds(config: Config, world: World) -> tuple[float, float]:
         total_steps=10,
         place=place,
     )
-    part = optimizer.groups[0]
-    assert isinstance(part, SubspaceOptimizer)
+    group = optimizer.groups[0]
+    assert isinstance(group, SubspaceOptimizer)
     gradients = {}
-    for m in part.matrices:
-        generator = torch.Generator().manual_seed(part.bases.positions[m.name])
+    for m in group.matrices:
+        generator = torch.Generator().manual_seed(group.bases.positions[m.name])
         rows, columns = m.shard.shape
         large = torch.randn(rows, 64, generator=generator) @ torch.randn(64, columns, generator=generator)
         whole = large + torch.randn(rows, columns, generator=generator)
@@ -65,7 +65,7 @@ def refresh_seconds(config: Config, world: World) -> tuple[float, float]:
         for step in (1, 2):
             world.sum([0.0])
             start, own = time.perf_counter(), time.process_time()
-            part.refresh(gradients, step, 1.0, after_update=False)
+            group.refresh(gradients, step, 1.0, after_update=False)
             world.sum([0.0])
             seconds.append((time.perf_counter() - start, time.process_time() - own))
     return seconds[-1]

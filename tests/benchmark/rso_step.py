@@ -3,7 +3,7 @@
     python tests/benchmark/rso_step.py [--model llama_130m] [--precision bf16] [--rounds 5] [--galore]
 
 All in one process, in turn, medians; synthetic tokens, no activation checkpointing. A gathering step is one
-that ends with the draw of input-informed bases (sampler=svd): its time without the draw itself, which is
+that ends with a refresh of input-informed bases (sampler=svd): its time without the refresh itself, which is
 given beside it. Saved activations exclude the head and the loss. Steps during which other programs used
 the processor are not counted, and more are taken instead, up to four times as many.
 """
@@ -65,19 +65,19 @@ def configured(arguments: argparse.Namespace, overrides: list[str]) -> Config:
 
 
 def timed_step(trainer: Trainer, gathering: bool, max_disturbance: float) -> tuple[float, float, bool]:
-    """(seconds of a step without its draws, seconds of the draws, was the machine calm?)."""
+    """(seconds of a step without its refreshes, seconds of the refreshes, was the machine calm?)."""
 
-    def draws() -> float:
+    def refreshes() -> float:
         return trainer.optimizer.metrics().get("subspace/refresh_seconds", 0.0)
 
     if gathering:
-        trainer.optimizer.steps_done = 0  # step 1 gathers; its draws' clock goes on from round to round
-    start, others_before, drawn_before = time.perf_counter(), other_processes_seconds(), draws()
+        trainer.optimizer.steps_done = 0  # step 1 gathers; the refreshes' clock goes on from round to round
+    start, others_before, refreshing_before = time.perf_counter(), other_processes_seconds(), refreshes()
     trainer.train_step()
     seconds, others = time.perf_counter() - start, other_processes_seconds() - others_before
-    drawn = draws() - drawn_before
+    refreshing = refreshes() - refreshing_before
     calm = others <= max_disturbance * seconds * (os.cpu_count() or 1)
-    return seconds - drawn, drawn, calm
+    return seconds - refreshing, refreshing, calm
 
 
 def trunk_bytes(trunk: torch.nn.Module, tokens: torch.Tensor) -> int:
@@ -99,10 +99,10 @@ def huggingface_bytes(arguments: argparse.Namespace, config: Config, tokens: tor
 
 
 def block_gradient_bytes(trainer: Trainer) -> int:
-    """Of the block linears, by the shapes that the backward pass leaves."""
+    """Bytes of the gradients of attention and MLP weights, by the shapes of the tensors that receive them."""
     layers = [m for m in trainer.model.modules() if isinstance(m, SubspaceLinear)]
     if layers:
-        return sum(layer.coefficients.numel() * layer.coefficients.element_size() for layer in layers)
+        return sum(layer.B.numel() * layer.B.element_size() for layer in layers)
     return tensors_bytes(trainer.optimizer.parameter_groups.blocks.values())
 
 
@@ -116,15 +116,15 @@ def main() -> None:
     data = random_data(configs["adam"])
     trainers = {name: Trainer(config, data) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    draws: dict[str, list[float]] = {name: [] for name in trainers}
+    refreshes: dict[str, list[float]] = {name: [] for name in trainers}
     for round_index in range(4 * arguments.rounds + 2):  # the first two warm up
         for name, trainer in trainers.items():
             if len(seconds[name]) == arguments.rounds:
                 continue
-            step, draw, calm = timed_step(trainer, "gathering" in name, arguments.max_disturbance)
+            step, refresh, calm = timed_step(trainer, "gathering" in name, arguments.max_disturbance)
             if round_index >= 2 and calm:
                 seconds[name].append(step)
-                draws[name].append(draw)
+                refreshes[name].append(refresh)
     if not all(seconds.values()):
         raise SystemExit("Other programs disturbed every step of a variant; try again on a quieter machine.")
     tokens = data.train.batch(np.arange(arguments.batch_size))[0]
@@ -145,8 +145,8 @@ def main() -> None:
             f"{trainer.optimizer.state_bytes() / MIB:12.1f}"
         )
         if "gathering" in name:
-            draw = statistics.median(draws[name])
-            print(f"{'':26}{median / ordinary:.3f} ordinary steps, and {draw:.2f} s for the draws")
+            refresh = statistics.median(refreshes[name])
+            print(f"{'':26}{median / ordinary:.3f} ordinary steps, and {refresh:.2f} s for the refresh")
     print(f"saved by Hugging Face's trunk: {plain / MIB:.1f} MiB")
 
 

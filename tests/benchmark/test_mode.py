@@ -88,36 +88,36 @@ def test_a_timed_trainer_trains_as_it_did(optimizer: str) -> None:
     "options", [["galore"], ["galore", "optimizer.staggered=true"], ["rso_pca"], ["osd"]]
 )
 def test_all_bases_can_be_made_due(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each basis is drawn once in that step, and not for the first time; the schedule is then as before."""
+    """Each basis is sampled once in that step, and not for the first time; the schedule is then as before."""
     optimizer, *rest = options
     here = trainer(f"optimizer={optimizer}", *rest)
     here.train_step()
-    part: Any = here.optimizer.groups[0]
-    drawn: list[tuple[str, int]] = []
-    settle = part.bases._settle
+    group: Any = here.optimizer.groups[0]
+    sampled: list[tuple[str, int]] = []
+    settle = group.bases._settle
 
     def settled(name: str, old: Any, new: Any, step: int, index: int) -> Any:
         assert new is not None
-        drawn.append((name, index))
+        sampled.append((name, index))
         return settle(name, old, new, step, index)
 
-    monkeypatch.setattr(part.bases, "_settle", settled)
-    schedule = part.bases.schedule
+    monkeypatch.setattr(group.bases, "_settle", settled)
+    schedule = group.bases.schedule
     for _ in range(2):
-        drawn.clear()
+        sampled.clear()
         with all_bases_due(here):
             here.train_step()
-        assert sorted(name for name, _ in drawn) == sorted(part.bases.sizes)
-        assert all(index > 0 for _, index in drawn)
-    assert part.bases.schedule is schedule
+        assert sorted(name for name, _ in sampled) == sorted(group.bases.sizes)
+        assert all(index > 0 for _, index in sampled)
+    assert group.bases.schedule is schedule
     assert here.optimizer.steps_done == 1
 
 
 def test_what_a_refresh_entails_is_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the new bases capture comes with them; gaussian ones are made orthonormal for it."""
     here = trainer("optimizer=apollo")
-    part: Any = here.optimizer.groups[0]
-    record, measured = part.bases.record, list[str]()
+    group: Any = here.optimizer.groups[0]
+    record, measured = group.bases.record, list[str]()
 
     def observe(name: str, *args: Any) -> None:
         measured.append(name)

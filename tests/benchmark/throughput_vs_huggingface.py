@@ -6,11 +6,11 @@
 That stack is transformers.LlamaForCausalLM with torch.optim.AdamW (huggingface:adamw) or galore_torch's
 GaLoreAdamW (huggingface:galore), called as their training loop does: attention mask, labels, backward, step,
 zero_grad. rsotrain:<optimizer> is the whole Trainer.train_step, as the command runs it, and
-rsotrain:<optimizer>:compile the same with compile=true. Each loop runs in a
-process of its own, in turn, for several rounds; refreshes are amortised over --gap steps: what the first
-step's SVDs, or the draw of all bases, take more than another step, is divided by it. For huggingface:galore
-that is measured in the first round; in the others its bases are random. Peak memory is the process's; page
-faults, and the processor's time in the kernel that they mostly are, those of the last round.
+rsotrain:<optimizer>:compile the same with compile=true. Each loop runs in a process of its own, in turn, for
+several rounds; refreshes are amortised over --gap steps: what the first step's SVDs, or the refresh of all
+bases, take more than another step, is divided by it. For huggingface:galore that is measured in the first
+round; in the others its bases are random. Peak memory is the process's; page faults, and the processor's time
+in the kernel that they mostly are, those of the last round.
 """
 
 import argparse

@@ -37,7 +37,7 @@ def begin(folder: Path, run: str = "exit 0", task: str = "1", **environment: str
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_", "PYTHON"))}
     own = {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "REAL": sys.executable, "RUN": run,
-        "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": "7",
+        "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_JOB_ID": "5", "SLURM_JOB_ID": "7",
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", SCRIPT, "list.txt", "steps=3"],
@@ -57,7 +57,7 @@ def test_a_task_runs_its_line_and_hands_its_status_on(tmp_path: Path) -> None:
     status, out, _ = finish(begin(tmp_path, "exit 1"))
     assert (status, "requeued" in out) == (1, False)
     status, out, _ = finish(begin(tmp_path, "exit 75"))
-    assert (status, "requeued 7" in out) == (0, True)
+    assert (status, "requeued 5_1\n" in out) == (0, True)
     status, out, err = finish(begin(tmp_path, task="2"))
     assert (status, out) == (2, "")
     assert "there is no number 2" in err
@@ -94,7 +94,7 @@ def test_signals_reach_the_run(number: int, status: int, queued: bool, tmp_path:
         time.sleep(0.02)
     process.send_signal(number)
     ended, out, _ = finish(process)
-    assert (ended, "got" in out, "requeued 7" in out) == (status, True, queued)
+    assert (ended, "got" in out, "requeued 5_1\n" in out) == (status, True, queued)
 
 
 def test_the_script_leaves_the_number_of_tasks_to_sbatch() -> None:

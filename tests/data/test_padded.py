@@ -188,3 +188,22 @@ def test_a_tokenizer_of_the_hub_is_fetched_once(hub: None, cache_dir: Path) -> N
         build_tokenizer(wrong, train, cache_dir, lambda _: None, streaming=False)
     assert "\n" not in str(error.value)
     assert "tokenizer=sentencepiece tokenizer.path=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("repository", "file"),
+    [
+        ("a b/c/d", "tokenizer.model"),
+        ("../..", "tokenizer.model"),
+        ("x" * 300, "y"),
+        ("some/model", "../../etc"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_take_is_one_sentence(
+    repository: str, file: str, hub: None, cache_dir: Path
+) -> None:
+    train, _ = open_corpora(SyntheticDataConfig("synthetic"), cache_dir)
+    config = HubTokenizerConfig("mine", repository=repository, file=file)
+    with pytest.raises(UserError, match=r"tokenizer=mine needs .* which cannot be had \(.+\)") as error:
+        build_tokenizer(config, train, cache_dir, lambda _: None, streaming=False)
+    assert "\n" not in str(error.value)

@@ -17,7 +17,7 @@ from rsotrain.cli.dispatch import run_mode
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.parallel.ranks import World
 from rsotrain.parallel.sharding import local, shard_of
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.training.trainer import Trainer
 
 BATCH = 8
@@ -48,8 +48,8 @@ def test_a_streamed_run_goes_on_on_other_numbers_of_ranks(tiny: list[str], folde
         outcome = ranks.run(size, {"stopped": stopped}, folder / str(size), Strategy.fsdp)
         assert ranks.succeeded(outcome["stopped"]) == [75] * size
         newest = list_checkpoints(folder / "r/checkpoints")[-1]
-        data = json.loads((newest / "trainer.json").read_text())["data"]
-        assert (data["step"], sorted(data["lanes"])) == (step, ["0", "1", "2", "3"])
+        saved = json.loads((newest / "trainer.json").read_text())
+        assert (saved["sequences"], sorted(saved["data"]["lanes"])) == (step * BATCH, ["0", "1", "2", "3"])
     resumed = train(config(tiny, folder, "r"))
     assert resumed["tokens"] == straight["tokens"]
     assert resumed["val/loss"] == pytest.approx(straight["val/loss"], rel=1e-4)

@@ -2,11 +2,15 @@
 
 import math
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rsotrain.config.data import FilesDataConfig, Packing, TrainedTokenizerConfig
+from rsotrain.data.build import Data, build_data
 from rsotrain.data.sequences import PackedSequences
 from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.data.unigram import unigram_loss
@@ -100,3 +104,34 @@ def test_unigram_loss_of_a_token_that_training_lacks_is_finite() -> None:
     train = PackedSequences(np.zeros(20, np.uint16), L, num_bytes=1, vocab_size=2)
     validation = PackedSequences(np.ones(20, np.uint16), L, num_bytes=1, vocab_size=2)
     assert unigram_loss(train, validation) == pytest.approx(math.log(22))
+
+
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_epoch_has_every_sequence_once(
+    packing: Packing, shuffle: bool, corpus: tuple[Path, Path], cache_dir: Path
+) -> None:
+    data = built(corpus, cache_dir, packing=packing, shuffle=shuffle)
+    per_epoch = data.train.sequences_per_epoch()
+    tokens = len(data.train.tokens) - 1  # type: ignore[union-attr]
+    assert per_epoch == (300 if packing is Packing.padded else tokens // 16)
+    order = data.train.order(0)
+    for epoch in range(3):
+        assert sorted(order.indices(epoch * per_epoch, per_epoch).tolist()) == list(range(per_epoch))
+
+
+def test_the_sequences_of_a_streamed_epoch_are_not_known(corpus: tuple[Path, Path], cache_dir: Path) -> None:
+    data = built(corpus, cache_dir, streaming=True)
+    with pytest.raises(UserError, match=r"streaming=true .* not known; give steps=… instead of epochs=…"):
+        data.train.sequences_per_epoch()
+
+
+def built(corpus: tuple[Path, Path], cache_dir: Path, **options: Any) -> Data:
+    return build_data(
+        FilesDataConfig("files", path=str(corpus[0]), validation_path=str(corpus[1]), **options),
+        TrainedTokenizerConfig("trained", vocab_size=300),
+        seq_len=16,
+        cache_dir=cache_dir,
+        notify=lambda _: None,
+        batch_size=4,
+    )

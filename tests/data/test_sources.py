@@ -22,7 +22,8 @@ from rsotrain.config.data import (
     SyntheticDataConfig,
 )
 from rsotrain.data.documents import Corpus, Document, sample_texts
-from rsotrain.data.readers import BadRow, FileShard
+from rsotrain.data.readers import FileShard
+from rsotrain.data.rows import BadRow
 from rsotrain.data.sources import open_corpora
 from rsotrain.errors import UserError
 

@@ -61,7 +61,7 @@ def streamed(corpus: Corpus, tokenizer: Tokenizer, data: DataConfig) -> Streamed
 def steps(data: Data, numbers: range, share: slice = slice(None), seed: int = 0) -> list[torch.Tensor]:
     """(2, share, seq_len): inputs and targets of each step."""
     order = data.train.order(seed)
-    return [torch.stack(data.train.batch(order.indices(step, BATCH)[share])) for step in numbers]
+    return [torch.stack(data.train.batch(order.indices(step * BATCH, BATCH)[share])) for step in numbers]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_ranks_read_disjoint_parts_of_the_one_rank_order(
         share = range(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         part = build(data, cache_dir, share=share)
         parts.append(steps(part, range(4), slice(share.start, share.stop)))
-        assert len(part.train.state_dict()["lanes"]) == 4 // world_size  # it has read no other lane
+        assert len(part.train.state_dict(4 * BATCH)["lanes"]) == 4 // world_size  # it has read no other lane
         part.train.close()
     for step, together in enumerate(zip(*parts, strict=True)):
         assert torch.equal(torch.cat(together, dim=1), expected[step])
@@ -170,11 +170,12 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
     expected = steps(first, range(9))
     early = build(settings(corpus, streaming=True, workers=3), cache_dir)
     assert torch.equal(steps(early, range(5))[-1], expected[4])
-    state = json.loads(json.dumps(early.train.state_dict()))
+    state = json.loads(json.dumps(early.train.state_dict(5 * BATCH)))
     early.train.close()
-    assert state["step"] == 5
+    assert len(state["lanes"]) == BATCH
+    assert early.train.state_dict(4 * BATCH)["lanes"] == {}  # these are known of the next batch alone
     late = build(settings(corpus, streaming=True, workers=2), cache_dir)
-    late.train.load_state_dict(state)
+    late.train.load_state_dict(state, 5 * BATCH)
     for step, batch in zip(range(5, 9), steps(late, range(5, 9)), strict=True):
         assert torch.equal(batch, expected[step])
     # back to an earlier step, and forward past some, without a state that fits: read from the beginning
@@ -184,6 +185,23 @@ def test_a_stream_resumes_with_the_next_sequence_whatever_the_workers(corpus: Fi
         data.train.close()
 
 
+def test_a_stream_without_a_state_goes_on_after_as_many_sequences_of_its_own(
+    corpus: Files, cache_dir: Path, tokenizer: Tokenizer
+) -> None:
+    """Three batches and five sequences are passed over: so many windows of each lane, by its places."""
+    data = settings(corpus, streaming=True, lanes=4)
+    late = streamed(open_corpora(data, cache_dir)[0], tokenizer, data)
+    late.load_state_dict({}, 3 * BATCH + 5)
+    order = late.order(0)
+    for batch in range(2):
+        inputs, _ = late.batch(order.indices(3 * BATCH + 5 + batch * BATCH, BATCH))
+        for number, passed in enumerate((8, 8, 7, 6)):  # places 0 and 1, 2 and 3, 4, none
+            one = Lane(open_corpora(data, cache_dir)[0], tokenizer, data, SEQ_LEN, 0, number, 4)
+            windows, _ = take(one.windows(Mark(), ignore), passed + 2 * batch + 2)
+            assert inputs[2 * number : 2 * number + 2].tolist() == windows[-2:, :-1].tolist()
+    late.close()
+
+
 @pytest.mark.parametrize("changes", [{"lanes": 4}, {"shuffle_buffer": 7}, {"packing": Packing.padded}, {}])
 def test_a_state_of_another_order_is_no_place_to_go_on_from(
     changes: dict[str, Any], corpus: Files, cache_dir: Path
@@ -191,13 +209,13 @@ def test_a_state_of_another_order_is_no_place_to_go_on_from(
     data = settings(corpus, streaming=True)
     first = build(data, cache_dir)
     steps(first, range(3))
-    state = first.train.state_dict()
+    state = first.train.state_dict(3 * BATCH)
     first.train.close()
     seed = 0 if changes else 1
     for each in ({"streaming": True}, {"streaming": False}):
         other = settings(corpus, **each, **changes)
         whole, late = build(other, cache_dir, seed=seed), build(other, cache_dir, seed=seed)
-        late.train.load_state_dict(json.loads(json.dumps(state)))
+        late.train.load_state_dict(json.loads(json.dumps(state)), 3 * BATCH)
         expected = steps(whole, range(5), seed=seed)[3:]
         for batch, right in zip(steps(late, range(3, 5), seed=seed), expected, strict=True):
             assert torch.equal(batch, right)
@@ -223,13 +241,13 @@ def test_c4_shards_stream_alike_from_files_and_through_datasets_and_resume_insid
 
     streams = [stream(data) for data in sources]
     for step in range(6):
-        one, other = (torch.stack(s.batch(s.order(0).indices(step, BATCH))) for s in streams)
+        one, other = (torch.stack(s.batch(s.order(0).indices(step * BATCH, BATCH))) for s in streams)
         assert torch.equal(one, other)
-    state = streams[0].state_dict()
+    state = streams[0].state_dict(6 * BATCH)
     assert {mark[1] for mark in state["lanes"].values()} == {0}  # inside the first shard of each lane
     expected = streams[0].batch(np.arange(6 * BATCH, 7 * BATCH))
     late = stream(sources[1])
-    late.load_state_dict(state)
+    late.load_state_dict(state, 6 * BATCH)
     for one, other in zip(late.batch(np.arange(6 * BATCH, 7 * BATCH)), expected, strict=True):
         assert torch.equal(one, other)
     for each in (*streams, late):

@@ -1,12 +1,14 @@
 """The tokenizer loses nothing, is the same every time, and refuses what it cannot do."""
 
 import random
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from rsotrain.config.data import TrainedTokenizerConfig
+from rsotrain.config.data import ModelType, TrainedTokenizerConfig
+from rsotrain.config.ranges import check_ranges
 from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
 from rsotrain.errors import UserError
 
@@ -106,6 +108,43 @@ def test_too_few_pieces_for_the_characters_are_refused() -> None:
         train_tokenizer([text], TrainedTokenizerConfig(vocab_size=300, character_coverage=1.0))
 
 
+@pytest.mark.parametrize("model_type", list(ModelType))
+@pytest.mark.parametrize("text", ["a", "ab", "aaaa bbbb", "é", "1", " ", "a</s>b", "abc abc abd abe", "名"])
+def test_the_number_that_a_refusal_names_is_taken(text: str, model_type: ModelType) -> None:
+    """Few characters fill few pieces: fewer than 300."""
+    with pytest.raises(UserError, match=r"\(at most \d+\)") as refused:
+        train_tokenizer([text], TrainedTokenizerConfig(vocab_size=4096, model_type=model_type))
+    largest = int(re.findall(r"at most (\d+)", str(refused.value))[0])
+    config = TrainedTokenizerConfig("trained", vocab_size=largest, model_type=model_type)
+    check_ranges(config)
+    tokenizer = SentencePieceTokenizer(train_tokenizer([text], config))
+    assert tokenizer.vocab_size == largest
+    assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+
+
+def test_too_few_pieces_for_the_characters_name_the_number_needed() -> None:
+    with pytest.raises(UserError, match=r"the characters of the training text, which take 265 pieces"):
+        train_tokenizer(["abcdef"], TrainedTokenizerConfig(vocab_size=260))
+    train_tokenizer(["abcdef"], TrainedTokenizerConfig(vocab_size=265))
+
+
+@pytest.mark.parametrize("model_type", list(ModelType))
+@pytest.mark.parametrize("text", ["\0", "</s>", "<s>", "<unk>", "<0x41>"])
+def test_text_without_a_character_to_learn_is_refused(text: str, model_type: ModelType) -> None:
+    for vocab_size in (260, 300):
+        with pytest.raises(UserError, match="no characters that a tokenizer could learn; give other"):
+            train_tokenizer([text], TrainedTokenizerConfig(vocab_size=vocab_size, model_type=model_type))
+
+
+def test_the_range_of_character_coverage_is_sentencepieces_own() -> None:
+    for coverage in (0.98, 1.0):
+        check_ranges(config := TrainedTokenizerConfig(vocab_size=340, character_coverage=coverage))
+        train_tokenizer(SENTENCES, config)
+    for coverage in (0.9799, 1.0001):
+        with pytest.raises(RuntimeError, match="character_coverage"):
+            train_tokenizer(SENTENCES, TrainedTokenizerConfig(vocab_size=340, character_coverage=coverage))
+
+
 @pytest.mark.parametrize(("texts", "max_bytes"), [(["\n\n", "\n"], 100), (SENTENCES, 3)])
 def test_nothing_to_train_on_is_refused(texts: list[str], max_bytes: int) -> None:
     with pytest.raises(UserError, match=f"tokenizer.max_training_bytes={max_bytes} leaves no text"):
@@ -119,3 +158,29 @@ def test_the_embedded_corpus_survives(tokenizer: SentencePieceTokenizer) -> None
     texts = [row["text"] for _, row in FileShard(CORPUS / "validation.json.gz", ("text",)).rows()]
     assert len(texts) == 190
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
+
+
+def test_a_damaged_model_is_one_sentence_or_a_model() -> None:
+    """What is no SentencePiece model is refused, however it came about; the rest encodes and decodes."""
+    model = train_tokenizer(SENTENCES * 5, CONFIG)
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        place = rng.randrange(len(model))
+        damaged = rng.choice(
+            [
+                model[:place],
+                model[:place] + bytes([model[place] ^ 1 << rng.randrange(8)]) + model[place + 1 :],
+                model[:place] + b"\xff" + model[place + 1 :],
+                model[:place] + model[place + 1 :],
+                model[:place] + rng.randbytes(4) + model[place:],
+            ]
+        )
+        try:
+            tokenizer = SentencePieceTokenizer(damaged, "tokenizer.path=x")
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith("tokenizer.path=x ")  # noqa: PT017 (some of them are whole)
+        else:
+            assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode(["the ship é"])[0].tolist())
+    assert refused > 200

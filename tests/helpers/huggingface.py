@@ -1,11 +1,12 @@
-"""Random LLaMAs in Hugging Face folders."""
+"""Random LLaMAs, and models of the other families, in Hugging Face folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rsotrain.config.schema import Precision
 from rsotrain.data.tokenizer import SentencePieceTokenizer
@@ -20,21 +21,47 @@ CPU = torch.device("cpu")
 
 
 def write_folder(
-    path: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **changes: Any
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    family: str = "Llama",
+    wide: bool = False,
+    **changes: Any,
 ) -> Path:
-    """A random LLaMA as ``transformers`` saves it: grouped queries, and what ``changes`` say."""
+    """A random model as ``transformers`` saves it: grouped queries, and what ``changes`` say.
+
+    ``wide``: with weights ten times the usual, so that attention is not uniform.
+    """
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5, "rope_theta": 5e4, "eos_token_id": 2, "bos_token_id": 1,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).to(dtype)
+    config = getattr(transformers, f"{family}Config")(**sizes | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # else the gains are all one, and a swap would not show
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+        elif wide:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
     model.save_pretrained(path, max_shard_size=shard_size)
     return path
+
+
+def edit(folder: Path, **changes: Any) -> Path:
+    """Change the values of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
 
 
 def trained(folder: Path, sentencepiece: bytes, precision: Precision = Precision.fp32) -> TrainedModel:

@@ -1,26 +1,20 @@
 """A small model with linears that share an input, and one that is not projected, for the tests of RSO."""
 
 import torch
+from helpers.methods import SAMPLERS as CONF_SAMPLERS
+from helpers.methods import sampler_config
 from torch import Tensor, nn
 
 from rsotrain.config.methods import (
-    CoordinateConfig,
-    GaussianConfig,
-    GoLoreConfig,
     HaarConfig,
-    ImportanceConfig,
-    MixtureConfig,
     OnlinePCAConfig,
     OnRefresh,
     OptimizerConfig,
-    RandomizedSvdConfig,
     RSOConfig,
     SamplerConfig,
-    SRHTConfig,
     SvdConfig,
-    TopkNormConfig,
 )
-from rsotrain.models.llama import Linear, apply_shared
+from rsotrain.models.layers import Linear, apply_shared
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
 
@@ -92,16 +86,6 @@ def train(
     return losses
 
 
-SAMPLERS: dict[str, SamplerConfig] = {
-    "haar": HAAR,
-    "gaussian": GaussianConfig(name="gaussian"),
-    "coordinate": CoordinateConfig(name="coordinate"),
-    "srht": SRHTConfig(name="srht"),
-    "svd": SVD,
-    "importance": ImportanceConfig(name="importance"),
-    "randomized_svd": RandomizedSvdConfig(name="randomized_svd"),
-    "topk_norm": TopkNormConfig(name="topk_norm"),
-    "mixture": MixtureConfig(name="mixture"),
-    "golore": GoLoreConfig(name="golore"),
-    "online_pca": OnlinePCAConfig(name="online_pca", orthonormalize=True),
-}
+# every sampler of conf/sampler that RSO takes
+SAMPLERS: dict[str, SamplerConfig] = {name: sampler_config(name) for name in CONF_SAMPLERS if name != "none"}
+SAMPLERS["online_pca"] = OnlinePCAConfig(name="online_pca", orthonormalize=True)

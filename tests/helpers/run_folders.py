@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rsotrain.checkpoints.files import load_tensors
 from rsotrain.config.schema import Config
 from rsotrain.parallel.ranks import World
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.training.trainer import StepResult, Trainer
 
 
@@ -49,7 +49,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    for name in a:  # fp32 rounding through 8 updates and 3 draws of bases
+    for name in a:  # fp32 rounding through 8 updates and 3 refreshes
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
 
 

@@ -17,6 +17,7 @@ from rsotrain.cli.mistakes import explain
 from rsotrain.config.data import GenerateConfig
 from rsotrain.config.validation import validate
 from rsotrain.data.tokenizer import SentencePieceTokenizer
+from rsotrain.data.validation import check_files
 from rsotrain.errors import UserError
 from rsotrain.models.generation import generate_tokens
 from rsotrain.training.trainer import Trainer
@@ -113,6 +114,7 @@ def test_one_sentence_for_each_mistake(
     with pytest.raises((UserError, OmegaConfBaseException)) as caught:  # noqa: PT012 (any of the three)
         config = compose([*tiny, *arguments])
         validate(config)
+        check_files(config.data)
         run_mode(config)
     told = explain(caught.value)
     assert sentence in told

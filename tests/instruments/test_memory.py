@@ -1,14 +1,19 @@
 """The live breakdown of a run, and README's tables of the plan."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.command import ROOT
 from helpers.runs import compose
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from rsotrain.running.run import train
+from rsotrain.instruments.memory import saved_activation_bytes
+from rsotrain.models.build import build_model
+from rsotrain.running.mode import train
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 import memory_tables
@@ -78,3 +83,30 @@ def test_readmes_tables_are_whole_and_rso_is_first() -> None:
 @pytest.mark.parametrize("name", memory_tables.TABLES)
 def test_readmes_tables_are_the_plans(name: str) -> None:
     assert memory_tables.made(name) == table(name)
+
+
+# --- counting keeps nothing alive ------------------------------------------------------------------------
+
+
+def test_counting_does_not_keep_what_the_backward_pass_frees() -> None:
+    """Storages alive as the backward pass reaches each layer, from the last to the first: fewer each time."""
+    config = compose(["model=llama_tiny", "model.num_hidden_layers=4", "optimizer=adam"])
+    model = build_model(
+        config.model, vocab_size=64, precision=config.precision, device=torch.device("cpu"), seed=0
+    )
+    kept: list[StorageWeakRef] = []
+    alive: list[int] = []
+    handles = [
+        layer.register_full_backward_pre_hook(
+            lambda *_: alive.append(sum(not reference.expired() for reference in kept))
+        )
+        for layer in model.model.layers
+    ]
+    tokens = torch.arange(32).view(2, 16)
+    with saved_activation_bytes(model, lambda t: kept.append(StorageWeakRef(t.untyped_storage()))):
+        loss = model(tokens, tokens)
+    assert len(kept) > 8
+    loss.backward()
+    assert len(alive) == len(handles)
+    assert all(later < earlier for earlier, later in itertools.pairwise(alive)), alive
+    assert alive[-1] <= 0.5 * alive[0]

@@ -22,6 +22,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+VARIED = ["model.attention_bias=true", "model.mlp_bias=true", "model.qk_norm=true", "model.head_dim=12"]
+
+
 @pytest.fixture(autouse=True)
 def _traced_not_generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend that traces, forward and backward, and generates nothing: seconds instead of minutes."""
@@ -60,6 +63,8 @@ def losses(config: Config, steps: int, world: World | None = None) -> list[float
         (["rso", "optimizer.projection=regenerated", "activation_checkpointing=block"], 1),
         (["rso_pca", "optimizer.update_proj_gap=2"], 2),  # that of the steps that gather XᵀX is another
         (["rso_pca", "optimizer.update_proj_gap=1"], 1),
+        (["adam", *VARIED, "activation_checkpointing=mlp"], 1),
+        (["rso", *VARIED], 1),
     ],
 )
 def test_no_block_breaks_its_graph(options: list[str], number: int) -> None:
@@ -74,10 +79,10 @@ def test_no_block_breaks_its_graph(options: list[str], number: int) -> None:
     assert compiled == pytest.approx(eager, rel=1e-5 if "precision=bf16_mixed" not in options else 1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["galore", "rso"])
-def test_sharded_blocks_have_one_graph_too(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "model"), [("galore", []), ("rso", []), ("rso", VARIED)])
+def test_sharded_blocks_have_one_graph_too(optimizer: str, model: list[str], tmp_path: Path) -> None:
     """FSDP's hooks stay outside of it."""
-    config = compose([*SMALL, f"optimizer={optimizer}", "parallelism=fsdp"])
+    config = compose([*SMALL, f"optimizer={optimizer}", "parallelism=fsdp", *model])
 
     def check(world: World) -> tuple[list[float], list[float], dict[str, int]]:
         eager = losses(config, 2, world)

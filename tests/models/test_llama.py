@@ -1,12 +1,12 @@
-"""The whole model: equal to Hugging Face's, counted, initialised and validated."""
+"""The whole model: counted, initialised, validated, and the same in every precision and compiled."""
 
 import dataclasses
 import time
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.command import ROOT
+from helpers.variations import TINY, VOCAB, batch
 from omegaconf import OmegaConf
 
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
@@ -15,57 +15,12 @@ from rsotrain.models.build import build_model, count_parameters
 from rsotrain.models.llama import Llama
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-VOCAB = 97
-TINY = ModelConfig(
-    name="test", hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64,
-)  # fmt: skip
-GROUPED = dataclasses.replace(TINY, num_key_value_heads=2)
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
 
 
 def build(config: ModelConfig = TINY, precision: Precision = Precision.fp32, **options: object) -> Llama:
     arguments = {"vocab_size": VOCAB, "precision": precision, "device": CPU, "seed": 0} | options
     return build_model(config, **arguments)  # type: ignore[arg-type]
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCAB, (3, 24), generator=generator)
-    targets = tokens.roll(-1, 1)
-    targets[:, -1] = -100
-    return tokens, targets
-
-
-@pytest.mark.parametrize("config", [TINY, GROUPED, TIED], ids=["default", "grouped", "tied"])
-def test_equals_hugging_face(config: ModelConfig) -> None:
-    """State dicts interchange; logits, loss and every gradient agree to 1e-5 in fp32."""
-    transformers = pytest.importorskip("transformers")
-    fields = dataclasses.asdict(config) | {"vocab_size": VOCAB, "attn_implementation": "sdpa"}
-    fields["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-    # Weights ten times the usual size, so that attention is not uniform; gains that are not 1.
-    ours = build(dataclasses.replace(config, initializer_range=0.2))
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-
-    tokens, targets = batch()
-    theirs_logits = theirs(input_ids=tokens, use_cache=False).logits
-    torch.testing.assert_close(ours(tokens), theirs_logits, rtol=1e-5, atol=1e-5)
-    loss = ours(tokens, targets)
-    expected = F.cross_entropy(theirs_logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
-
-    num_valid = (targets != -100).sum()
-    (loss / num_valid).backward()
-    (expected / num_valid).backward()
-    expected_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected_grads[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 COUNTS = {
@@ -83,7 +38,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name: str) -> None:
-    """The published sizes, from the configuration files, in closed form and by building on meta."""
+    """The published sizes, from the configuration files."""
     path = ROOT / "conf" / "model" / f"{name}.yaml"
     file = OmegaConf.load(path)
     assert OmegaConf.to_container(file.pop("defaults")) == ["/schema/model/llama@_here_"]
@@ -95,12 +50,6 @@ def test_parameter_counts(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name]
     assert count_parameters(config, 32000) == COUNTS[name]
     assert time.perf_counter() - start < 10.0  # nothing is allocated
-
-
-@pytest.mark.parametrize("config", [GROUPED, TIED], ids=["grouped", "tied"])
-def test_closed_count_of_other_variants(config: ModelConfig) -> None:
-    model = build(config, device=META)
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(config, VOCAB)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

@@ -13,7 +13,8 @@ from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precisi
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model
 from rsotrain.models.functional import rotary_tables, shared_input_linear
-from rsotrain.models.llama import Linear, Llama
+from rsotrain.models.layers import Linear
+from rsotrain.models.llama import Llama
 from rsotrain.models.subspace_linear import SubspaceLinear, subspace_linear
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -119,18 +120,18 @@ def test_every_block_linear_gets_its_projected_gradient(kv_heads: int | None) ->
         if layer := projected.get(name):
             assert layer.weight.grad is None
             assert not layer.weight.requires_grad
-            assert layer.coefficients.grad is not None
-            expected = full @ layer.site.current_basis()
-            assert (layer.coefficients.grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+            assert layer.B.grad is not None
+            expected = full @ layer.input_group.current_basis()
+            assert (layer.B.grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
         else:
             assert torch.allclose(model.get_parameter(name).grad, full, rtol=1e-5, atol=1e-6), name  # type: ignore[arg-type]
     held = {id(holder) for holder in optimizer.gradient_holders()}
     assert held == {id(p) for p in model.parameters() if p.requires_grad} | {
-        id(layer.coefficients) for layer in projected.values()
+        id(layer.B) for layer in projected.values()
     }
-    # rank hidden/4 at every site, those that grouped queries make narrow and down_proj too
-    assert {layer.site.rank for layer in projected.values()} == {RANK}
-    assert {layer.site.size for layer in projected.values()} == {HIDDEN, FFN}
+    # rank hidden/4 at every input group, those that grouped queries make narrow and down_proj too
+    assert {layer.input_group.rank for layer in projected.values()} == {RANK}
+    assert {layer.input_group.size for layer in projected.values()} == {HIDDEN, FFN}
 
 
 def test_queries_keys_and_values_share_a_basis_and_gate_shares_ups() -> None:
@@ -138,10 +139,12 @@ def test_queries_keys_and_values_share_a_basis_and_gate_shares_ups() -> None:
     rso_for(model)
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        assert attention.q_proj.site is attention.k_proj.site is attention.v_proj.site
-        assert mlp.gate_proj.site is mlp.up_proj.site
-        sites = {id(x.site) for x in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)}
-        assert len(sites) == 4
+        assert attention.q_proj.input_group is attention.k_proj.input_group is attention.v_proj.input_group
+        assert mlp.gate_proj.input_group is mlp.up_proj.input_group
+        input_groups = {
+            id(x.input_group) for x in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
+        }
+        assert len(input_groups) == 4
 
 
 def test_linears_that_no_pattern_names_stay_plain_and_trained() -> None:
@@ -149,13 +152,13 @@ def test_linears_that_no_pattern_names_stay_plain_and_trained() -> None:
     rso_for(model, block_parameters=[r"[qv]_proj\.weight$", r"gate_proj\.weight$"])
     attention = model.model.layers[0].self_attn
     assert type(attention.k_proj) is Linear
-    assert attention.q_proj.site is attention.v_proj.site
+    assert attention.q_proj.input_group is attention.v_proj.input_group
     for one in (plain, model):
         one(*tokens()).backward()
     for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         grads = [m.model.layers[0].get_parameter(f"{name}.weight").grad for m in (plain, model)]
         assert torch.allclose(grads[0], grads[1], rtol=1e-5, atol=1e-6)
-    assert attention.q_proj.coefficients.grad is not None
+    assert attention.q_proj.B.grad is not None
 
 
 def test_frozen_linears_are_left_alone() -> None:
@@ -247,8 +250,8 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     optimizer = rso_for(model, SAMPLERS["svd"])
     inputs: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
-    original: Callable[[Tensor], Tensor] = down.forward
-    down.forward = lambda x: (inputs.append(x.detach()), original(x))[1]
+    original: Callable[..., Any] = down.products
+    down.products = lambda layers, x: (inputs.append(x.detach()), original(layers, x))[1]
     seen = []
     for seed in range(2):
         with optimizer.observing():
@@ -258,7 +261,7 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
         with torch.no_grad(), optimizer.observing():
             model(*tokens(7))  # no part of training
     expected = sum(x.reshape(-1, FFN).double().T @ x.reshape(-1, FFN).double() for x in seen)
-    gram = down.site.take_gram()
+    gram = down.input_group.take_gram()
     assert (gram - expected).abs().max() < 1e-5 * expected.abs().max()  # fp32 sums
     assert torch.equal(gram, gram.T)
 
@@ -267,7 +270,7 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     ("sampler", "own", "compilation"),
     [
         ("haar", {}, {}),
-        # drawing is left to eager code
+        # sampling is left to eager code
         ("haar", {"projection": BasisStorage.regenerated}, {"backend": "aot_eager"}),
         # transported, since singular vectors may come with another sign
         ("svd", {"on_refresh": OnRefresh.transport}, {"backend": "aot_eager"}),
@@ -307,10 +310,10 @@ def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision:
     rso_for(model, precision=precision)
     model(*tokens()).backward()
     for layer in linears(model).values():
-        assert layer.coefficients.grad is not None
-        ratio = layer.coefficients.grad.nbytes / layer.weight.nbytes
+        assert layer.B.grad is not None
+        ratio = layer.B.grad.nbytes / layer.weight.nbytes
         assert ratio == RANK / layer.weight.shape[1]
-        assert layer.coefficients.untyped_storage().nbytes() == layer.weight.element_size()
+        assert layer.B.untyped_storage().nbytes() == layer.weight.element_size()
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -28,7 +28,7 @@ def set_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
 
 def test_float32_is_bitwise_torch_fused_adamw_state_included() -> None:
     ours, theirs = parameters(), parameters()
-    part = AdamW("all", ours, 0.01, Settings(StateKeeper(torch.float32, 0), (0.9, 0.95), 1e-8, 0.1), ADAM)
+    group = AdamW("all", ours, 0.01, Settings(StateKeeper(torch.float32, 0), (0.9, 0.95), 1e-8, 0.1), ADAM)
     expected = torch.optim.AdamW(
         theirs.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
@@ -36,12 +36,12 @@ def test_float32_is_bitwise_torch_fused_adamw_state_included() -> None:
         set_gradients(ours, step)
         set_gradients(theirs, step)
         expected.param_groups[0]["lr"] = 0.01 / step
-        part.update(step, 1.0 / step)
+        group.update(step, 1.0 / step)
         expected.step()
         for name in ours:
             assert torch.equal(ours[name], theirs[name])
             for kind in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(part.state[name][kind], expected.state[theirs[name]][kind])
+                assert torch.equal(group.state[name][kind], expected.state[theirs[name]][kind])
 
 
 def test_muon_is_bitwise_torch_muon() -> None:
@@ -65,7 +65,7 @@ def test_muon_is_bitwise_torch_muon() -> None:
 
 def test_bfloat16_weights_are_the_float32_update_rounded_to_nearest() -> None:
     ours = parameters(torch.bfloat16)
-    part = AdamW("all", ours, 0.01, Settings(StateKeeper(torch.float32, 0)), ADAM)
+    group = AdamW("all", ours, 0.01, Settings(StateKeeper(torch.float32, 0)), ADAM)
     wide = {name: nn.Parameter(p.data.float()) for name, p in ours.items()}
     other = AdamW("all", wide, 0.01, Settings(StateKeeper(torch.float32, 0)), ADAM)
     for step in range(1, 4):
@@ -73,21 +73,21 @@ def test_bfloat16_weights_are_the_float32_update_rounded_to_nearest() -> None:
         for name in ours:
             wide[name].data.copy_(ours[name].data)
             wide[name].grad = ours[name].grad.float()
-        part.update(step, 1.0)
+        group.update(step, 1.0)
         other.update(step, 1.0)
         for name in ours:
             assert torch.equal(ours[name].data, wide[name].data.bfloat16())
-            assert part.state[name]["exp_avg_sq"].dtype is torch.float32
+            assert group.state[name]["exp_avg_sq"].dtype is torch.float32
 
 
 def _second_moments(dtype: torch.dtype) -> Tensor:
     """V after gradients of 1 for 500 steps, then of 0.1 for 1000."""
     p = {"w": nn.Parameter(torch.zeros(200, 10))}
-    part = AdamW("all", p, 0.0, Settings(StateKeeper(dtype, 5)), ADAM)
+    group = AdamW("all", p, 0.0, Settings(StateKeeper(dtype, 5)), ADAM)
     for step in range(1, 1501):
         p["w"].grad = torch.full((200, 10), 1.0 if step <= 500 else 0.1)
-        part.update(step, 1.0)
-    return part.state["w"]["exp_avg_sq"].float()
+        group.update(step, 1.0)
+    return group.state["w"]["exp_avg_sq"].float()
 
 
 def test_bfloat16_second_moment_does_not_freeze() -> None:
@@ -126,6 +126,6 @@ def test_buckets_bound_the_temporaries() -> None:
 
 
 def test_missing_gradient_is_an_error_naming_the_parameter() -> None:
-    part = AdamW("all", parameters(), 0.01, Settings(StateKeeper(torch.float32, 0)), ADAM)
+    group = AdamW("all", parameters(), 0.01, Settings(StateKeeper(torch.float32, 0)), ADAM)
     with pytest.raises(RuntimeError, match="p0 has no gradient"):
-        part.update(1, 1.0)
+        group.update(1, 1.0)

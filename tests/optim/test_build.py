@@ -7,39 +7,31 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import methods as names
+from helpers.methods import OF_MATRICES, sampler_config, small, solver_variants
 from torch import Tensor, nn
 
 from rsotrain.config.methods import (
-    AdamConfig,
-    ApolloConfig,
-    CoordinateConfig,
-    FiraConfig,
-    FrugalConfig,
-    GaLoreConfig,
-    GaussianConfig,
     GoLoreConfig,
-    HaarConfig,
     ImportanceConfig,
     LDAdamConfig,
-    MuonConfig,
-    NoSamplerConfig,
     OnlinePCAConfig,
     OnRefresh,
     OptimizerConfig,
     RandomizedSvdConfig,
     SamplerConfig,
-    SNConfig,
-    SNSMConfig,
-    SRHTConfig,
     StateDtype,
+    SubspaceConfig,
     SvdConfig,
     SvdSolver,
-    TopkNormConfig,
 )
 from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError
-from rsotrain.optim.build import build_optimizer
+from rsotrain.models.architecture import Kind, Weight
+from rsotrain.optim.build import build_optimizer, build_sampler, method_of
 from rsotrain.optim.composite import CompositeOptimizer
+from rsotrain.optim.state_size import WeightsLayout
+from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 
 IN, HIDDEN = 12, 20
 
@@ -61,51 +53,27 @@ class Tiny(nn.Module):
 
 BLOCKS = [r"^(up|down)\.weight$", r"^square\.weight$"]
 RANK, GAP, STEPS = 3, 10, 50
-LOW = {"rank": RANK, "update_proj_gap": GAP}
 TRANSPORT = OnRefresh.transport
-OPTIMIZERS: dict[str, OptimizerConfig] = {
-    "adam": AdamConfig(lr=0.01),
-    "muon": MuonConfig(lr=0.01),
-    "sn": SNConfig(lr=0.01, scale=4.0),
-    "galore": GaLoreConfig(lr=0.01, **LOW),
-    "sn_sm": SNSMConfig(lr=0.01, scale=4.0, on_refresh=OnRefresh.reset, **LOW),
-    "sm": SNSMConfig(lr=0.01, subset_size=1, **LOW),
-    "fira": FiraConfig(lr=0.01, **LOW),
-    "frugal": FrugalConfig(lr=0.01, scale=0.5, on_refresh=OnRefresh.reset, **LOW),
-    "apollo": ApolloConfig(lr=0.01, **LOW),
-    "apollo_mini": ApolloConfig(lr=0.01, per_tensor=True, **LOW),
-    "ldadam": LDAdamConfig(lr=0.01, rank=RANK, update_proj_gap=1, on_refresh=TRANSPORT),
-    "galore-transport": GaLoreConfig(lr=0.01, on_refresh=TRANSPORT, staggered=True, **LOW),
+PAIRS: dict[str, tuple[OptimizerConfig, SamplerConfig]] = {
+    name: small(name, rank=RANK, gap=GAP, lr=0.01, scale=4.0 if name.startswith("s") else 1.0)
+    for name in OF_MATRICES
 }
-SAMPLERS: dict[str, SamplerConfig] = {
-    "none": NoSamplerConfig(),
-    "svd": SvdConfig(),
-    "full_svd": SvdConfig(solver=SvdSolver.full),
-    "importance": ImportanceConfig(),
-    "randomized_svd": RandomizedSvdConfig(),
-    "haar": HaarConfig(),
-    "gaussian": GaussianConfig(),
-    "coordinate": CoordinateConfig(),
-    "topk_norm": TopkNormConfig(),
-    "srht": SRHTConfig(),
-    "online_pca": OnlinePCAConfig(),
-    "online_pca-orthonormal": OnlinePCAConfig(orthonormalize=True),
-    "golore": GoLoreConfig(),
-}
-for configs in (OPTIMIZERS, SAMPLERS):
-    for key, value in configs.items():
-        value.name = key
-DEFAULT_SAMPLER = {
-    "adam": "none",
-    "muon": "none",
-    "sn": "none",
-    "apollo": "gaussian",
-    "ldadam": "randomized_svd",
+for base in ("galore", "fira", "frugal"):
+    for variant, solver in solver_variants(base).items():
+        PAIRS[variant] = replace(PAIRS[base][0], name=variant, solver=solver), PAIRS[base][1]  # type: ignore[call-arg]
+PAIRS["galore-transport"] = (
+    replace(PAIRS["galore"][0], name="galore-transport", on_refresh=TRANSPORT, staggered=True),  # type: ignore[call-arg]
+    PAIRS["galore"][1],
+)
+OPTIMIZERS = {name: optimizer for name, (optimizer, _) in PAIRS.items()}
+SAMPLERS: dict[str, SamplerConfig] = {name: sampler_config(name) for name in names.SAMPLERS} | {
+    "full_svd": SvdConfig(name="full_svd", solver=SvdSolver.full),
+    "online_pca-orthonormal": OnlinePCAConfig(name="online_pca-orthonormal", orthonormalize=True),
 }
 
 
 def sampler_of(name: str) -> SamplerConfig:
-    return SAMPLERS[DEFAULT_SAMPLER.get(name, "svd")]
+    return PAIRS[name][1]
 
 
 def build(
@@ -143,15 +111,17 @@ def train(model: nn.Module, optimizer: CompositeOptimizer, steps: int, micro_bat
 
 def refusal(optimizer: str, sampler: str) -> str | None:
     """The reason why a pair must be refused."""
-    full = optimizer in ("adam", "muon", "sn")
-    if full:
-        return None if sampler == "none" else "would do nothing"
-    if sampler == "none":
+    config = OPTIMIZERS[optimizer]
+    method, chosen = method_of(config), build_sampler(SAMPLERS[sampler])
+    if not isinstance(config, SubspaceConfig):
+        return None if chosen is None else "would do nothing"
+    if chosen is None:
         return "needs a sampler"
-    scaled = sampler in ("gaussian", "online_pca")
-    if scaled and optimizer not in ("galore", "apollo", "apollo_mini"):
+    assert issubclass(method, SubspaceOptimizer)
+    transports = config.on_refresh is OnRefresh.transport
+    if not chosen.orthonormal and (method.needs_orthonormal or transports):
         return "needs orthonormal bases"
-    if optimizer == "ldadam" and sampler == "online_pca-orthonormal":
+    if isinstance(config, LDAdamConfig) and chosen.post_update:
         return "before the update"
     return None
 
@@ -175,7 +145,7 @@ def test_every_pair_trains_or_is_refused(optimizer: str, sampler: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_run_is_the_uninterrupted_run_bitwise(name: str, state_dtype: StateDtype) -> None:
     config = replace(OPTIMIZERS[name], state_dtype=state_dtype)
-    for sampler in (sampler_of(name), SAMPLERS["online_pca"] if name == "galore" else sampler_of(name)):
+    for sampler in [sampler_of(name), *([SAMPLERS["online_pca"]] if name == "galore" else [])]:
         model = tiny()
         optimizer = build(model, config, sampler)
         keys = set(optimizer.state_dict())
@@ -231,7 +201,7 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
     "fira": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 2),
     "frugal": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
     "apollo": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 2),
-    "apollo_mini": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 2),
+    "apollo_mini": lambda M, k: 4 * (k + 2 * M + 2),
     "ldadam": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1 + M * k),
     "galore-transport": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
 }
@@ -241,8 +211,18 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
 def test_state_bytes_equal_the_formula(name: str) -> None:
     optimizer = build(tiny(), OPTIMIZERS[name], sampler_of(name))
     rest = 4 * 2 * (2 * IN + 5 * IN)
-    expected = rest + sum(FORMULAS[name](max(shape), min(shape)) for shape in MATRICES)
+    config, sampler = OPTIMIZERS[name], build_sampler(sampler_of(name))
+    weights = [Weight(str(shape), shape, Kind.linear) for shape in MATRICES]
+    layout = WeightsLayout(
+        1,
+        config.state_dtype,
+        basis_bytes=4,
+        sampler_state=(lambda size, rank: 0) if sampler is None else sampler.state_bytes,
+    )
+    expected = rest + method_of(config).state_bytes_formula(config, weights, layout)
     assert optimizer.state_bytes() == expected
+    if name in FORMULAS:
+        assert expected == rest + sum(FORMULAS[name](max(shape), min(shape)) for shape in MATRICES)
     stored = {key: t for key, t in optimizer.state_dict().items() if key != "step"}
     assert sum(t.numel() * t.element_size() for t in stored.values()) == expected
     assert sum(row.state_bytes for row in optimizer.table()) == expected
@@ -261,7 +241,7 @@ def test_state_bytes_of_reduced_state_and_of_online_pca() -> None:
 def test_block_linears_get_scaled_rates_and_the_schedule_reaches_all() -> None:
     for name, config in OPTIMIZERS.items():
         optimizer = build(tiny(), replace(config, lr=0.02, scale=0.25), sampler_of(name))
-        assert [part.peak_lr for part in optimizer.groups] == [0.005, 0.02]
+        assert [group.peak_lr for group in optimizer.groups] == [0.005, 0.02]
         model = tiny()
         optimizer = build(model, replace(config, weight_decay=0.1), sampler_of(name))
         before = copy.deepcopy(model.state_dict())

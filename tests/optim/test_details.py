@@ -23,7 +23,7 @@ from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace import random_bases
 from rsotrain.subspace.gram import GradientGram
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import importance
 
@@ -45,9 +45,9 @@ def spectral(shape: tuple[int, int], step: int) -> Tensor:
     return (u * 0.7 ** torch.arange(min(shape))) @ vh
 
 
-def random_draw(size: int, rank: int, index: int) -> Draw:
-    """What a sampler gets for the draw of this index, for the matrix "w" of a run of seed 0."""
-    return Draw(size, rank, None, generator(0, "basis", "w", index), torch.device("cpu"))
+def random_request(size: int, rank: int, index: int) -> SampleRequest:
+    """What a sampler gets for the refresh of this index, for the matrix "w" of a run of seed 0."""
+    return SampleRequest(size, rank, None, generator(0, "basis", "w", index), torch.device("cpu"))
 
 
 def difference(ours: Tensor, theirs: Tensor, initial: Tensor) -> float:
@@ -61,19 +61,19 @@ def difference(ours: Tensor, theirs: Tensor, initial: Tensor) -> float:
 
 
 def scaled(
-    sampler: Callable[[Draw], Tensor] | None,
+    sampler: Callable[[SampleRequest], Tensor] | None,
 ) -> Callable[[int, Tensor, int, Tensor | None], Tensor]:
-    """The reference's draw: orthonormal (None: the singular vectors) times √(k/r), for E[PPᵀ] = I."""
+    """The reference's ``sample``: orthonormal (None: the singular vectors) times √(k/r), for E[PPᵀ] = I."""
 
-    def draw(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+    def sample(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
         size = gradient.shape[1]
         if sampler is None:
             basis = reference.dominant(t, gradient, rank, old)
         else:
-            basis = sampler(random_draw(size, rank, (t - 1) // GAP)).double()
+            basis = sampler(random_request(size, rank, (t - 1) // GAP)).double()
         return basis * (size / rank) ** 0.5
 
-    return draw
+    return sample
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -89,7 +89,7 @@ def scaled(
 )
 @pytest.mark.parametrize("side", SHAPES)
 def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
-    side: str, sampler: SamplerConfig, function: Callable[[Draw], Tensor] | None, per_tensor: bool
+    side: str, sampler: SamplerConfig, function: Callable[[SampleRequest], Tensor] | None, per_tensor: bool
 ) -> None:
     initial = noise(SHAPES[side], "start") * 0.01
     gradients = [spectral(SHAPES[side], step) for step in range(1, STEPS + 1)]
@@ -100,7 +100,7 @@ def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
         parameter.grad = gradient.clone()
         optimizer.step()
     own = BASE | {"rank": RANK, "gap": GAP, "per_tensor": per_tensor}
-    expected = reference.apollo(initial, gradients, draw=scaled(function), **own)
+    expected = reference.apollo(initial, gradients, sample=scaled(function), **own)
     # as in test_optim_reference: float32 rounding, enlarged where Adam divides by small projected entries
     assert difference(parameter.data, expected, initial) < 1e-4
 
@@ -109,7 +109,7 @@ def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
 
 
 @pytest.mark.parametrize(
-    ("random_fraction", "switch", "draws"),
+    ("random_fraction", "switch", "refreshes"),
     # of 20 steps with T = 5; the switch is the first step before which 1 − fraction of them were done
     [
         (0.0, None, [1, 6, 11, 16]),
@@ -123,7 +123,7 @@ def test_apollo_scales_orthonormal_bases_as_gaussian_ones(
     ],
 )
 def test_golore_is_galore_until_the_switch_and_random_from_it_on(
-    random_fraction: float, switch: int | None, draws: list[int]
+    random_fraction: float, switch: int | None, refreshes: list[int]
 ) -> None:
     shape = SHAPES["right"]
     size = min(shape)
@@ -133,15 +133,15 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
     config = GaLoreConfig(name="galore", block_parameters=["w"], **BASE, **LOW)
     sampler = GoLoreConfig(name="golore", random_fraction=random_fraction)
     optimizer = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS)
-    (part,) = optimizer.groups
+    (group,) = optimizer.groups
     seen: dict[int, Tensor] = {}
 
     def switching(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
-        if t not in draws:
+        if t not in refreshes:
             assert old is not None
             return old
         if switch is not None and t >= switch:
-            return random_bases.haar(random_draw(size, rank, draws.index(t))).double()
+            return random_bases.haar(random_request(size, rank, refreshes.index(t))).double()
         # the first singular vectors' signs are arbitrary, and matter once moments are kept for a random basis
         return reference.dominant(t, gradient, rank, seen[t])
 
@@ -149,15 +149,15 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
     for step, gradient in enumerate(gradients, start=1):
         parameter.grad = gradient.clone()
         optimizer.step()
-        basis = part.state["w"]["basis"]
-        assert torch.equal(basis, before) == (step not in draws)
+        basis = group.state["w"]["basis"]
+        assert torch.equal(basis, before) == (step not in refreshes)
         before = basis.clone()
         seen[step] = basis.double()
         # float32 eigenvectors, whose eigenvalues are 0.1 and more apart; haar's are the same
         error = seen[step] - switching(step, gradient.double(), RANK, seen[step])
         assert bool(error.abs().max() < 1e-5)
     own = BASE | {"rank": RANK, "gap": 1}  # ``switching`` knows when
-    expected = reference.galore(initial, gradients, draw=switching, **own)
+    expected = reference.galore(initial, gradients, sample=switching, **own)
     assert difference(parameter.data, expected, initial) < 1e-4
 
 
@@ -165,7 +165,7 @@ def test_golore_is_galore_until_the_switch_and_random_from_it_on(
 
 
 def sequential(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], float]:
-    """P(set) when indices are drawn one after another, each in proportion to the weights that are left."""
+    """P(set) when indices are sampled one after another, each in proportion to the weights that are left."""
     law = {}
     for chosen in combinations(range(len(weights)), rank):
         total = 0.0
@@ -180,24 +180,24 @@ def sequential(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], flo
 
 
 def by_products(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], float]:
-    """P(set) ∝ the product of its weights: draws with replacement, repeated until they are distinct."""
+    """P(set) ∝ the product of its weights: sampling with replacement, repeated until they are distinct."""
     products = {s: math.prod(weights[i] for i in s) for s in combinations(range(len(weights)), rank)}
     return {s: product / sum(products.values()) for s, product in products.items()}
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_importance_draws_sets_by_the_sequential_law(rank: int, power: float) -> None:
+def test_importance_samples_sets_by_the_sequential_law(rank: int, power: float) -> None:
     weights = [9.0, 3.0, 2.0, 1.2, 1.0]
     values = torch.tensor(weights) ** (1.0 / power)
     size, count = len(weights), 6000
     u, _, vh = torch.linalg.svd(noise((8, size), "vectors").double(), full_matrices=False)
     gram = GradientGram(((u * values) @ vh).float())
-    draw_one = partial(importance, power=power)
+    sample_one = partial(importance, power=power)
     found = dict.fromkeys(combinations(range(size), rank), 0)
     for index in range(count):
-        draw = Draw(size, rank, gram, generator(0, "basis", "w", index), torch.device("cpu"))
-        picked = (vh @ draw_one(draw).double()).abs().argmax(0)
+        request = SampleRequest(size, rank, gram, generator(0, "basis", "w", index), torch.device("cpu"))
+        picked = (vh @ sample_one(request).double()).abs().argmax(0)
         found[tuple(picked.tolist())] += 1
 
     def chi_square(law: dict[tuple[int, ...], float]) -> float:
@@ -209,6 +209,6 @@ def test_importance_draws_sets_by_the_sequential_law(rank: int, power: float) ->
     assert sum(law.values()) == pytest.approx(1.0)
     assert count * min(law.values()) > 5
     assert chi_square(law) < 27.9
-    # and this many draws tell it from other laws: expected are 140 and 1250 at least
+    # and this many samples tell it from other laws: expected are 140 and 1250 at least
     assert chi_square(by_products(weights, rank)) > 60
     assert chi_square(sequential(values.tolist() if power != 1.0 else [w**2 for w in weights], rank)) > 60

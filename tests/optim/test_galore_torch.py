@@ -33,7 +33,7 @@ def test_thirty_steps_with_two_refreshes(
     # Their weight decay comes after the update and at the unscaled rate; ours is before it: leave it out.
     expected = galore_adamw([group], lr=lr, eps=1e-6, no_deprecation_warning=True)  # type: ignore[call-arg]
     sampler = Sampler("svd", full_svd, informed=True)
-    part = UncorrectedEps(
+    group = UncorrectedEps(
         "galore",
         {"w": ours},
         lr * scale,
@@ -44,7 +44,7 @@ def test_thirty_steps_with_two_refreshes(
     for step in range(1, steps + 1):
         gradient = torch.randn(shape, generator=random)
         ours.grad, theirs.grad = gradient, gradient.clone()
-        part.update(step, 1.0)
+        group.update(step, 1.0)
         expected.step()
     moved = (theirs.data - start).norm()
     assert float(moved) > 0.05

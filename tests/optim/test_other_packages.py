@@ -30,7 +30,7 @@ from rsotrain.optim.base import ParamGroupOptimizer, Settings, StateKeeper
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.residuals import Apollo, Fira
 from rsotrain.optim.subspace_optimizer import Subspace
-from rsotrain.subspace.samplers import Columns, Draw, Sampler
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest
 from rsotrain.subspace.spectral import full_svd
 
 STEPS, GAP, RANK, LR = 30, 10, 4, 0.01  # refreshes at steps 1, 11 and 21
@@ -58,7 +58,7 @@ def nothing(step: int) -> None:
 
 def distance(
     ours: nn.Parameter,
-    part: ParamGroupOptimizer,
+    group: ParamGroupOptimizer,
     theirs: nn.Parameter,
     expected: torch.optim.Optimizer,
     *,
@@ -80,7 +80,7 @@ def distance(
         before(step)
         expected.step()
         after(step)
-        part.update(step, 1.0)
+        group.update(step, 1.0)
     moved = (theirs.data - initial).norm()
     assert float(moved) > 0.05  # the comparison is of something
     result = theirs.data.T if turned else theirs.data
@@ -99,13 +99,13 @@ SVD = Sampler("svd", full_svd, informed=True)
 
 
 def basis_of(expected: torch.optim.Optimizer, theirs: nn.Parameter) -> Sampler:
-    """The basis that their projector, which has been drawn already, projects with; taken as it is."""
+    """The basis that their projector, which has been computed already, projects with; taken as it is."""
 
-    def draw(request: Draw) -> Tensor:
+    def sample(request: SampleRequest) -> Tensor:
         matrix: Tensor = expected.state[theirs]["projector"].ortho_matrix
         return (matrix if matrix.shape[0] == request.size else matrix.T).clone()
 
-    return Sampler("theirs", draw, Columns.unit)
+    return Sampler("theirs", sample, Columns.unit)
 
 
 def corrected_limiter(expected: torch.optim.Optimizer, theirs: nn.Parameter, key: str) -> Hook:
@@ -155,7 +155,7 @@ def apollos(
         # Adam is blind to a factor of R, s_j = ‖N_j‖/‖R_j‖ is its inverse: the rate takes it.
         sampler, lr = SVD, lr * (min(shape) / rank) ** 0.5
     growth = 1.01 if limited else UNLIMITED
-    part = Apollo(
+    group = Apollo(
         "apollo",
         {"w": ours},
         lr,
@@ -163,7 +163,7 @@ def apollos(
         ApolloConfig(name="apollo", per_tensor=per_tensor, max_growth=growth),
         subspace(sampler, rank),
     )
-    return ours, part, theirs, expected
+    return ours, group, theirs, expected
 
 
 @pytest.mark.parametrize("proj", ["random", "svd"])
@@ -216,8 +216,8 @@ def test_galore_is_pytorch_optimizers(pytorch_optimizer: Any, shape: tuple[int, 
     }
     # Their weight decay comes after the update and at the unscaled rate; ours is before it: left out.
     expected = pytorch_optimizer.GaLore([group], lr=LR, betas=BETAS, eps=eps)
-    part = UncorrectedEps("galore", {"w": ours}, LR * scale, settings(eps), subspace(SVD))
-    assert distance(ours, part, theirs, expected, before=refresh_at_one(expected, theirs)) < 1e-4
+    group = UncorrectedEps("galore", {"w": ours}, LR * scale, settings(eps), subspace(SVD))
+    assert distance(ours, group, theirs, expected, before=refresh_at_one(expected, theirs)) < 1e-4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -226,11 +226,11 @@ def test_fira_is_pytorch_optimizers(pytorch_optimizer: Any, shape: tuple[int, in
     # scale = 1: any other leaks into their residual, G − scale·PPᵀG, and leaves its part of the update as is
     group = {"params": [theirs], "rank": RANK, "update_proj_gap": GAP, "scale": 1.0, "projection_type": "std"}
     expected = pytorch_optimizer.Fira([group], lr=LR, betas=BETAS, eps=NO_EPS)
-    part = Fira(
+    group = Fira(
         "fira", {"w": ours}, LR, settings(NO_EPS), FiraConfig(name="fira", max_growth=1.01), subspace(SVD)
     )
     found = distance(
-        ours, part, theirs, expected,
+        ours, group, theirs, expected,
         before=refresh_at_one(expected, theirs),
         after=corrected_limiter(expected, theirs, "scaling_grad"),
     )  # fmt: skip
@@ -260,8 +260,8 @@ def test_subset_norm_is_pytorch_optimizers(
 
 def built(parameter: nn.Parameter, config: OptimizerConfig) -> ParamGroupOptimizer:
     sampler = NoSamplerConfig(name="none")
-    (part,) = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS).groups
-    return part
+    (group,) = build_optimizer([("w", parameter)], config, sampler, seed=0, total_steps=STEPS).groups
+    return group
 
 
 def test_adamw_is_optimis() -> None:

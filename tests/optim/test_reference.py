@@ -32,7 +32,7 @@ from rsotrain.optim import reference
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.subspace.gram import GradientGram
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import randomized_svd
 
@@ -65,18 +65,18 @@ def same_start_then_power(t: int, gradient: Tensor, rank: int, old: Tensor | Non
     """The sampler's own random start; the reference's power round from then on."""
     if old is not None:
         return reference.one_power_round(t, gradient, rank, old)
-    draw = Draw(
+    request = SampleRequest(
         size=gradient.shape[1],
         rank=rank,
         gram=GradientGram(gradient.float()),
         generator=generator(0, "basis", "w", 0),
         device=torch.device("cpu"),
     )
-    return randomized_svd(draw, rounds=1).double()
+    return randomized_svd(request, rounds=1).double()
 
 
 def random_axes(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
-    """Those that the coordinate sampler draws."""
+    """Those that the coordinate sampler samples."""
     picked = torch.randperm(gradient.shape[1], generator=generator(0, "basis", "w", (t - 1) // GAP))[:rank]
     return torch.eye(gradient.shape[1], dtype=torch.float64)[:, picked.sort().values]
 
@@ -136,14 +136,14 @@ def _sn(beta2: float) -> Case:
 
 
 def _apollo(per_tensor: bool) -> Case:
-    def draw(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
+    def sample(t: int, gradient: Tensor, rank: int, old: Tensor | None) -> Tensor:
         random = generator(0, "basis", "w", (t - 1) // GAP)
         return (torch.randn(gradient.shape[1], rank, generator=random) * rank**-0.5).double()
 
     return (
         ApolloConfig(name="apollo", per_tensor=per_tensor, **LOW),
         GaussianConfig(name="gaussian"),
-        lambda w, g: reference.apollo(w, g, draw=draw, per_tensor=per_tensor, **LOW_REFERENCE),
+        lambda w, g: reference.apollo(w, g, sample=sample, per_tensor=per_tensor, **LOW_REFERENCE),
     )
 
 
@@ -171,7 +171,7 @@ CASES: dict[str, Case] = {
         FrugalConfig(name="frugal", free_scale=0.3, **LOW),
         CoordinateConfig(name="coordinate"),
         lambda w, g: reference.galore(
-            w, g, outside="frugal", free_scale=0.3, draw=random_axes, **LOW_REFERENCE
+            w, g, outside="frugal", free_scale=0.3, sample=random_axes, **LOW_REFERENCE
         ),
     ),
     "carry": (
@@ -199,7 +199,7 @@ CASES: dict[str, Case] = {
     "ldadam": (
         LDAdamConfig(name="ldadam", **LDADAM),
         RandomizedSvdConfig(name="randomized_svd", rounds=1),
-        lambda w, g: reference.ldadam(w, g, rank=RANK, rho=0.908, draw=same_start_then_power, **REFERENCE),
+        lambda w, g: reference.ldadam(w, g, rank=RANK, rho=0.908, sample=same_start_then_power, **REFERENCE),
     ),
     "apollo": _apollo(per_tensor=False),
     "apollo_mini": _apollo(per_tensor=True),

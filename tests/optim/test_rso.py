@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, SamplerConfig, StateDtype
 from rsotrain.config.schema import Precision
-from rsotrain.models.llama import Linear
+from rsotrain.models.layers import Linear
 from rsotrain.optim import reference
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.rso import RSO
 from rsotrain.subspace.random_bases import haar
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 
 # --- one linear against the transcription ----------------------------------------------------------
@@ -58,16 +58,16 @@ def output_gradient(t: int, y: Tensor) -> Tensor:
 
 
 def seeded(t: int, x: Tensor, rank: int, old: Tensor | None) -> Tensor:
-    """The basis that the haar sampler draws for step t."""
+    """The basis that the haar sampler samples for step t."""
     random = generator(0, "basis", "w.weight", (t - 1) // GAP)
-    return haar(Draw(IN, rank, None, random, torch.device("cpu"))).double()
+    return haar(SampleRequest(IN, rank, None, random, torch.device("cpu"))).double()
 
 
 def seeded_then_dominant(t: int, x: Tensor, rank: int, old: Tensor | None) -> Tensor:
     """The random start of an informed sampler, then the principal axes of the last step's input."""
     if old is None:
         return haar(
-            Draw(IN, rank, None, generator(0, "basis", "w.weight", "start"), torch.device("cpu"))
+            SampleRequest(IN, rank, None, generator(0, "basis", "w.weight", "start"), torch.device("cpu"))
         ).double()
     return reference.dominant(t, x, rank, old if t > 2 else None)
 
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "unscaled": ({"basis_scale": False}, {"basis_scale": 1.0}),
 }  # fmt: skip
 
-# Largest difference of an entry after 30 steps over the largest change of one. Ours in float64 draws its
+# Largest difference of an entry after 30 steps over the largest change of one. Ours in float64 samples its
 # bases in float32 as the reference does: what is left is rounding of 1e-16, enlarged where Adam divides by
 # a small gradient. float32: as in test_optim_reference.py.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -122,7 +122,7 @@ def test_thirty_steps_equal_the_reference(case: str, out: int, dtype: torch.dtyp
     before, after = one_linear(own, HAAR, dtype, out)
     common = {"lr": LR, "rank": RANK, "gap": GAP, "betas": BETAS, "eps": EPS, "basis_scale": SCALE}
     inputs = [batch(t, dtype) for t in range(1, STEPS + 1)]
-    expected = reference.rso(before, inputs, output_gradient, draw=seeded, **(common | theirs))  # type: ignore[arg-type]
+    expected = reference.rso(before, inputs, output_gradient, sample=seeded, **(common | theirs))  # type: ignore[arg-type]
     moved = (expected - before).abs().max()
     assert moved > LR
     assert (after - expected).abs().max() < TOLERANCE[dtype] * moved
@@ -142,7 +142,7 @@ def test_reduced_precision_follows_the_reference(case: str) -> None:
         optimizer.zero_grad()
     common = {"lr": LR, "rank": RANK, "gap": GAP, "betas": BETAS, "eps": EPS, "basis_scale": SCALE}
     inputs = [batch(t) for t in range(1, STEPS + 1)]
-    expected = reference.rso(before, inputs, output_gradient, draw=seeded, **(common | theirs))  # type: ignore[arg-type]
+    expected = reference.rso(before, inputs, output_gradient, sample=seeded, **(common | theirs))  # type: ignore[arg-type]
     # each operand has 8 bits, an error of 2e-3, which Adam's division enlarges in small entries
     error = (model.w.weight.data.double() - expected).abs().max()
     assert error < 0.05 * (expected - before).abs().max()
@@ -155,7 +155,7 @@ def test_informed_bases_are_those_of_the_last_steps_inputs() -> None:
     own = {"update_proj_gap": 1, "on_refresh": OnRefresh.transport}
     before, after = one_linear(own, SVD, torch.float64, OUT)
     expected = reference.rso(
-        before, [batch(t) for t in range(1, STEPS + 1)], output_gradient, draw=seeded_then_dominant, lr=LR,
+        before, [batch(t) for t in range(1, STEPS + 1)], output_gradient, sample=seeded_then_dominant, lr=LR,
         rank=RANK, gap=1, betas=BETAS, eps=EPS, basis_scale=SCALE, on_refresh="transport",
     )  # fmt: skip
     assert (after - expected).abs().max() < 1e-3 * (expected - before).abs().max()
@@ -193,12 +193,12 @@ def test_a_refresh_leaves_the_function_as_it_is() -> None:
         seen.append(model(batch(0)).detach())
 
     original, rso.refresh = rso.refresh, refresh  # type: ignore[method-assign]
-    before = copy.deepcopy([site.basis for site in rso.sites])
+    before = copy.deepcopy([group.basis for group in rso.input_groups])
     train(model, optimizer, range(GAP - 1, GAP))
-    assert len(seen) == 2  # all sites are refreshed together
+    assert len(seen) == 2  # all input groups are refreshed together
     for output in seen[1:]:
         assert torch.equal(output, seen[0])
-    assert not any(torch.equal(old, site.basis) for old, site in zip(before, rso.sites, strict=True))
+    assert not any(torch.equal(old, group.basis) for old, group in zip(before, rso.input_groups, strict=True))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -232,7 +232,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
     model, optimizer = fresh()
     saved = {}
     for t in range(2 * GAP + 2):
-        if t in (1, GAP - 1, GAP, GAP + 3):  # around the draws, and between them
+        if t in (1, GAP - 1, GAP, GAP + 3):  # around the refreshes, and between them
             saved[t] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         train(model, optimizer, range(t, t + 1))
     for t, (weights, state) in saved.items():
@@ -246,7 +246,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
             assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-def test_a_run_that_goes_on_with_other_settings_keeps_its_bases_until_the_next_draw() -> None:
+def test_a_run_that_goes_on_with_other_settings_keeps_its_bases_until_the_next_refresh() -> None:
     """Moments, and the B of the proximal term, mean nothing in another basis."""
     found = []
     for projection in BasisStorage:

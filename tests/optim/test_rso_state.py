@@ -40,15 +40,15 @@ from rsotrain.models.subspace_linear import SubspaceLinear
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.rso import RSO
 from rsotrain.subspace.gram import DenseGram
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import mixture
 
 
 def rso_of(optimizer: CompositeOptimizer) -> RSO:
-    part = optimizer.groups[0]
-    assert isinstance(part, RSO)
-    return part
+    rso = optimizer.groups[0]
+    assert isinstance(rso, RSO)
+    return rso
 
 
 def test_the_proximal_term_pulls_b_towards_zero_with_its_gradient() -> None:
@@ -76,13 +76,13 @@ def test_the_proximal_term_pulls_b_towards_zero_with_its_gradient() -> None:
         ({}, "haar", 1, 2),
         ({"solver": InnerSolver.momentum}, "svd", 1, 1),
         ({"proximal_eta": 1.0}, "haar", 1, 3),
-        ({"projection": BasisStorage.regenerated}, "haar", 0, 2),  # a seed of 8 bytes a site instead
+        ({"projection": BasisStorage.regenerated}, "haar", 0, 2),  # a seed of 8 bytes for each input group
     ],
 )
 def test_state_bytes_equal_the_formula(
     own: dict[str, object], sampler: str, per_linear: int, moments: int
 ) -> None:
-    """2·r·out (adam) and a count a linear, r·in a site: the basis in the compute dtype, once for both."""
+    """2·r·out (adam) and a count for each linear; r·in in the compute dtype for each input group's basis."""
     for precision, size in ((Precision.fp32, 4), (Precision.bf16_mixed, 2)):
         optimizer = build(Toy(torch.float32), config(**own), SAMPLERS[sampler], precision=precision)
         blocks = sum(4 * (moments * RANK * out + 1) for out in (MIDDLE, MIDDLE, OUT))
@@ -104,11 +104,11 @@ def test_reduced_state_trains_and_takes_half() -> None:
     assert sizes[0] - sizes[1] == 2 * 2 * (RANK * (2 * MIDDLE + OUT) + 3 * OUT)
 
 
-def test_one_rank_for_each_site_and_the_table_shows_it() -> None:
+def test_one_rank_for_each_input_group_and_the_table_shows_it() -> None:
     optimizer = build(Toy(), config(rank=0.5))
     rso = rso_of(optimizer)
     # first and second (10×12) share 0.5 · 10, third (16×10) has 0.5 · 10
-    assert [(site.name, site.rank, site.size) for site in rso.sites] == [
+    assert [(group.name, group.rank, group.size) for group in rso.input_groups] == [
         ("first.weight", 5, IN),
         ("third.weight", 5, MIDDLE),
     ]
@@ -168,10 +168,10 @@ def test_mistakes_get_a_sentence_and_leave_the_model(
 
 
 @pytest.mark.parametrize("sampler", ["haar", "svd"])
-def test_a_model_without_memory_draws_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_memory_samples_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rsotrain.subspace.random_bases.normal", None)
     optimizer = build(Toy(torch.float32).to("meta"), config(), SAMPLERS[sampler])
-    assert all(site.basis is not None and site.basis.is_meta for site in rso_of(optimizer).sites)
+    assert all(group.basis is not None and group.basis.is_meta for group in rso_of(optimizer).input_groups)
 
 
 @pytest.mark.parametrize("sampler", ["svd", "importance", "randomized_svd", "mixture", "online_pca"])
@@ -182,34 +182,34 @@ def test_the_scale_of_bases_is_no_affair_of_the_samplers(sampler: str) -> None:
         model = Toy()
         optimizer = build(model, config(basis_scale=scaled, lr=0.0, update_proj_gap=2), SAMPLERS[sampler])
         train(model, optimizer, range(7))
-        found.append([(site, site.current_basis()) for site in rso_of(optimizer).sites])
-    for (site, large), (_, orthonormal) in zip(*found, strict=True):
-        scale = (site.size / site.rank) ** 0.5
+        found.append([(group, group.current_basis()) for group in rso_of(optimizer).input_groups])
+    for (group, large), (_, orthonormal) in zip(*found, strict=True):
+        scale = (group.size / group.rank) ** 0.5
         assert torch.allclose(large / scale, orthonormal, rtol=0, atol=1e-4)  # of float32 spectra
 
 
 @pytest.mark.parametrize("sampler", ["svd", "online_pca"])
-def test_staggered_sites_gather_in_turn_from_the_first_step_on(sampler: str) -> None:
-    """No step holds the Gram matrices of all; what is drawn first are principal axes, for online PCA too."""
+def test_staggered_input_groups_gather_in_turn_from_the_first_step_on(sampler: str) -> None:
+    """No step holds the Gram matrices of all; the first bases are principal axes, for online PCA too."""
     model = Toy()
     optimizer = build(model, config(staggered=True), SAMPLERS[sampler])
     gathered: dict[int, list[str]] = {}
     for t in range(2 * GAP):
         with optimizer.observing():
             model(batch(t)).square().sum().backward()
-        due = [site for site in rso_of(optimizer).sites if site.gram is not None]
+        due = [group for group in rso_of(optimizer).input_groups if group.gram is not None]
         if due:
-            gathered[t + 1] = [site.name for site in due]
-        grams = {site: site.gram.clone() for site in due if site.gram is not None}
+            gathered[t + 1] = [group.name for group in due]
+        grams = {group: group.gram.clone() for group in due if group.gram is not None}
         optimizer.step()
-        for site, lower in grams.items():
+        for group, lower in grams.items():
             axes = torch.linalg.eigh(lower)[1][:, -RANK:]  # reads the lower triangle
-            assert site.basis is not None
-            captured = float((axes.T @ site.basis.double()).square().sum()) * site.rank / site.size
+            assert group.basis is not None
+            captured = float((axes.T @ group.basis.double()).square().sum()) * group.rank / group.size
             if t < GAP - 1:
                 assert captured == pytest.approx(RANK, rel=1e-3)
         optimizer.zero_grad()
-    # of two matrices the second's turn comes after T // 2 steps; its draw is at the end of the one before
+    # of two matrices the second's turn comes after T // 2 steps; its refresh is at the end of the one before
     first, third = ["first.weight"], ["third.weight"]
     assert gathered == {1: first, GAP // 2: third, GAP: first, GAP + GAP // 2: third, 2 * GAP: first}
 
@@ -228,10 +228,10 @@ def test_inputs_of_a_step_that_was_given_up_are_forgotten() -> None:
     with optimizer.observing():
         model(batch(0)).sum().backward()
     model(batch(0))  # no part of the step
-    sites = rso_of(optimizer).sites
-    assert all(site.gram is not None and not site.observing for site in sites)
+    input_groups = rso_of(optimizer).input_groups
+    assert all(group.gram is not None and not group.observing for group in input_groups)
     optimizer.zero_grad()
-    assert all(site.gram is None for site in sites)
+    assert all(group.gram is None for group in input_groups)
 
 
 def test_inputs_that_are_not_finite_leave_the_basis() -> None:
@@ -252,11 +252,11 @@ def test_a_mixture_holds_the_dominant_axes_and_random_ones_outside(fraction: flo
     values, rank = torch.logspace(0, -2, 9), 4
     axes = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(3)))[0]
 
-    def draw(seed: int) -> Tensor:
+    def sample(seed: int) -> Tensor:
         gram = DenseGram(axes * values @ axes.T)
-        return mixture(Draw(9, rank, gram, generator(seed), torch.device("cpu")), fraction)
+        return mixture(SampleRequest(9, rank, gram, generator(seed), torch.device("cpu")), fraction)
 
-    first, second = draw(0), draw(1)
+    first, second = sample(0), sample(1)
     assert (first.T @ first - torch.eye(rank)).abs().max() < 1e-6
     principal = round(fraction * rank)
     inside = (axes[:, :principal].T @ first).square().sum()
@@ -266,7 +266,7 @@ def test_a_mixture_holds_the_dominant_axes_and_random_ones_outside(fraction: flo
     if 0 < principal < rank:
         # what is not principal is spread over the complement by chance
         shares = torch.stack(
-            [(axes[:, principal:].T @ draw(seed)[:, principal:]).square().sum(1) for seed in range(500)]
+            [(axes[:, principal:].T @ sample(seed)[:, principal:]).square().sum(1) for seed in range(500)]
         )
         assert torch.allclose(
             shares.mean(0), torch.full((9 - principal,), (rank - principal) / (9 - principal)), atol=0.06

@@ -6,34 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.methods import OF_MATRICES, small, solver_variants
 from torch import Tensor, nn
 
 from rsotrain.config.methods import (
-    AdamConfig,
     ApolloConfig,
-    FiraConfig,
-    FrugalConfig,
     GaLoreConfig,
-    GaussianConfig,
     HaarConfig,
-    ImportanceConfig,
     InnerSolver,
-    LDAdamConfig,
-    MuonConfig,
     NoSamplerConfig,
-    OnlinePCAConfig,
     OnRefresh,
     OptimizerConfig,
-    RandomizedSvdConfig,
     RSOConfig,
     SamplerConfig,
-    SNConfig,
     SNSMConfig,
     StateDtype,
+    SubspaceConfig,
     SvdConfig,
 )
 from rsotrain.config.schema import Precision
-from rsotrain.models.llama import Linear
+from rsotrain.models.layers import Linear
 from rsotrain.optim import adamw, base, rso, subspace_optimizer
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace.seeding import generator
@@ -54,30 +46,15 @@ MATRICES = {
 }  # fmt: skip
 RESET, TRANSPORT = OnRefresh.reset, OnRefresh.transport
 METHODS: dict[str, tuple[OptimizerConfig, SamplerConfig]] = {
-    "adam": (AdamConfig(**BASE), NONE),
-    "muon": (MuonConfig(**BASE), NONE),
-    "sn": (SNConfig(**BASE), NONE),
-    "galore": (GaLoreConfig(**BASE, **LOW), SVD),
+    **{name: small(name, rank=3, gap=5, **BASE, scale=1.0) for name in OF_MATRICES},
     "galore-fraction": (GaLoreConfig(**BASE, **(LOW | {"rank": 0.25})), SVD),
     "galore-reset": (GaLoreConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
     "galore-transport": (GaLoreConfig(on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
-    "i3s": (GaLoreConfig(**BASE, **LOW), ImportanceConfig(name="importance")),
-    "osd": (GaLoreConfig(**BASE, **(LOW | {"update_proj_gap": 1})), OnlinePCAConfig(name="online_pca")),
-    "sn_sm": (SNSMConfig(on_refresh=RESET, **BASE, **LOW), SVD),
-    "sm": (SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
-    "fira": (FiraConfig(**BASE, **LOW), SVD),
-    "frugal": (FrugalConfig(on_refresh=RESET, **BASE, **LOW), HAAR),
-    "apollo": (ApolloConfig(**BASE, **LOW), GaussianConfig(name="gaussian")),
+    "sm-transport": (SNSMConfig(subset_size=1, on_refresh=TRANSPORT, **BASE, **LOW), HAAR),
     "apollo-haar": (ApolloConfig(**BASE, **(LOW | {"rank": 0.25})), HAAR),
-    "apollo_mini": (
-        ApolloConfig(per_tensor=True, **BASE, **(LOW | {"rank": 1})),
-        GaussianConfig(name="gaussian"),
-    ),
-    "ldadam": (
-        LDAdamConfig(on_refresh=TRANSPORT, **BASE, **(LOW | {"update_proj_gap": 1})),
-        RandomizedSvdConfig(name="randomized_svd"),
-    ),
 }
+for variant, solver in solver_variants("galore").items():
+    METHODS[variant] = (GaLoreConfig(solver=solver, on_refresh=TRANSPORT, **BASE, **LOW), SVD)
 KINDS = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -141,7 +118,7 @@ def test_matrices_together_are_bitwise_what_they_are_alone(
 
 
 def test_the_low_rank_methods_have_buckets_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method in METHODS.keys() - {"adam", "muon", "sn"}:
+    for method in [name for name, (config, _) in METHODS.items() if isinstance(config, SubspaceConfig)]:
         counts = limit_buckets(monkeypatch, 150)
         trained(method, list(MATRICES), "fp32", StateDtype.float32)
         assert len(counts) > 1

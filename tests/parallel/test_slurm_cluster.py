@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,10 @@ import pytest
 import yaml
 from helpers.command import ROOT
 from helpers.fake_wandb_server import FakeWandbServer
+from helpers.slurm_lab import slurm_lab
 
 pytestmark = pytest.mark.skipif("RSOTRAIN_SLURM_LAB" not in os.environ, reason="make test-slurm runs it")
 
-LAB = ROOT / "tests/tools/slurm_lab.sh"
 SCRIPT = ROOT / "sweeps/slurm_array.sbatch"
 OPTIMIZERS = ("adam", "galore", "rso", "apollo", "frugal", "muon")
 SEEDS = (0, 1)
@@ -28,14 +27,8 @@ SEEDS = (0, 1)
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of those who submit."""
-    lab = tmp_path_factory.mktemp("lab")
-    lab.parent.chmod(0o755)  # munge runs as a user of its own and must get through
-    lab.parent.parent.chmod(0o755)
-    own = {"LAB": str(lab)}
-    subprocess.run(["bash", LAB, "start"], env=os.environ | own, check=True, timeout=120)
-    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    yield os.environ | own | {"SLURM_CONF": f"{lab}/slurm.conf", "PYTHON": sys.executable, "PATH": path}
-    subprocess.run(["bash", LAB, "stop"], env=os.environ | own, check=True, timeout=120)
+    with slurm_lab(tmp_path_factory) as environment:
+        yield environment
 
 
 def call(command: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -115,6 +108,38 @@ def test_an_array_survives_a_requeue_and_a_preemption(
     assert call([sys.executable, "-m", "rsotrain", *straight], tmp_path, cluster).returncode == 0
     whole = json.loads((tmp_path / "outputs/straight/summary.json").read_text())
     assert json.loads((runs[1] / "summary.json").read_text())["val/loss"] == whole["val/loss"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_signal_to_one_task_restarts_that_one_alone(
+    cluster: dict[str, str], tmp_path: Path, tiny: list[str], place: int
+) -> None:
+    other, cancelled = (task for task in range(3) if task != place)
+    lines = [f"run_name=r{task} steps=500" for task in range(3)]
+    job = submit(tmp_path, cluster, lines, without(tiny, "steps", "save_every"))
+    assert job.stdout is not None
+    number = job.stdout.readline().strip()
+    runs = [tmp_path / f"outputs/r{task}" for task in range(3)]
+    until(lambda: all((run / "metrics.jsonl").exists() and len(steps_of(run)) > 5 for run in runs))
+    subprocess.run(["scancel", f"{number}_{cancelled}"], env=cluster, check=True)
+    until(lambda: not state_of(f"{number}_{cancelled}", cluster).startswith(("RUNNING", "COMPLETING")))
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{number}_{place}"], env=cluster, check=True)
+    job.wait(400)
+    logs = [(tmp_path / f"rsotrain_{number}_{task}.out").read_text() for task in range(3)]
+    starts = [log.count(f"task {task}, start ") for task, log in enumerate(logs)]
+    assert starts == [1 + (task == place) for task in range(3)]
+    assert f"task {place} is queued again" in logs[place]
+    assert state_of(f"{number}_{cancelled}", cluster) == "CANCELLED"
+    for task in (place, other):
+        assert json.loads((runs[task] / "summary.json").read_text())["step"] == 500
+
+
+def state_of(task: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["squeue", "--noheader", "--states=all", "--array", f"--jobs={task}", "--format=%T"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
 
 
 def test_mistakes_cost_one_sentence_and_no_second_start(

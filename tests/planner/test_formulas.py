@@ -94,7 +94,7 @@ def test_weights_and_states_are_the_papers(model: str) -> None:
 
 def block_shapes(model: str) -> list[tuple[int, ...]]:
     config = compose([f"model={model}"])
-    return [w.shape for w in weights_of(config.model, VOCAB_SIZE) if w.site]
+    return [w.shape for w in weights_of(config.model, VOCAB_SIZE) if w.input_group]
 
 
 @pytest.mark.parametrize("model", TABLE)

@@ -13,12 +13,14 @@ from rsotrain.config.schema import Config, Strategy
 from rsotrain.config.validation import validate
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.instruments.memory import memory_metrics
+from rsotrain.optim.galore import GaLore
+from rsotrain.optim.state_size import StateSize
 from rsotrain.parallel.ranks import World
 from rsotrain.planner import out_of_memory
 from rsotrain.planner.fake_run import tokenizer_size
 from rsotrain.planner.gpus import GPUS, fits
 from rsotrain.planner.plan import make_plan
-from rsotrain.planner.show import labels
+from rsotrain.planner.show import labels, print_plan
 
 MIB = 2**20
 
@@ -35,7 +37,7 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for text in (
         "llama_tiny, galore: memory by phase, MiB (2 × 64 tokens, rank 0 of 4)",
-        "one that draws new bases",
+        "one that samples new bases",
         "refresh",
         "by its formula",
         "141 GB",
@@ -61,7 +63,7 @@ def test_several_plans_end_in_one_table(cli: Cli, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("Memory of one rank") :]
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
-    assert [row[0] for row in rows[1:]] == ["adam", "rso"]
+    assert [row[0] for row in rows[1:] if row[0]] == ["adam", "rso"]
     assert len(plan_files(tmp_path)) == 2
     assert (tmp_path / "outputs" / "plans.png").is_file()
     assert list(json.loads((tmp_path / "outputs" / "plans.json").read_text())) == ["adam", "rso"]
@@ -217,3 +219,16 @@ def test_on_a_gpu_what_remains_of_the_peak_is_logged_too() -> None:
     parts = {"memory/parameters_bytes": 10, "memory/gradients_bytes": 5}
     assert memory_metrics(parts, 40, "cuda")["memory/gathered_and_temporaries_bytes"] == 25
     assert memory_metrics(parts, 40, "cpu") == parts | {"memory/peak_bytes": 40}
+
+
+def test_a_state_that_is_not_its_formula_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(["model=llama_tiny", "optimizer=galore", "device=cpu", "seq_len=16", "batch_size=1"])
+    print_plan(make_plan(config, gpus=False))
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr(GaLore, "matrix_state", classmethod(lambda cls, config, matrix: StateSize()))
+    print_plan(make_plan(config, gpus=False))
+    said = capsys.readouterr().out
+    assert "warning: the optimizer state has" in said
+    assert "by the formula of optimizer=galore it has" in said

@@ -223,7 +223,7 @@ def test_padding_is_masked_in_what_is_gathered(tiny: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "last"), [("rso_pca", 6), ("galore", 7)])
-def test_a_staggered_plan_has_the_largest_draw(optimizer: str, last: int, tiny: list[str]) -> None:
+def test_a_staggered_plan_has_the_largest_refresh(optimizer: str, last: int, tiny: list[str]) -> None:
     """Of 14 matrices (8 inputs) in 3 steps some step has down_proj's, another only those of the width."""
     more = ["optimizer.update_proj_gap=3", "optimizer.staggered=true", "steps=20"]
     plan = make_plan(config_of(optimizer, "llama_tiny", tiny, *more), gpus=False)

@@ -238,7 +238,7 @@ def test_a_multirun_reports_on_what_is_beside_it_and_of_its_job(
     compare_members(members, ReportConfig(path=str(tmp_path / "report"), claims=True))
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    assert errors.startswith("left out of the report: ")
+    assert errors.startswith("rsotrain: left out: ")
     text = (tmp_path / "report/report.md").read_text()
     assert [line.split(" | ")[0] for line in text.splitlines() if " | 3 runs |" in line] == [
         "| adam",

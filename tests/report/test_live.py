@@ -16,8 +16,9 @@ from helpers.report_harness import Make, call
 from rsotrain.errors import UserError
 from rsotrain.report.comparison import compare
 from rsotrain.report.live import runs_table
-from rsotrain.report.runs import looks, read_run, read_runs
+from rsotrain.report.runs import read_run, read_runs
 from rsotrain.report.wandb_offline import OfflineRun
+from rsotrain.report.watching import looks
 from rsotrain.tracking.run_files import RunState
 
 
@@ -150,7 +151,7 @@ def test_what_an_offline_run_is_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = {0: RunState.finished, 75: RunState.stopped, 1: RunState.failed, None: RunState.running}
     for code, state in expected.items():
         run = OfflineRun(log.parent, "a", history=[{"step": 1}], exit_code=code)
-        monkeypatch.setattr("rsotrain.report.runs.read_offline_runs", lambda _, run=run: [run])
+        monkeypatch.setattr("rsotrain.report.runs.read_offline_runs", lambda _, run=run: ([run], {}))
         assert read_runs([log.parent])[0].state is state
     os.utime(log, (0, 0))
     assert read_runs([log.parent])[0].state is RunState.lost

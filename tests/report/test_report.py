@@ -166,7 +166,7 @@ def test_folders_that_are_no_runs_get_one_sentence_each(make: Make, tmp_path: Pa
     with pytest.raises(UserError, match="nowhere is not a folder"):
         read_runs([tmp_path / "nowhere"])
     (good / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         read_runs([good])
     make("c")
     for folder in (good, good.parent / "c"):

@@ -21,7 +21,7 @@ from rsotrain.checkpoints.record import load_record
 from rsotrain.config.schema import Config
 from rsotrain.errors import StoppedEarly, TrainingError
 from rsotrain.parallel.ranks import World
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.training.trainer import Trainer
 
 CPU = torch.device("cpu")

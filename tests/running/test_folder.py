@@ -18,7 +18,7 @@ from rsotrain.config.schema import Config
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.running import run as running
 from rsotrain.running.folder import open_run_folder
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 from rsotrain.tracking.run_files import FILES
 from rsotrain.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from helpers.runs import compose
 
 from rsotrain.config.schema import Config
 from rsotrain.errors import UserError
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 
 Damage = Callable[[Path], object]
 
@@ -55,7 +55,7 @@ NEWEST = "checkpoints/step_00000004"
 NUMBERS = [-1, 1.5, float("nan"), float("inf"), 10**18, 10**4000]
 VALUES: list[object] = ["x", None, [], {}, True, "9" * 5000, *NUMBERS]
 RUN_KEYS = ["data", "seconds", "validation", "record", "settings", "best_loss"]
-KEYS = ["step", "tokens", "data", "run", *(f"run.{key}" for key in RUN_KEYS)]
+KEYS = ["step", "tokens", "data", "sequences", "order", "run", *(f"run.{key}" for key in RUN_KEYS)]
 
 
 def header(text: bytes, size: int | None = None, rest: bytes = b"") -> bytes:

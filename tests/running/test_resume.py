@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.config.schema import Config
 from rsotrain.errors import StoppedEarly, UserError
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from helpers.runs import compose
 
 from rsotrain.checkpoints import saving
 from rsotrain.errors import TrainingError
-from rsotrain.running.run import train
+from rsotrain.running.mode import train
 
 METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity", "val/bits_per_byte",

@@ -20,14 +20,14 @@ from rsotrain.subspace.projection import (
     side_of,
 )
 from rsotrain.subspace.random_bases import gaussian, haar
-from rsotrain.subspace.samplers import Columns, Draw, Sampler
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.spectral import golore, svd
 
 SVD = Sampler("svd", svd, informed=True)
 
 
-def part(shape: tuple[int, int] = (12, 8), **own: object) -> tuple[GaLore, nn.Parameter]:
+def one_matrix(shape: tuple[int, int] = (12, 8), **own: object) -> tuple[GaLore, nn.Parameter]:
     parameter = nn.Parameter(torch.zeros(shape))
     settings = {"sampler": SVD, "rank": 3, "gap": 5, "on_refresh": OnRefresh.keep, "total_steps": 100}
     subspace = Subspace(**(settings | own))  # type: ignore[arg-type]
@@ -41,10 +41,10 @@ def part(shape: tuple[int, int] = (12, 8), **own: object) -> tuple[GaLore, nn.Pa
     ), parameter
 
 
-def steps(part: GaLore, parameter: nn.Parameter, gradients: list[Tensor], first: int = 1) -> None:
+def steps(galore: GaLore, parameter: nn.Parameter, gradients: list[Tensor], first: int = 1) -> None:
     for step, gradient in enumerate(gradients, start=first):
         parameter.grad = gradient
-        part.update(step, 1.0)
+        galore.update(step, 1.0)
 
 
 def noise(count: int, shape: tuple[int, int] = (12, 8)) -> list[Tensor]:
@@ -89,20 +89,20 @@ def test_rank_is_a_number_or_a_fraction() -> None:
 def test_refreshes_all_at_once() -> None:
     schedule = RefreshSchedule(gap=3, num_matrices=2, staggered=False)
     for position in range(2):
-        found = {step: schedule.draw_index(position, step) for step in range(1, 9)}
+        found = {step: schedule.refresh_index(position, step) for step in range(1, 9)}
         assert {step: i for step, i in found.items() if i is not None} == {1: 0, 4: 1, 7: 2}
 
 
 @pytest.mark.parametrize(("gap", "count"), [(10, 4), (3, 7), (1, 3), (200, 84)])
 def test_staggered_refreshes_are_spread_evenly(gap: int, count: int) -> None:
     schedule = RefreshSchedule(gap, count, staggered=True)
-    assert all(schedule.draw_index(i, 1) == 0 for i in range(count))
+    assert all(schedule.refresh_index(i, 1) == 0 for i in range(count))
     per_step = []
     indices: list[list[int]] = [[] for _ in range(count)]
     for step in range(2, 2 + 3 * gap):
-        drawn = [schedule.draw_index(i, step) for i in range(count)]
-        per_step.append(sum(index is not None for index in drawn))
-        for i, index in enumerate(drawn):
+        refreshes = [schedule.refresh_index(i, step) for i in range(count)]
+        per_step.append(sum(index is not None for index in refreshes))
+        for i, index in enumerate(refreshes):
             if index is not None:
                 indices[i].append(index)
     assert all(found == [1, 2, 3] for found in indices)  # once in T steps, numbered without a gap
@@ -110,7 +110,7 @@ def test_staggered_refreshes_are_spread_evenly(gap: int, count: int) -> None:
 
 
 def test_state_is_there_from_construction_and_keeps_its_names() -> None:
-    galore, parameter = part()
+    galore, parameter = one_matrix()
     before = set(galore.state["w"])
     assert before == {"basis", "exp_avg", "exp_avg_sq", "step"}
     assert not galore.state["w"]["basis"].any()
@@ -119,7 +119,7 @@ def test_state_is_there_from_construction_and_keeps_its_names() -> None:
 
 
 def test_a_basis_changes_at_refreshes_only() -> None:
-    galore, parameter = part()
+    galore, parameter = one_matrix()
     changed = []
     for step, gradient in enumerate(noise(12), start=1):
         old = galore.state["w"]["basis"].clone()
@@ -132,7 +132,7 @@ def test_a_basis_changes_at_refreshes_only() -> None:
 def test_reset_and_transport_and_keep_differ_only_from_the_refresh_on() -> None:
     results = {}
     for on_refresh in OnRefresh:
-        galore, parameter = part(on_refresh=on_refresh)
+        galore, parameter = one_matrix(on_refresh=on_refresh)
         steps(galore, parameter, noise(5))
         before = parameter.data.clone()
         steps(galore, parameter, noise(6)[5:], first=6)
@@ -148,7 +148,7 @@ def test_reset_and_transport_and_keep_differ_only_from_the_refresh_on() -> None:
 
 
 def test_non_finite_gradient_keeps_the_basis_counts_and_warns_once() -> None:
-    galore, parameter = part(gap=1)
+    galore, parameter = one_matrix(gap=1)
     gradients = noise(4)
     steps(galore, parameter, gradients[:1])
     basis = galore.state["w"]["basis"].clone()
@@ -164,13 +164,13 @@ def test_non_finite_gradient_keeps_the_basis_counts_and_warns_once() -> None:
 
 
 @pytest.mark.parametrize("first", [0.0, float("nan")])
-def test_the_first_draw_is_due_until_a_gradient_allows_it(first: float) -> None:
-    galore, parameter = part(gap=100)
+def test_the_first_refresh_is_due_until_a_gradient_allows_it(first: float) -> None:
+    galore, parameter = one_matrix(gap=100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         steps(galore, parameter, [torch.full((12, 8), first)])
     assert not galore.state["w"]["basis"].any()
-    resumed, other = part(gap=100)
+    resumed, other = one_matrix(gap=100)
     for key, tensor in galore.state["w"].items():
         resumed.state["w"][key].copy_(tensor.nan_to_num())
     resumed.resume()
@@ -187,13 +187,13 @@ def test_the_first_draw_is_due_until_a_gradient_allows_it(first: float) -> None:
 def test_a_decomposition_that_fails_keeps_the_basis() -> None:
     calls = []
 
-    def draws(draw: Draw) -> torch.Tensor:
-        calls.append(draw)
+    def sample(request: SampleRequest) -> torch.Tensor:
+        calls.append(request)
         if len(calls) == 2:
             raise torch.linalg.LinAlgError("did not converge")
-        return haar(draw)
+        return haar(request)
 
-    galore, parameter = part(gap=1, sampler=Sampler("failing", draws))
+    galore, parameter = one_matrix(gap=1, sampler=Sampler("failing", sample))
     steps(galore, parameter, noise(1))
     basis = galore.state["w"]["basis"].clone()
     with pytest.warns(RuntimeWarning, match="step 2: the gradient of w could not be decomposed; its old"):
@@ -202,23 +202,23 @@ def test_a_decomposition_that_fails_keeps_the_basis() -> None:
     assert galore.metrics()["subspace/skipped_draws"] == 1
 
 
-def test_a_sampler_that_switches_draws_at_the_switch() -> None:
+def test_a_sampler_that_switches_refreshes_at_the_switch() -> None:
     schedule = RefreshSchedule(gap=200, num_matrices=2, staggered=False, restart=321)
-    assert [s for s in range(1, 401) if schedule.draw_index(0, s) is not None] == [1, 201, 321]
-    assert [schedule.draw_index(1, s) for s in (1, 201, 321)] == [0, 1, 2]
+    assert [s for s in range(1, 401) if schedule.refresh_index(0, s) is not None] == [1, 201, 321]
+    assert [schedule.refresh_index(1, s) for s in (1, 201, 321)] == [0, 1, 2]
     switched = []
 
-    def draws(draw: Draw) -> torch.Tensor:
-        switched.append(draw.switched)
-        return haar(draw)
+    def sample(request: SampleRequest) -> torch.Tensor:
+        switched.append(request.switched)
+        return haar(request)
 
-    galore, parameter = part(gap=8, sampler=Sampler("two rules", draws, switch=0.8), total_steps=10)
+    galore, parameter = one_matrix(gap=8, sampler=Sampler("two rules", sample, switch=0.8), total_steps=10)
     steps(galore, parameter, noise(10))
     assert switched == [False, True]
 
 
 def test_zero_gradient_keeps_the_basis_and_the_weight_stays_finite() -> None:
-    galore, parameter = part(gap=1, on_refresh=OnRefresh.transport)
+    galore, parameter = one_matrix(gap=1, on_refresh=OnRefresh.transport)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps(galore, parameter, [torch.zeros(12, 8)])
@@ -231,7 +231,7 @@ def test_zero_gradient_keeps_the_basis_and_the_weight_stays_finite() -> None:
 
 
 def test_metrics_of_the_last_refresh() -> None:
-    galore, parameter = part(gap=2)
+    galore, parameter = one_matrix(gap=2)
     assert galore.metrics() == {}
     fixed = noise(1)[0]
     steps(galore, parameter, [fixed] * 3)
@@ -245,11 +245,11 @@ def test_metrics_of_the_last_refresh() -> None:
 
 
 def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_their_subspaces() -> None:
-    galore, parameter = part((40, 40), sampler=Sampler("haar", haar), rank=20, gap=1)
+    galore, parameter = one_matrix((40, 40), sampler=Sampler("haar", haar), rank=20, gap=1)
     steps(galore, parameter, noise(2, (40, 40)))
     # ‖QᵀQ'‖²/r of independent Haar bases: mean r/k, spread below 1/k
     assert galore.metrics()["subspace/overlap"] == pytest.approx(0.5, abs=0.1)
-    scaled, parameter = part(sampler=Sampler("gaussian", gaussian, Columns.scaled), gap=1)
+    scaled, parameter = one_matrix(sampler=Sampler("gaussian", gaussian, Columns.scaled), gap=1)
     gradients = noise(3)
     steps(scaled, parameter, gradients[:1])
     old, _ = torch.linalg.qr(scaled.state["w"]["basis"])
@@ -259,7 +259,7 @@ def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_thei
     assert metrics["subspace/overlap"] == pytest.approx(float((new.T @ old).square().sum() / 3), rel=1e-4)
     share = float((gradients[1] @ new).square().sum() / gradients[1].square().sum())
     assert metrics["subspace/captured_energy"] == pytest.approx(share, rel=1e-4)
-    # a draw every step is measured at one in ten
+    # a refresh every step is measured at one in ten
     steps(scaled, parameter, gradients[2:], first=3)
     assert {k: v for k, v in scaled.metrics().items() if "seconds" not in k} == {
         k: v for k, v in metrics.items() if "seconds" not in k
@@ -268,40 +268,42 @@ def test_overlap_of_random_bases_is_rank_over_size_and_that_of_others_is_of_thei
 
 def test_captured_energy_of_a_sampler_after_the_update_is_of_the_basis_in_use() -> None:
     later = Sampler("later", haar, post_update=True)
-    galore, parameter = part(gap=10, sampler=later)
+    galore, parameter = one_matrix(gap=10, sampler=later)
     gradients = noise(12)
     steps(galore, parameter, gradients[:11])
-    basis = galore.state["w"]["basis"].clone()  # drawn after the update of step 11
+    basis = galore.state["w"]["basis"].clone()  # sampled after the update of step 11
     steps(galore, parameter, gradients[11:], first=12)
     share = float((gradients[11] @ basis).square().sum() / gradients[11].square().sum())
     assert galore.metrics()["subspace/captured_energy"] == pytest.approx(share, rel=1e-5)
 
 
 def test_reduced_precision_basis_is_stored_in_it() -> None:
-    galore, parameter = part(compute_dtype=torch.bfloat16)
+    galore, parameter = one_matrix(compute_dtype=torch.bfloat16)
     steps(galore, parameter, noise(2))
     assert galore.state["w"]["basis"].dtype is torch.bfloat16
     assert galore.state["w"]["exp_avg_sq"].dtype is torch.float32
 
 
-def test_no_lagged_draw_follows_in_the_step_of_a_late_first_one() -> None:
+def test_no_post_update_refresh_follows_in_the_step_of_a_late_first_one() -> None:
     calls: list[int] = []
 
-    def draws(draw: Draw) -> torch.Tensor:
+    def sample(request: SampleRequest) -> torch.Tensor:
         calls.append(len(calls))
-        return haar(draw)
+        return haar(request)
 
-    later = Sampler("later", draws, informed=True, post_update=True)
-    galore, parameter = part(gap=1, sampler=later)
-    drawn = []
+    later = Sampler("later", sample, informed=True, post_update=True)
+    galore, parameter = one_matrix(gap=1, sampler=later)
+    refreshes = []
     for step, gradient in enumerate([torch.zeros(12, 8), *noise(3)], start=1):
         steps(galore, parameter, [gradient], first=step)
-        drawn.append(len(calls))
-    assert drawn == [0, 1, 2, 3]
+        refreshes.append(len(calls))
+    assert refreshes == [0, 1, 2, 3]
 
 
 def test_a_switch_to_random_bases_needs_no_gradient() -> None:
-    galore, parameter = part(gap=100, total_steps=4, sampler=Sampler("g", golore, informed=True, switch=0.5))
+    galore, parameter = one_matrix(
+        gap=100, total_steps=4, sampler=Sampler("g", golore, informed=True, switch=0.5)
+    )
     steps(galore, parameter, noise(2))
     before = galore.state["w"]["basis"].clone()
     steps(galore, parameter, [torch.zeros(12, 8)], first=3)

@@ -1,25 +1,26 @@
 """Samplers: orthonormal whatever the gradient, right in what they claim, reproducible."""
 
-from functools import partial
-
 import pytest
 import torch
+from helpers.methods import SAMPLERS, sampler_config
 from torch import Tensor
 
+from rsotrain.config.methods import OnlinePCAConfig, PCASolver, SvdConfig, SvdSolver
+from rsotrain.optim.build import build_sampler
 from rsotrain.subspace import random_bases, spectral
 from rsotrain.subspace.gram import DenseGram, GradientGram, add_gram_, mirrored_
 from rsotrain.subspace.online_pca import online_pca, pca_gradient
-from rsotrain.subspace.samplers import Draw
+from rsotrain.subspace.samplers import Sampler, SampleRequest
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import eigenbasis
 
 ROWS, SIZE, RANK = 40, 24, 6
 
 
-def draw_of(gradient: Tensor | None, rank: int = RANK, index: int = 0, **own: object) -> Draw:
+def request_of(gradient: Tensor | None, rank: int = RANK, index: int = 0, **own: object) -> SampleRequest:
     size = SIZE if gradient is None else gradient.shape[1]
     gram = None if gradient is None else GradientGram(gradient)
-    return Draw(size, rank, gram, generator(0, "test", index), torch.device("cpu"), **own)  # type: ignore[arg-type]
+    return SampleRequest(size, rank, gram, generator(0, "test", index), torch.device("cpu"), **own)  # type: ignore[arg-type]
 
 
 def spectrum(values: Tensor, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,18 +31,17 @@ def spectrum(values: Tensor, rows: int = ROWS, dtype: torch.dtype = torch.float3
     return ((left * values.double()) @ right.T).to(dtype)
 
 
-ORTHONORMAL = {
-    "svd": spectral.svd,
-    "full_svd": spectral.full_svd,
-    "importance": partial(spectral.importance, power=1.0),
-    "randomized_svd": partial(spectral.randomized_svd, rounds=2),
-    "topk_norm": spectral.topk_norm,
-    "haar": random_bases.haar,
-    "coordinate": random_bases.coordinate,
-    "srht": random_bases.srht,
-    "golore": spectral.golore,
-    "online_pca": partial(online_pca, lr=0.05, penalty=0.1, use_adam=False, orthonormalize=True),
-}
+def built_samplers() -> dict[str, Sampler]:
+    """Every sampler of conf/sampler, and the forms that their settings give them."""
+    configs = [sampler_config(name) for name in SAMPLERS]
+    configs += [
+        SvdConfig(name="full_svd", solver=SvdSolver.full),
+        OnlinePCAConfig(name="online_pca-orthonormal", lr=0.05, solver=PCASolver.sgd, orthonormalize=True),
+    ]
+    return {config.name: sampler for config in configs if (sampler := build_sampler(config)) is not None}
+
+
+ORTHONORMAL = {name: sampler.sample for name, sampler in built_samplers().items() if sampler.orthonormal}
 GRADIENTS = {
     "ordinary": spectrum(0.9 ** torch.arange(SIZE)),
     "square": spectrum(0.9 ** torch.arange(SIZE), rows=SIZE),
@@ -64,8 +64,8 @@ GRADIENTS = {
 def test_orthonormal_for_every_gradient(name: str, gradient: str, rank: int) -> None:
     previous = None
     for index in range(2):
-        draw = draw_of(GRADIENTS[gradient], rank, index, previous=previous)
-        basis = ORTHONORMAL[name](draw)
+        request = request_of(GRADIENTS[gradient], rank, index, previous=previous)
+        basis = ORTHONORMAL[name](request)
         assert basis.shape == (SIZE, rank)
         assert basis.dtype is torch.float32
         # Householder and eigh: a few roundings of 6e-8 per entry of 24-term sums
@@ -78,7 +78,7 @@ def test_orthonormal_for_every_gradient(name: str, gradient: str, rank: int) -> 
 def test_svd_captures_what_the_exact_svd_captures(shape: tuple[int, int], decay: float) -> None:
     gradient = spectrum(decay ** torch.arange(shape[1]), rows=shape[0])
     exact = torch.linalg.svdvals(gradient.double())[:RANK].square().sum()
-    basis = spectral.svd(draw_of(gradient)).double()
+    basis = spectral.svd(request_of(gradient)).double()
     # eigenvalues err by eps relative to the largest: 1e-7, some digits lost in the accumulation
     assert float((gradient.double() @ basis).square().sum() / exact) > 1 - 1e-6
 
@@ -93,7 +93,7 @@ def test_falls_back_to_more_exact_decompositions(
     calls = []
     original = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(a) or original(*a, **k))
-    vectors = spectral.svd(draw_of(gradient)).double()
+    vectors = spectral.svd(request_of(gradient)).double()
     assert bool(((vectors * exact[:RANK].T).sum(0).abs() > 0.99).all())
     assert len(calls) == decompositions
 
@@ -109,11 +109,11 @@ def test_rounding_noise_is_no_reason_for_an_svd() -> None:
 def test_dense_gram_gives_the_same_basis_as_the_gradient() -> None:
     gradient = GRADIENTS["ordinary"]
     dense = DenseGram(gradient.double().T @ gradient.double())
-    draw = draw_of(gradient)
-    draw.gram = dense
-    overlap = spectral.svd(draw).T @ spectral.svd(draw_of(gradient))
+    request = request_of(gradient)
+    request.gram = dense
+    overlap = spectral.svd(request).T @ spectral.svd(request_of(gradient))
     assert float(overlap.square().sum()) == pytest.approx(RANK, abs=1e-5)
-    assert spectral.randomized_svd(draw, rounds=2).shape == (SIZE, RANK)
+    assert spectral.randomized_svd(request, rounds=2).shape == (SIZE, RANK)
     assert float(dense.energy() / dense.normalised.diagonal().sum()) == pytest.approx(1.0)
 
 
@@ -137,9 +137,9 @@ def test_randomized_svd_finds_nearly_all_energy_and_improves_from_the_basis_in_u
     def share(basis: Tensor) -> float:
         return float((gradient @ basis).square().sum()) / exact
 
-    cold = spectral.randomized_svd(draw_of(gradient, 50), rounds=2)
+    cold = spectral.randomized_svd(request_of(gradient, 50), rounds=2)
     assert share(cold) > 0.99
-    warm = spectral.randomized_svd(draw_of(gradient, 50, previous=cold), rounds=1)
+    warm = spectral.randomized_svd(request_of(gradient, 50, previous=cold), rounds=1)
     assert share(cold) < share(warm) <= 1 + 1e-5
 
 
@@ -148,7 +148,7 @@ def test_randomized_svd_finds_a_gradient_that_has_left_the_basis_in_use() -> Non
     gradient = torch.zeros(ROWS, SIZE)
     gradient[:, SIZE // 2 :] = spectrum(0.5 ** torch.arange(SIZE // 2))
     previous = torch.eye(SIZE, RANK)
-    basis = spectral.randomized_svd(draw_of(gradient, previous=previous), rounds=2)
+    basis = spectral.randomized_svd(request_of(gradient, previous=previous), rounds=2)
     exact = torch.linalg.svdvals(gradient)[:RANK].square().sum()
     assert float((gradient @ basis).square().sum() / exact) > 0.99
 
@@ -156,7 +156,7 @@ def test_randomized_svd_finds_a_gradient_that_has_left_the_basis_in_use() -> Non
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_eigh_is_passed_over(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     gradient = spectrum(0.9 ** torch.arange(SIZE))
-    expected = spectral.svd(draw_of(gradient))
+    expected = spectral.svd(request_of(gradient))
     eigh, calls = torch.linalg.eigh, []
 
     def sometimes(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,9 +168,9 @@ def test_a_failed_eigh_is_passed_over(monkeypatch: pytest.MonkeyPatch, failing: 
     for gram in (GradientGram(gradient), DenseGram(gradient.T @ gradient)):
         calls.clear()
         monkeypatch.setattr(torch.linalg, "eigh", sometimes)
-        draw = draw_of(gradient)
-        draw.gram = gram
-        basis = spectral.svd(draw)
+        request = request_of(gradient)
+        request.gram = gram
+        basis = spectral.svd(request)
         assert len(calls) == 2
         # the same subspace: cosines of the principal angles are 1
         assert torch.allclose(torch.linalg.svdvals(basis.T @ expected), torch.ones(RANK), atol=1e-4)
@@ -178,17 +178,17 @@ def test_a_failed_eigh_is_passed_over(monkeypatch: pytest.MonkeyPatch, failing: 
 
 def test_importance_selects_everything_at_full_rank_and_ascends() -> None:
     gradient = GRADIENTS["ordinary"]
-    everything = spectral.importance(draw_of(gradient, SIZE), power=1.0)
-    dominant = spectral.svd(draw_of(gradient, SIZE))
+    everything = spectral.importance(request_of(gradient, SIZE), power=1.0)
+    dominant = spectral.svd(request_of(gradient, SIZE))
     assert torch.equal(everything, dominant)
     exact = torch.linalg.svd(gradient)[2]
     for index in range(20):
-        some = spectral.importance(draw_of(gradient, RANK, index), power=1.0)
+        some = spectral.importance(request_of(gradient, RANK, index), power=1.0)
         picked = (exact @ some).abs().argmax(0)
         assert bool((picked.diff() > 0).all())
 
 
-def test_importance_draws_in_proportion_to_the_singular_values() -> None:
+def test_importance_samples_in_proportion_to_the_singular_values() -> None:
     values = torch.tensor([4.0, 3.0, 2.0, 1.0])
     gradient = spectrum(values)
     exact = torch.linalg.svd(gradient, full_matrices=False)[2]
@@ -196,32 +196,32 @@ def test_importance_draws_in_proportion_to_the_singular_values() -> None:
     for power in (1.0, 2.0):
         picked = torch.zeros(4)
         for index in range(count):
-            basis = spectral.importance(draw_of(gradient, 1, index), power=power)
+            basis = spectral.importance(request_of(gradient, 1, index), power=power)
             picked[(exact @ basis).abs().argmax()] += 1
         share = values**power / (values**power).sum()
-        # 4 standard deviations of a frequency in 4000 draws
+        # 4 standard deviations of a frequency in 4000 samples
         assert bool(((picked / count - share).abs() < 4 * (share * (1 - share) / count).sqrt()).all())
 
 
 def test_importance_leaves_what_has_no_weight_to_the_last() -> None:
     gradient = GRADIENTS["rank 2"]
-    basis = spectral.importance(draw_of(gradient, 2), power=1.0)
+    basis = spectral.importance(request_of(gradient, 2), power=1.0)
     assert torch.allclose((gradient @ basis).norm(), gradient.norm())
 
 
 def test_signs_follow_the_basis_in_use() -> None:
     gradient = GRADIENTS["ordinary"]
-    basis = spectral.svd(draw_of(gradient))
+    basis = spectral.svd(request_of(gradient))
     flipped = basis * torch.tensor([-1.0, 1.0] * (RANK // 2))
-    assert torch.allclose(spectral.svd(draw_of(gradient, previous=flipped)), flipped, atol=1e-6)
+    assert torch.allclose(spectral.svd(request_of(gradient, previous=flipped)), flipped, atol=1e-6)
 
 
 def test_axes_samplers_pick_distinct_axes() -> None:
     columns = torch.tensor([0.1, 5.0, 0.2, 4.0, 0.0, 3.0])
     gradient = torch.ones(8, 1) * columns
-    basis = spectral.topk_norm(draw_of(gradient, 3))
+    basis = spectral.topk_norm(request_of(gradient, 3))
     assert basis.argmax(0).tolist() == [1, 3, 5]
-    axes = random_bases.coordinate(draw_of(None)).argmax(0)
+    axes = random_bases.coordinate(request_of(None)).argmax(0)
     assert bool((axes.diff() > 0).all())
 
 
@@ -230,16 +230,18 @@ def test_gaussian_and_haar_have_the_moments_they_claim() -> None:
     for sampler, expected in ((random_bases.gaussian, 1.0), (random_bases.haar, rank / size)):
         total = torch.zeros(size, size)
         for index in range(count):
-            draw = Draw(size, rank, None, generator(0, index), torch.device("cpu"))
-            basis = sampler(draw)
+            request = SampleRequest(size, rank, None, generator(0, index), torch.device("cpu"))
+            basis = sampler(request)
             total += basis @ basis.T
-        # E[PPᵀ] is a multiple of I; the mean of 4000 draws of variance below 1 errs by 0.016
+        # E[PPᵀ] is a multiple of I; the mean of 4000 samples of variance below 1 errs by 0.016
         assert bool((total / count - expected * torch.eye(size)).abs().max() < 0.06)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 12, 96, 43])
 def test_srht_is_orthonormal_and_spread_out_for_every_size(size: int) -> None:
-    basis = random_bases.srht(Draw(size, size, None, generator(0, size), torch.device("cpu"))).double()
+    basis = random_bases.srht(
+        SampleRequest(size, size, None, generator(0, size), torch.device("cpu"))
+    ).double()
     assert bool((basis.T @ basis - torch.eye(size)).abs().max() < 1e-6)
     odd = size
     while odd % 2 == 0:
@@ -250,9 +252,9 @@ def test_srht_is_orthonormal_and_spread_out_for_every_size(size: int) -> None:
 
 def test_golore_changes_over_at_its_share_of_the_run() -> None:
     gradient = GRADIENTS["ordinary"]
-    assert torch.equal(spectral.golore(draw_of(gradient)), spectral.svd(draw_of(gradient)))
-    switched = draw_of(gradient, switched=True)
-    assert torch.equal(spectral.golore(switched), random_bases.haar(draw_of(gradient)))
+    assert torch.equal(spectral.golore(request_of(gradient)), spectral.svd(request_of(gradient)))
+    switched = request_of(gradient, switched=True)
+    assert torch.equal(spectral.golore(switched), random_bases.haar(request_of(gradient)))
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
@@ -270,18 +272,18 @@ def test_pca_gradient_is_autograds(penalty: float) -> None:
 
 def test_online_pca_comes_to_the_dominant_subspace() -> None:
     gradient = spectrum(torch.tensor([3.0, 2.5, 2.0, 0.3, 0.2, 0.1]))
-    basis = random_bases.haar(draw_of(gradient, 3))
+    basis = random_bases.haar(request_of(gradient, 3))
     before = (gradient @ torch.linalg.qr(basis)[0]).square().sum() / gradient.square().sum()
     for _ in range(300):
-        draw = draw_of(gradient, 3, previous=basis)
-        basis = online_pca(draw, lr=0.1, penalty=0.1, use_adam=False, orthonormalize=False)
+        request = request_of(gradient, 3, previous=basis)
+        basis = online_pca(request, lr=0.1, penalty=0.1, use_adam=False, orthonormalize=False)
     after = (gradient @ torch.linalg.qr(basis)[0]).square().sum() / gradient.square().sum()
     best = torch.linalg.svdvals(gradient)[:3].square().sum() / gradient.square().sum()
     assert before < 0.9 * best
     assert after > 0.999 * best
 
 
-def test_draws_depend_on_seed_name_and_index_only() -> None:
+def test_samples_depend_on_seed_name_and_index_only() -> None:
     def noise(*labels: str | int) -> Tensor:
         return torch.randn(8, generator=generator(0, *labels))
 

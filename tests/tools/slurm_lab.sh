@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # A real SLURM of one machine on loopback, for tests: slurm_lab.sh install|start|stop. Debian or Ubuntu, as root.
+# NODES=3: the machine plays three nodes.
 # No systemd, no cgroups, nothing outside of $LAB but the packages and /etc/munge/munge.key.
 set -euo pipefail
 LAB=${LAB:-/tmp/rsotrain-slurm}
+NODES=${NODES:-1}
 export SLURM_CONF=$LAB/slurm.conf
 
 install() {
@@ -41,14 +43,18 @@ ReturnToService=2
 KillWait=60
 MinJobAge=3600
 StateSaveLocation=$LAB/state
-SlurmdSpoolDir=$LAB/spool
+SlurmdSpoolDir=$LAB/spool/%n
 SlurmctldPidFile=$LAB/slurmctld.pid
-SlurmdPidFile=$LAB/slurmd.pid
+SlurmdPidFile=$LAB/slurmd.%n.pid
 SlurmctldLogFile=$LAB/log/slurmctld
-SlurmdLogFile=$LAB/log/slurmd
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17011 CPUs=${CPUS:-4} RealMemory=2000 State=UNKNOWN
+SlurmdLogFile=$LAB/log/slurmd.%n
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
+  for n in $(seq "$NODES"); do
+    mkdir -p "$LAB/spool/n$n"
+    echo "NodeName=n$n NodeHostname=$host NodeAddr=127.0.0.1 Port=$((17010 + n)) CPUs=${CPUS:-4}" \
+      "RealMemory=2000 State=UNKNOWN" >>"$SLURM_CONF"
+  done
 }
 
 start() {
@@ -58,19 +64,19 @@ start() {
   setpriv --reuid=munge --regid=munge --clear-groups munged --socket="$LAB/munge/socket" \
     --pid-file="$LAB/munge/pid" --log-file="$LAB/munge/log" --seed-file="$LAB/munge/seed"
   slurmctld -f "$SLURM_CONF"
-  slurmd -f "$SLURM_CONF" -N n1
+  for n in $(seq "$NODES"); do slurmd -f "$SLURM_CONF" -N "n$n"; done
   for _ in $(seq 150); do
-    [ "$(timeout 3 sinfo -h -t idle -o %D 2>/dev/null)" = 1 ] && return
+    [ "$(timeout 3 sinfo -h -t idle -o %D 2>/dev/null)" = "$NODES" ] && return
     sleep 0.2
   done
-  echo "slurm_lab.sh: the node did not come up" >&2
+  echo "slurm_lab.sh: the nodes did not come up" >&2
   tail -n 5 "$LAB"/log/* >&2
   return 1
 }
 
 stop() {
   local file pid
-  for file in "$LAB"/slurmd.pid "$LAB"/slurmctld.pid "$LAB"/munge/pid; do
+  for file in "$LAB"/slurmd.*.pid "$LAB"/slurmctld.pid "$LAB"/munge/pid; do
     [ -f "$file" ] || continue
     pid=$(cat "$file")
     kill "$pid" 2>/dev/null || true

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -86,6 +87,22 @@ def test_plain_lines_align_and_go_to_the_log_too(tmp_path: Path, capsys: pytest.
         "after the end",
     ]
     assert log_path.read_text().splitlines() == ["from an earlier start", *lines[:-1]]
+
+
+def test_escape_sequences_reach_neither_screen_nor_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for live in (False, True):
+        shown = Display(live=live, total_steps=10, log_path=tmp_path / "train.log")
+        shown.update(1, TRAIN)  # a live display has begun
+        shown.message("\x1b]0;title\x07 \x9b2J \u202e :smile: [b]")
+        shown.message(os.fsdecode(b"\xff"))
+        shown.close()
+        printed, log = capsys.readouterr().out, (tmp_path / "train.log").read_text()
+        for text in (r"\x1b]0;title\x07 \x9b2J \u202e :smile: [b]", r"\udcff"):
+            assert text in printed
+            assert text in log.splitlines()
+        assert not re.search("\x1b]0|\x9b|\u202e", printed)
 
 
 def test_live_display_shows_the_latest_and_logs_plain_lines(
@@ -183,7 +200,7 @@ def test_parameter_table_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert cells == [
-        ["group", "parameters", "tensors", "learning rate", "rank", "state"],
+        ["group", "parameters", "tensors", "learning rate", "rank", "optimizer state"],
         ["blocks", "25,296,896", "56", "0.0025", "128", "1.00 MiB"],
         ["rest", "32,776,704", "19", "0.01", "-", "1.00 MiB"],
         ["frozen", "10", "1", "-", "-", "0 B"],

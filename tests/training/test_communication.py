@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import compose, load_data
+from helpers.runs import OPTIMIZERS, compose, load_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,10 +19,7 @@ from rsotrain.parallel.ranks import World
 from rsotrain.training.trainer import Trainer
 
 GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
-METHODS = (
-    "adam", "galore", "i3s", "sn", "sm", "sn_sm", "frugal", "fira", "apollo", "apollo_mini", "osd", "ldadam",
-    "muon", "rso", "carry",
-)  # fmt: skip
+METHODS = tuple(OPTIMIZERS)
 
 
 class Traffic(TorchDispatchMode):
@@ -143,9 +140,9 @@ def test_a_refresh_gathers_each_gradient_once_and_sends_each_basis_once(
         gathered = len(shapes) if strategy is Strategy.fsdp else 0
         assert counts.get("gather", 0) == gathered, name
         assert sizes.get("gather", 0) == (sum(4 * m * n for m, n in shapes) // 2 if gathered else 0)
-        assert counts["broadcast"] == 2  # one from each rank, of all that it has drawn
+        assert counts["broadcast"] == 2  # one from each rank, of all that it has sampled
         assert sizes["broadcast"] == sum(4 * 16 * min(shape) for shape in shapes)
-        assert counts["allreduce"] == quiet["allreduce"] + 1  # how each draw went
+        assert counts["allreduce"] == quiet["allreduce"] + 1  # how each refresh went
         assert counts.get("reduce_scatter") == quiet.get("reduce_scatter")
         assert sizes.get("allgather") == quiet_bytes.get("allgather")
 

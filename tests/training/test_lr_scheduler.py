@@ -4,10 +4,17 @@ import itertools
 
 import pytest
 
-from rsotrain.config.schema import ConstantConfig, CosineConfig, LinearConfig, LRSchedulerConfig, WSDConfig
+from rsotrain.config.schedules import (
+    SCHEDULES,
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    LRSchedulerConfig,
+    WSDConfig,
+)
 from rsotrain.training.lr_scheduler import lr_factor
 
-ALL = [ConstantConfig, CosineConfig, LinearConfig, WSDConfig]
+ALL = list(SCHEDULES.values())
 
 
 def factors(config: LRSchedulerConfig, total: int) -> list[float]:

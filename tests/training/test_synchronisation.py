@@ -1,4 +1,4 @@
-"""Between the draws of bases a step makes the host wait for the device once, where the loss is read."""
+"""Between refreshes a step makes the host wait for the device once, where the loss is read."""
 
 import warnings
 from typing import Any
@@ -13,7 +13,7 @@ from rsotrain.benchmark.synthetic import random_data
 from rsotrain.training.trainer import Trainer
 
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
-EVERY_STEP = ("osd", "ldadam")  # draw their bases in each step, by decompositions that have to be checked
+EVERY_STEP = ("osd", "ldadam")  # sample their bases in each step, by decompositions that have to be checked
 SMALL = ["model=llama_tiny", "tokenizer.vocab_size=300", "seq_len=16", "batch_size=4", "micro_batch_size=2"]
 PRECISIONS = ("bf16_mixed", "bf16")
 
@@ -40,7 +40,7 @@ def trainer(*overrides: str) -> Trainer:
 def test_no_value_is_read_within_a_step(optimizer: str, precision: str) -> None:
     """But of targets on the host: for each micro-batch how many there are, and whether some are ignored."""
     here = trainer(f"optimizer={optimizer}", f"precision={precision}")
-    for _ in range(2):  # the first draws of all samplers
+    for _ in range(2):  # the first refreshes of all samplers
         here.train_step()
     with Reads() as reads:
         here.train_step()

@@ -1,6 +1,7 @@
 """The training loop against its promises: one clock, accumulation, clipping, evaluation, exact resume."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from helpers.runs import OPTIMIZERS, compose, trainer
 
-from rsotrain.data.targets import IGNORE_INDEX, reached_positions
+from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.errors import UserError
 from rsotrain.optim.rso import RSO
 from rsotrain.training.trainer import NonFiniteError, Trainer, check_composition
@@ -35,20 +36,20 @@ def test_padding_plays_no_part_in_the_bases(tiny: list[str], cache_dir: Path) ->
         padded = targets.flip(1).ne(IGNORE_INDEX).cumsum(1).flip(1) == 0
         assert 0 < padded.sum() < padded.numel()
         trained.forward(inputs.where(~padded, padding), targets)
-        part = trained.optimizer.groups[0]
-        assert isinstance(part, RSO)
-        found.append([site.take_gram() for site in part.sites])
+        rso = trained.optimizer.groups[0]
+        assert isinstance(rso, RSO)
+        found.append([group.take_gram() for group in rso.input_groups])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
 
 
-def test_positions_are_reached_up_to_the_last_target() -> None:
+def test_positions_are_valid_up_to_the_last_target() -> None:
     ignored = IGNORE_INDEX
     targets = torch.tensor([[ignored, 5, ignored, 6], [ignored, 5, ignored, ignored], [ignored] * 4])
-    reached = reached_positions(targets)
-    assert reached is not None
-    assert reached.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
-    assert reached_positions(targets[:1]) is None
+    valid_mask = valid_positions(targets)
+    assert valid_mask is not None
+    assert valid_mask.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
+    assert valid_positions(targets[:1]) is None
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -166,9 +167,32 @@ def test_a_checkpoint_of_another_shape_is_refused_and_changes_nothing(
 ) -> None:
     small, wide = trainer(tiny, cache_dir), trainer([*tiny, "model.intermediate_size=96"], cache_dir)
     before = weights(wide)
-    with pytest.raises(UserError, match=r"the checkpoint is of another model: model\.layers\.0\.mlp"):
+    with pytest.raises(
+        UserError,
+        match=r"another model: model\.layers\.0\.mlp\.down_proj\.weight is 64x176 in float32 there"
+        r" and 64x96 in float32 in this model",
+    ):
         wide.load_state_dict(small.state_dict())
     assert all(torch.equal(weights(wide)[name], w) for name, w in before.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("precision=bf16", "lm_head.weight is 300x64 in float32 there and 300x64 in bfloat16 in this model"),
+        ("model.qk_norm=true", "there is no model.layers.0.self_attn.k_norm.weight, which this model has"),
+        ("model.num_hidden_layers=1", "layers.1.input_layernorm.weight (64 in float32), which this"),
+        ("model.tie_word_embeddings=true", "lm_head.weight (300x64 in float32), which this model lacks"),
+    ],
+)  # fmt: skip
+def test_what_another_model_lacks_or_has_in_another_dtype_is_named(
+    override: str, sentence: str, tiny: list[str], cache_dir: Path
+) -> None:
+    saved, other = trainer(tiny, cache_dir).state_dict(), trainer([*tiny, override], cache_dir)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        other.load_state_dict(saved)
+    if override == "precision=bf16":
+        other.load_weights(saved["model"])  # for a new run any dtype will do
 
 
 @pytest.mark.parametrize("where", ["weight", "gradient"])

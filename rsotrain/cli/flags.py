@@ -1,0 +1,40 @@
+"""The flags of the command line, which are Hydra's: they come first, and there are no others."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from rsotrain.errors import UserError, require
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides, which argparse wants in one piece: ``mode=plan -m seed=0,1``.
+
+    Raises UserError for a flag that does not exist, lacks its value, or has no effect.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args(list(arguments))
+    require(
+        given.experimental_rerun is None,
+        "--experimental-rerun would unpickle a file, which can run any code; give the run's command again",
+    )
+    for name in ("package", "resolve"):
+        require(
+            not getattr(given, name) or given.cfg is not None, f"--{name} has no effect without --cfg job"
+        )
+    overrides = list(given.overrides)
+    flags = []
+    for argument in arguments:
+        if overrides and argument == overrides[0]:
+            overrides.pop(0)
+        else:
+            flags.append(argument)
+    if flags and flags[-1] in ("--info", "-i"):  # an override would be taken for its value
+        flags[-1] = f"--info={given.info}"
+    return flags, given.overrides
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; rsotrain --hydra-help lists the flags")

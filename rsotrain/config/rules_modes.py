@@ -1,0 +1,55 @@
+"""What the modes demand of the settings that they read, and of those that they do not."""
+
+import os
+from pathlib import Path
+
+from rsotrain.config.processes import processes
+from rsotrain.config.schema import Config, LoadWhat, Mode
+from rsotrain.errors import require
+
+
+def validate_modes(config: Config) -> None:
+    """Raise UserError for what the mode does not read."""
+    generate, evaluation = config.generate, config.evaluation
+    require(bool(generate.prompts), "generate.prompts is empty; give at least one, such as ['The ']")
+    require(
+        not evaluation.legacy_divisor or evaluation.micro_batch_size is not None,
+        "evaluation.legacy_divisor=true averages averages of batches, so its number depends on their size;"
+        " give that with evaluation.micro_batch_size=…",
+    )
+    for name in ("tasks_path", "num_fewshot", "task_limit"):
+        require(
+            getattr(evaluation, name) is None or bool(evaluation.tasks),
+            f"evaluation.{name} has no effect without evaluation.tasks=[…]",
+        )
+    require(
+        not evaluation.tasks or config.mode is Mode.evaluate,
+        "evaluation.tasks is for mode=evaluate; give the run there with checkpoint.path=…",
+    )
+    require(
+        config.checkpoint.load is LoadWhat.all or config.mode in (Mode.train, Mode.plan),
+        "checkpoint.load=weights is for training; the other modes take nothing else",
+    )
+    require(
+        config.mode in (Mode.train, Mode.benchmark) or processes().size == 1,
+        f"mode={config.mode.name} is for one process; start one",
+    )
+    require(
+        config.model.init_from is None or config.checkpoint.path is None or config.mode is not Mode.train,
+        "model.init_from and checkpoint.path both give the first weights; leave one of them out",
+    )
+    require(
+        config.mode is Mode.export or (config.export.path is None and config.export.dtype is None),
+        "export.path and export.dtype are for mode=export",
+    )
+    require(
+        config.mode is Mode.benchmark or not config.benchmark.profile,
+        "benchmark.profile=true is for mode=benchmark",
+    )
+    require(
+        config.mode is not Mode.benchmark or config.checkpoint.path is None,
+        "mode=benchmark times a fresh model, so checkpoint.path would do nothing; leave it out",
+    )
+    if config.model.init_from is not None:
+        folder = Path(config.model.init_from).expanduser()
+        require(os.path.isfile(folder / "config.json"), f"model.init_from={folder} holds no config.json")

@@ -1,0 +1,94 @@
+"""``mode=train``: the folder, the display and the closing table around a run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rsotrain.checkpoints.files import list_checkpoints
+from rsotrain.config.schema import Config
+from rsotrain.errors import Interrupted, StoppedEarly, TrainingError
+from rsotrain.files import os_errors_said, reason
+from rsotrain.parallel.ranks import start
+from rsotrain.running.folder import RunFolder, open_run_folder
+from rsotrain.running.run import TrainingRun
+from rsotrain.tracking.display import build_display, print_closing_table
+from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.screen import survive_its_loss
+from rsotrain.tracking.wandb_logger import resolve_mode
+from rsotrain.training.guard import Guard, unguarded
+from rsotrain.training.trainer import check_composition
+
+
+def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
+    """Train to ``config.steps``, or on from the newest checkpoint of the same run.
+
+    Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
+    checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
+    checkpoint written.
+    """
+    survive_its_loss()
+    world = start(config.parallelism, config.device)
+    with (
+        world.reporting_losses(),
+        world.ending_together(StoppedEarly, Interrupted),
+        ExitStack() as stack,
+    ):
+        world.together(lambda: check_composition(config))
+        resolve_mode(config.logger.wandb_mode)
+
+        def enter() -> tuple[RunFolder, dict[str, Any] | None]:
+            folder = stack.enter_context(open_run_folder(config, os.environ.get("WANDB_RUN_ID") or None))
+            return folder, folder.finished_summary()
+
+        folder, summary = world.from_main(enter)  # rank 0 alone makes and locks it
+        if summary is not None:
+            if world.is_main:
+                print_line(f"{folder.path} is finished already; overwrite=true runs it again")
+                print_closing_table(summary, _files(folder))
+            return summary
+        log_path = folder.log
+        with os_errors_said(f"{log_path} cannot be written"):
+            display = build_display(
+                config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
+            )
+        try:
+            with guard(config, world), _os_errors_said():
+                run = TrainingRun(config, folder, display, world)
+                summary = run.run()
+        finally:
+            display.close()
+        if world.is_main:
+            files = _files(folder)
+            if (wandb := run.loggers.places().get("wandb")) is not None:
+                files["wandb"] = _inside(folder.path, wandb)
+            print_closing_table(summary, files, log_path)
+        return summary
+
+
+@contextmanager
+def _os_errors_said() -> Iterator[None]:
+    """For what the disk refuses where nobody else says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise TrainingError(
+            f"{error.filename or 'a file'}: {reason(error)};"
+            " the same command goes on from the last checkpoint"
+        ) from error
+
+
+def _files(folder: RunFolder) -> dict[str, Path | str]:
+    """The run folder and, relative to it, what is in it."""
+    files: dict[str, Path | str] = {"run folder": folder.path, "metrics": folder.metrics.name}
+    if checkpoints := list_checkpoints(folder.checkpoints):
+        files["checkpoint"] = _inside(folder.path, checkpoints[-1])
+    return files
+
+
+def _inside(folder: Path, place: Path | str) -> str:
+    inside = isinstance(place, Path) and place.is_relative_to(folder)
+    return str(Path(place).relative_to(folder) if inside else place)

@@ -1,0 +1,50 @@
+"""Every optimizer and sampler of ``conf/``, small: what is added there is tested without another list."""
+
+from dataclasses import replace
+from functools import cache
+
+from helpers.command import ROOT
+from helpers.runs import OPTIMIZERS, compose
+
+from rsotrain.config.methods import InnerSolver, OptimizerConfig, SamplerConfig, SolverConfig, SubspaceConfig
+from rsotrain.optim.base import ParamGroupOptimizer
+from rsotrain.optim.build import method_of
+
+SAMPLERS = sorted(path.stem for path in (ROOT / "conf" / "sampler").glob("*.yaml"))
+
+
+@cache
+def _composed(name: str) -> tuple[OptimizerConfig, SamplerConfig]:
+    config = compose(["model=llama_tiny", f"optimizer={name}"])
+    return config.optimizer, config.sampler
+
+
+def sampler_config(name: str) -> SamplerConfig:
+    return compose(["model=llama_tiny", "optimizer=galore", f"sampler={name}"]).sampler
+
+
+def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[OptimizerConfig, SamplerConfig]:
+    """``optimizer=name`` with its own sampler, of a rank and with refreshes that small matrices can have."""
+    optimizer, sampler = _composed(name)
+    if isinstance(optimizer, SubspaceConfig):
+        own_rank = optimizer.rank if isinstance(optimizer.rank, int) else rank
+        settings |= {
+            "rank": min(rank, own_rank), "update_proj_gap": min(gap, optimizer.update_proj_gap),
+        }  # fmt: skip
+    return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
+
+
+def takes_any_matrix(name: str) -> bool:
+    """Does the method work on parameters alone, or does it change the model's modules?"""
+    own = method_of(_composed(name)[0]).prepare_model.__func__  # type: ignore[attr-defined]
+    return own is ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
+
+
+OF_MATRICES = [name for name in OPTIMIZERS if takes_any_matrix(name)]
+
+
+def solver_variants(name: str) -> dict[str, InnerSolver]:
+    """``name-solver`` for each solver that the method can have beside Adam."""
+    if not isinstance(_composed(name)[0], SolverConfig):
+        return {}
+    return {f"{name}-{solver.name}": solver for solver in InnerSolver if solver is not InnerSolver.adam}
