@@ -21,8 +21,7 @@ from rsotrain.benchmark.tables import print_benchmark
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import Config
-from rsotrain.errors import UserError
-from rsotrain.files import write_json_atomic
+from rsotrain.files import os_errors_said, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
 from rsotrain.tracking.escaping import print_line
@@ -54,17 +53,16 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:
         print_benchmark(result)
-        write_json_atomic(folder / RESULT, result)
+        with os_errors_said(f"{folder / RESULT} cannot be written"):
+            write_json_atomic(folder / RESULT, result)
         print_line(folder / RESULT)
     return result
 
 
 def _make_folder(config: Config) -> Path:
     folder = run_folder_path(config)
-    try:
+    with os_errors_said(f"output_dir={config.output_dir} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
     return folder
 
 
@@ -125,9 +123,10 @@ def _profile(trainer: Trainer, folder: Path) -> float:
             trainer.train_step()
     if settings.profile:
         rank = f"_rank{world.rank}" if world.size > 1 else ""
-        profile.export_chrome_trace(str(folder / f"trace{rank}.json"))
+        trace = folder / f"trace{rank}.json"
+        with os_errors_said(f"{trace} cannot be written"):
+            profile.export_chrome_trace(str(trace))
         if world.is_main:
-            trace = folder / f"trace{rank}.json"
             print_line(f"{trace}: open it in chrome://tracing or https://ui.perfetto.dev")
     return communication_seconds(profile, settings.profile_steps)
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -245,6 +246,9 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
     for file in path.rglob("*.safetensors"):  # all that lie there are read
         if file.relative_to(path).as_posix() not in checksums:
             raise DamagedError(f"{file.name} is none of its files")
+    for name in checksums:  # on every rank, for each opens some of them
+        if not stat.S_ISREG(os.stat(path / name).st_mode):
+            raise DamagedError(f"{name} is no regular file")
     for name in sorted(checksums)[rank::size]:
         if _digest(path / name) != checksums[name]:
             raise DamagedError(f"{name} is damaged: its checksum does not fit")

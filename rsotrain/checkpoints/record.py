@@ -16,6 +16,7 @@ from rsotrain.files import finite, read_json, write_json_atomic
 
 RECORD = "trainer.json"
 EVALUATION = "evaluation.json"
+_LARGEST = 2**63  # what others can compute with
 
 
 class DamagedError(ValueError):
@@ -56,15 +57,20 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < _LARGEST if isinstance(value, int) else not math.isnan(value)
 
 
 def _holds(mapping: object, types: Any) -> bool:
-    return isinstance(mapping, dict) and all(isinstance(value, types) for value in mapping.values())
+    return isinstance(mapping, dict) and all(
+        isinstance(value, types) and not (isinstance(value, int) and abs(value) >= _LARGEST)
+        for value in mapping.values()
+    )
 
 
 def add_evaluation(path: Path, score: float, run: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What can be done with a trained model: evaluate, generate, export."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Config, Precision
 from rsotrain.data.build import build_validation
 from rsotrain.errors import UserError
-from rsotrain.files import finite
+from rsotrain.files import finite, reason
 from rsotrain.inference.export import export_huggingface
 from rsotrain.inference.trained_model import TrainedModel, open_trained
 from rsotrain.models.generation import generate_texts
@@ -71,11 +72,12 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
 
 
 def _record(result: dict[str, Any], path: Path) -> None:
-    try:
-        with path.open("a") as file:
+    try:  # never through a link, which may lead out of the run
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(result)) + "\n")
     except OSError as error:  # somebody else's run, perhaps; the result is on the screen
-        print_line(f"warning: {path} cannot be written ({error.strerror})")
+        print_line(f"warning: {path} cannot be written ({reason(error)})")
 
 
 def generate_mode(config: Config) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from typing import Any
 
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Config
-from rsotrain.errors import UserError
-from rsotrain.files import write_json_atomic
+from rsotrain.files import os_errors_said, write_json_atomic
 from rsotrain.planner.plan import make_plan
 from rsotrain.planner.show import print_plan, write_picture
 from rsotrain.tracking.escaping import print_line
@@ -20,12 +19,10 @@ def plan_mode(config: Config) -> dict[str, Any]:
     if config.compile:
         print("compile=true: the plan is for the run without compilation")
     folder = run_folder_path(config)
-    try:
+    with os_errors_said(f"output_dir={config.output_dir} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / PLAN, plan.as_dict())
         said = write_picture(plan.phases, folder / "plan.png")
-    except OSError as error:
-        raise UserError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
     print_line(f"plan: {folder / PLAN}")
     print_line(said)
     return plan.as_dict()

@@ -1,6 +1,7 @@
 """Where a run goes on: at its own newest checkpoint, or at another run's that it begins from."""
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,10 +13,16 @@ from rsotrain.checkpoints.files import KINDS, list_checkpoints, read_checkpoint
 from rsotrain.config.identity import differences, identity
 from rsotrain.config.schema import LoadWhat
 from rsotrain.data.position import other_order
-from rsotrain.errors import NonFiniteError, UserError, require
+from rsotrain.errors import UserError, require
 from rsotrain.files import finite, read_yaml
 from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
+
+# What reading hostile files has raised, in safetensors, in torch.distributed.checkpoint and here.
+_UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError,
+    struct.error, SafetensorError,
+)  # fmt: skip
 
 
 @dataclass
@@ -116,8 +123,9 @@ class _Resumption:
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
             try:
                 return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
-            except (OSError, ValueError, LookupError, TypeError, SafetensorError, NonFiniteError) as error:
-                raise OSError(str(error)) from error
+            except _UNREADABLE as error:
+                said = str(error).strip().split("\n")[0][:300]
+                raise OSError(said or type(error).__name__) from error
 
         try:
             return self.world.together(read)
@@ -136,9 +144,16 @@ class _Resumption:
             f"{path} is of step {done}, but steps={self.config.steps};"
             " raise steps, or take the weights alone with checkpoint.load=weights",
         )
-        self.trainer.load_state_dict(state)
+        try:
+            self.trainer.load_state_dict(state)
+            reordered = other_order(trainer, self.trainer.data.train, self.config.seed)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged: its position in the data cannot be read;"
+                " take it away, or begin with its weights: checkpoint.load=weights"
+            ) from error
         self.notify(f"resumed from {path}")
-        if (reordered := other_order(trainer, self.trainer.data.train, self.config.seed)) is not None:
+        if reordered is not None:
             self.notify(reordered)
         return Progress.from_json(run)
 
