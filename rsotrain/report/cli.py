@@ -13,6 +13,7 @@ from rsotrain.report.runs import Run, read_runs
 from rsotrain.report.watching import Told, looks
 from rsotrain.report.writing import report_on
 from rsotrain.tracking.escaping import one_line, print_line
+from rsotrain.tracking.screen import survive_its_loss
 
 USER_ERROR_STATUS = 2
 LONGEST_SECONDS = 86_400  # between two looks
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, said in one sentence."""
+    survive_its_loss()
     arguments = build_parser().parse_args()
     try:
         report(arguments)

@@ -32,6 +32,7 @@ from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, print_parameter_table
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
+from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.trainer import StepResult, Trainer, share_of_batch

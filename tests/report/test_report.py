@@ -319,6 +319,14 @@ def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
     assert done.stderr == f"rsotrain-report: {tmp_path}/nowhere {reason}\n"
 
 
+@pytest.mark.parametrize("screen", [">/dev/full", ">&-", "| true"], ids=["full", "closed", "nobody reads"])
+def test_a_lost_screen_costs_no_report(screen: str, make: Make, tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m rsotrain.report {make('a')} --out {tmp_path}/out {screen}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/report.html").exists()
+
+
 def test_without_matplotlib_the_fix_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'rsotrain\[report\]'"):
