@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,9 @@ def leveldb_records(data: bytes, offset: int = 7) -> Iterator[bytes]:
 
 @pytest.fixture
 def wandb_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wandb]:
-    """Without the developer's key, settings or proxies."""
+    """Without the developer's key, settings or proxies, and what wandb has read of an earlier test's."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
