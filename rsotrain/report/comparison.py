@@ -143,17 +143,26 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """
     statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
-    jobs = {
-        (g.mark, run.steps, _hashable(run.config.get("batch_size")))
-        for g, _ in candidates
-        for run in g.finished
-    }
     is_loss = column.metric.startswith(("val/", "train/"))
-    if column.better is None or len(candidates) < 2 or (is_loss and len(jobs) > 1):
+    if (
+        column.better is None
+        or len(candidates) < 2
+        or (is_loss and budgets_differ([g for g, _ in candidates]))
+    ):
         return []
     best = column.better([mean for _, mean in candidates])
     tied = [group for group, mean in candidates if mean == best]
     return tied if len(tied) < len(candidates) else []
+
+
+def budgets_differ(groups: Sequence[Group]) -> bool:
+    """Whether their losses come after different numbers of steps or tokens, or of different data."""
+    jobs = {
+        (group.mark, run.steps, _hashable(run.config.get("batch_size")))
+        for group in groups
+        for run in group.finished
+    }
+    return len(jobs) > 1
 
 
 def differing_keys(runs: Sequence[Run], also: Collection[str] = ()) -> list[str]:

@@ -163,11 +163,15 @@ def _pictures(pictures: Mapping[str, str]) -> list[str]:
 
 
 def _adapted(svg: str) -> str:
-    """A picture as an element of the page: as wide as it, in its colours, without ids that collide."""
+    """A picture as an element of the page: as wide as it, in its colours, without ids that collide.
+
+    On a narrow screen it is scrolled, since its letters would be too small.
+    """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
-    return with_variables(SVG_TAG.sub(lambda tag: _OWN_ID.sub("", tag[0]), svg))
+    svg = with_variables(SVG_TAG.sub(lambda tag: _OWN_ID.sub("", tag[0]), svg))
+    return f'<div class="scroll">{svg}</div>'
 
 
 _OWN_ID = re.compile(r'\bid="(figure|axes|patch|text|line2d|legend|matplotlib|xtick|ytick)[^"]*"')
@@ -214,7 +218,7 @@ header p,footer,.notes{color:var(--muted);margin:4px 0 0}
 section{margin-top:40px}
 footer{margin-top:48px;padding-top:12px;border-top:1px solid var(--grid);font-size:13px}
 .notes{font-size:13px;margin-top:10px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:12px;margin-top:28px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px;margin-top:28px}
 .tile{border:1px solid var(--grid);border-radius:10px;padding:12px 16px;display:flex;flex-direction:column}
 .tile span{color:var(--muted);font-size:13px}
 .tile b{font-size:24px;line-height:1.35;font-weight:600}
@@ -226,7 +230,7 @@ border-bottom:1px solid var(--grid)}
 thead th{color:var(--muted);font-size:12.5px}
 th:first-child{text-align:left;padding-left:0}
 td:last-child{color:var(--muted)}
-tbody th{font-weight:500}
+tbody th{font-weight:500;white-space:normal;overflow-wrap:anywhere;min-width:170px;max-width:420px}
 td.best{font-weight:700;position:relative}
 td.best::after{content:"★";color:var(--series-4);font-size:9px;position:absolute;right:0;top:9px}
 i{display:inline-block;width:20px;vertical-align:middle;margin-right:8px}
@@ -234,7 +238,8 @@ i{display:inline-block;width:20px;vertical-align:middle;margin-right:8px}
 .runs td.settings{text-align:left;white-space:normal;min-width:220px;overflow-wrap:anywhere}
 .runs thead th:last-child{text-align:left}
 .claims td,.claims th{white-space:normal;text-align:left;vertical-align:top}
-.claims th{padding-left:16px!important;min-width:240px}
+.claims th{padding-left:16px!important;min-width:240px;max-width:none;overflow-wrap:normal}
+.claims td:last-child{min-width:240px}
 .claims .claim th{padding-left:0!important;font-weight:650}
 .claims .claim span{color:var(--muted);font-weight:400;white-space:nowrap}
 .claims .verdict{white-space:nowrap;color:var(--muted)}
@@ -247,7 +252,7 @@ background:var(--muted)}
 .running::before{background:var(--series-1)}
 .stopped::before{background:var(--series-4)}
 .failed::before,.lost::before{background:var(--series-6)}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;min-width:600px;height:auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
 .tabs{display:flow-root}
 .tabs input{position:absolute;opacity:0}
@@ -256,5 +261,5 @@ border-radius:99px;font-size:13px;color:var(--muted);cursor:pointer}
 .tabs input:checked+label{color:var(--surface);background:var(--ink);border-color:var(--ink)}
 .tabs input:focus-visible+label{outline:2px solid var(--series-1);outline-offset:2px}
 .pane{display:none}
-@media print{.pane{display:block}.tabs label{display:none}}
+@media print{.pane{display:block}.tabs label{display:none}svg{min-width:0}}
 """

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsotrain.report.claims import Finding
-from rsotrain.report.comparison import BYTES_KEYS, COLUMNS, LOSS, Column, Group, best_groups, differing_keys
+from rsotrain.report.comparison import (
+    BYTES_KEYS,
+    COLUMNS,
+    LOSS,
+    Column,
+    Group,
+    best_groups,
+    budgets_differ,
+    differing_keys,
+)
 from rsotrain.report.evidence import Verdict
 from rsotrain.tracking.display import titled_table
 from rsotrain.tracking.escaping import for_csv, for_markdown
@@ -55,6 +64,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
     firsts = [group.runs[0] for group in groups]
     if between := [k for k in differing_keys(firsts, BYTES_KEYS) if k.split(".")[0] in BYTES_KEYS]:
         said.append(f"Groups differ in {_listed(between)}, on which bytes and tokens/s depend.")
+    if budgets_differ(groups) and len({group.mark for group in groups}) == 1:
+        said.append("No loss is the best, since they come after different numbers of steps or tokens.")
     if any(group.mark for group in groups):
         said.append("Validation losses of groups with different letters mean different things.")
     return said

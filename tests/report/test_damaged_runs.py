@@ -87,7 +87,7 @@ def read_whole(folder: Path, told: list[str]) -> list[str]:
     document(groups, findings, [], "title", "command")
     comma_separated(groups)
     screen(groups, 80)
-    runs_table(runs)
+    runs_table(runs, 80)
     return sorted(run.name for run in runs)
 
 

@@ -89,7 +89,7 @@ def test_a_report_shows_every_name_as_it_is(
 def test_the_live_table_does_so_too(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    Console(width=160).print(runs_table(read_runs([runs])))
+    Console(width=160).print(runs_table(read_runs([runs]), 160))
     printed = capsys.readouterr().out
     assert all(for_terminal(name) in printed for name in NAMES)
     assert printed.replace("\n", "").isprintable()

@@ -88,7 +88,7 @@ def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -
     alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
     going = make("b", 3.0, finished=False, record=alive, optimizer__name="galore")
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(runs_table(read_runs([going.parent])))
+    console.print(runs_table(read_runs([going.parent]), 120))
     lines = console.export_text().splitlines()
     assert lines[0].strip() == "2 runs: 1 running, 1 finished"
     first, second = (line.replace("│", " ").split() for line in lines[4:6])
@@ -102,6 +102,23 @@ def test_live_follows_the_runs(make: Make, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "Comparison" in printed
     assert "2 finished" in printed
+
+
+@pytest.mark.parametrize(("width", "columns"), [(120, 7), (80, 7), (64, 6)])
+def test_names_keep_their_room_in_a_narrow_terminal(width: int, columns: int, make: Make) -> None:
+    from rich.console import Console
+
+    alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    make("a", seed=1, finished=False, record=alive)
+    folder = make("b", optimizer__name="galore").parent
+    console = Console(width=width, file=io.StringIO())
+    console.print(runs_table(read_runs([folder]), width))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 1 + 3 + 2 + 1  # title, heading, a line each, the lower border
+    assert lines[2].count("│") == columns + 1
+    assert [line.split("│")[1].strip() for line in lines[4:6]] == ["adam", "galore"]
 
 
 @pytest.mark.alone

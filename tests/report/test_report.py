@@ -288,6 +288,7 @@ def test_losses_after_other_budgets_have_no_best(settings: dict[str, Any], make:
     groups = compare(read_runs([make("a", 2.0), other]))
     assert not best_groups(groups, LOSS)
     assert best_groups(groups, THROUGHPUT)
+    assert "No loss is the best, since they come after different numbers of steps" in markdown(groups)
 
 
 def test_a_group_with_a_failed_run_is_not_the_best(make: Make) -> None:
@@ -321,7 +322,9 @@ def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("screen", [">/dev/full", ">&-", "| true"], ids=["full", "closed", "nobody reads"])
 def test_a_lost_screen_costs_no_report(screen: str, make: Make, tmp_path: Path) -> None:
-    command = f"set -o pipefail; {sys.executable} -m rsotrain.report {make('a')} --out {tmp_path}/out {screen}"
+    command = (
+        f"set -o pipefail; {sys.executable} -m rsotrain.report {make('a')} --out {tmp_path}/out {screen}"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out/report.html").exists()
