@@ -16,7 +16,6 @@ from helpers.runs import compose
 from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.config.schema import Config
 from rsotrain.errors import TrainingError, UserError
-from rsotrain.running import run as running
 from rsotrain.running.folder import open_run_folder
 from rsotrain.running.mode import train
 from rsotrain.tracking.run_files import FILES
@@ -161,11 +160,11 @@ def test_what_is_removed_from_the_folder_meanwhile_is_missed(
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
-        ("save_tokenizer", UserError),
-        ("build_loggers", UserError),
-        ("build_display", UserError),
-        ("write_json_atomic", TrainingError),
-        ("unigram_loss", TrainingError),
+        ("run.save_tokenizer", UserError),
+        ("run.build_loggers", UserError),
+        ("mode.build_display", UserError),
+        ("run.write_json_atomic", TrainingError),
+        ("run.unigram_loss", TrainingError),
     ],
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -175,7 +174,7 @@ def test_a_disk_that_refuses_gets_one_sentence(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "the file")
 
-    monkeypatch.setattr(running, where, refuse)
+    monkeypatch.setattr(f"rsotrain.running.{where}", refuse)
     with pytest.raises(kind) as raised:
         train(config)
     said = str(raised.value)
