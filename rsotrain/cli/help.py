@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from rsotrain.cli.compose import conf_dir
+from rsotrain.tracking.escaping import for_terminal
 
 HELP_WIDTH = 100
 
@@ -24,7 +25,7 @@ def list_groups() -> str:
             options.setdefault(file.parent.name, set()).add(file.stem)
     return "\n".join(
         textwrap.fill(
-            f"{group}: {', '.join(sorted(names, key=_by_size))}",
+            for_terminal(f"{group}: {', '.join(sorted(names, key=_by_size))}"),
             width=HELP_WIDTH,
             initial_indent="  ",
             subsequent_indent="    ",

@@ -33,7 +33,7 @@ def print_plan(plan: Plan) -> None:
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
     if plan.formula_state != plan.optimizer_state:
-        print(
+        print_line(
             f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
             f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
         )
