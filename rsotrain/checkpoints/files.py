@@ -204,7 +204,7 @@ def check_finite(tensors: Mapping[str, Tensors]) -> None:
     """
     for kind, named in tensors.items():
         for name, tensor in named.items() if kind in KINDS else ():
-            if tensor.is_floating_point() and tensor.numel() > 0:
+            if tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta:
                 wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
                 ends = torch.stack(torch.aminmax(wide))  # one pass; NaN comes through
                 if bool(ends.isnan().any()) or (kind == "model" and not bool(ends.isfinite().all())):

@@ -101,7 +101,7 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
         f"WANDB_RUN_ID={run_id} is no id of W&B: at most 128 characters, none of them / \\ # ? % :",
     )
     made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
-    with os_errors_said(f"{path} cannot be written"):
+    with os_errors_said(f"output_dir={config.output_dir} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
     with lock:

@@ -179,7 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 3}, "is not divisible by"),
     ({"num_hidden_layers": 10**6}, ": num_hidden_layers=1000000 must be at most 10_000"),
     ({"hidden_size": 10**30}, "must be at most 1_000_000"),
-    ({"rope_theta": 10**400, "rope_parameters": None}, "which is too large"),
+    ({"rope_theta": 10**400, "rope_parameters": None}, "an integer of too many digits"),
     ({"rms_norm_eps": float("nan")}, "has rms_norm_eps=nan"),
     ({"rms_norm_eps": float("inf")}, "has rms_norm_eps=inf"),
     ({"hidden_size": {"a": [1] * 10_000}}, "but it must be a positive number"),
