@@ -70,7 +70,7 @@ class OptimizerConfig:
     """
 
     name: str = MISSING
-    lr: float = number(at_least=0, at_most=10**31)  # beyond, its product with a scale overflows
+    lr: float = number(at_least=0, at_most=1000)
     scale: float = number(1.0, at_least=0, at_most=10**6)
     betas: tuple[float, float] = numbers(
         (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)

@@ -30,3 +30,7 @@ def load_data(config: Config, cache_dir: Path) -> Data:
 def trainer(overrides: list[str], cache_dir: Path) -> Trainer:
     config = compose(overrides)
     return Trainer(config, load_data(config, cache_dir))
+
+
+# Diverges within the ranges of the settings: a step multiplies attention and MLP weights by −10¹².
+DIVERGING = ("optimizer.lr=1000", "optimizer.scale=1000000", "optimizer.weight_decay=1000")

@@ -14,7 +14,7 @@ import torch
 from helpers import ranks
 from helpers.command import Cli
 from helpers.run_folders import assert_same_tensors, history
-from helpers.runs import compose, trainer
+from helpers.runs import DIVERGING, compose, trainer
 
 from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.checkpoints.record import load_record
@@ -203,11 +203,17 @@ def test_the_best_checkpoint_is_kept_though_it_was_saved_before_it_was_evaluated
 def test_an_evaluation_that_is_not_finite_ends_the_run_as_failed(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
-    wild = ["optimizer.lr=1e30", "lr_scheduler=constant", "lr_scheduler.warmup_fraction=0", "steps=1"]
+    wild = [
+        *DIVERGING,
+        "lr_scheduler=constant",
+        "lr_scheduler.warmup_fraction=0",
+        "steps=2",
+        "save_every=null",
+    ]
     result = cli(*tiny, *wild, "optimizer=adam", "run_name=r")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "step 1: the validation loss is nan: stopped, there is no checkpoint yet" in result.stderr
+    assert "step 2: the validation loss is nan: stopped, there is no checkpoint yet" in result.stderr
     assert not (tmp_path / "outputs/r/summary.json").exists()
     assert json.loads((tmp_path / "outputs/r/run.json").read_text())["state"] == "failed"
 

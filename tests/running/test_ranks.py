@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import ranks
 from helpers.run_folders import assert_near, stopping, weights
-from helpers.runs import compose
+from helpers.runs import DIVERGING, compose
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from rsotrain.checkpoints import files as checkpoint
@@ -115,7 +115,7 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "full disk": partial(full_disk, config("f")),
         "other settings": partial(expecting, UserError, config("f", "optimizer.lr=0.5", "overwrite=false")),
         "not finite": partial(
-            expecting, TrainingError, config("n", "optimizer.lr=1e30", "lr_scheduler.warmup_steps=0")
+            expecting, TrainingError, config("n", *DIVERGING, "lr_scheduler.warmup_steps=0")
         ),
     }
     results["two"] = ranks.run(2, two, folder / "two")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.command import Cli
 from helpers.run_folders import assert_same_tensors
-from helpers.runs import compose
+from helpers.runs import DIVERGING, compose
 
 from rsotrain.checkpoints import saving
 from rsotrain.errors import TrainingError
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 ) -> None:
     result = cli(
         *tiny,
-        "optimizer.lr=1e30",
+        *DIVERGING,
         "lr_scheduler=constant",
         "lr_scheduler.warmup_fraction=0",
         "save_every=1",

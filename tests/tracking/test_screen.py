@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.runs import DIVERGING
 
 from rsotrain.tracking.screen import survive_its_loss
 
@@ -67,7 +68,7 @@ def test_a_screen_that_takes_nothing(redirection: str, progress: str, start: Sta
 
 def test_a_failed_training_keeps_its_status_without_a_screen(start: Start) -> None:
     shell = ("sh", "-c", 'exec "$@" >/dev/full 2>/dev/full', "sh")
-    wild = ("optimizer.lr=1e30", "lr_scheduler=constant", "lr_scheduler.warmup_fraction=0")
+    wild = (*DIVERGING, "lr_scheduler=constant", "lr_scheduler.warmup_fraction=0")
     assert start(*wild, prefix=shell).wait(timeout=120) == 1
 
 
