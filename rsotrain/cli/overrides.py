@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
 from hydra.errors import HydraException
 
 from rsotrain.cli.text_keys import keep_text
-from rsotrain.config.keys import keys_of
+from rsotrain.config.keys import field_types, keys_of
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.config.text import NAME_BYTES
 from rsotrain.errors import UserError, require
@@ -34,7 +34,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     Such are an empty key, a group that is given null or a number, an empty mapping, a number of thousands of
     digits or for a truth value, and a sweep over billions of runs, of which Hydra would make a list.
     """
-    runs = 1
+    runs, leaves = 1, field_types()
     for argument in arguments:
         key, _, value = argument.partition("=")
         require(bool(_KEY.fullmatch(key)), f"{argument!r} is not of the form key=value")
@@ -44,6 +44,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
         require(
             name != "hydra", f"{argument} is for none of Hydra's settings; name one, as hydra.verbose=true"
         )
+        whole = next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)
+        if whole is not None and not name.removeprefix(f"{whole}.").isdecimal():  # optimizer.betas.0 is one
+            raise UserError(f"unknown key {name}; {whole} has no parts of a name")
         number = re.search(r"[\d_]{400}", value)  # beyond any float, and soon beyond what Python reads
         require(number is None or name in keys_of(str), f"{name}={value} is larger than any number may be")
         if name in keys_of(bool):

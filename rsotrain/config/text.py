@@ -35,6 +35,10 @@ def check_text(config: Any, prefix: str = "") -> None:
             check_text(value, f"{key}.")
             continue
         for text in value if isinstance(value, list | tuple) else (value,):
+            # OmegaConf looks at the type of an element, but not into one that is a list
+            require(
+                not isinstance(text, list | tuple | dict), f"{key}={value} must be a list of plain values"
+            )
             if isinstance(text, str):
                 (check_path if is_path(field) else check_writable)(key, text)
 

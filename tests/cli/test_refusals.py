@@ -57,6 +57,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
         (["-m", "hydra.sweeper.max_batch_size=0", "seed=0,1"], "this command line (AssertionError)"),
         (["-m", "seed=range(0,10000000000)"], "a sweep over more than 100_000 runs"),
         (["-m", f"seed={','.join(map(str, range(400)))}", f"steps={','.join(map(str, range(400)))}"], "[…]"),
+        (["optimizer.betas.x=1"], "unknown key optimizer.betas.x; optimizer.betas has no parts of a name"),
+        (["steps.x=1"], "unknown key steps.x"),
         (["model={}"], "model={} sets nothing; leave it out"),
         (["compile=7"], "compile=7 must be true or false"),
         (["logger.wandb=-1"], "logger.wandb=-1 must be true or false"),
@@ -213,7 +215,7 @@ def test_hydras_useful_flags_go_on_working(cli: Cli) -> None:
 def test_what_makes_sense_passes() -> None:
     check_overrides([
         "steps=1", "~tuned", "+experiment=study", "++seed=1", "hydra/launcher=basic", "hydra.job.name=x",
-        "compile=true,false", "compile=1", "seed=range(1,100)", "model@x=llama_9m",
+        "optimizer.betas.0=0.8", "compile=true,false", "compile=1", "seed=range(1,100)", "model@x=llama_9m",
         "optimizer.betas=[0.9,0.99]",
     ])  # fmt: skip
     with pytest.raises(UserError, match="more than 100_000 runs"):

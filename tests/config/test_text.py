@@ -1,10 +1,15 @@
-"""Which text of the configuration names files."""
+"""Which text of the configuration names files, and what lists of it may hold."""
 
 import dataclasses
+from typing import Any
 
+import pytest
+
+from rsotrain.config.data import GenerateConfig
 from rsotrain.config.keys import kinds
 from rsotrain.config.schema import SCHEMAS, Config
-from rsotrain.config.text import is_path
+from rsotrain.config.text import check_text, is_path
+from rsotrain.errors import UserError
 
 
 def test_every_path_is_declared_as_one() -> None:
@@ -20,3 +25,9 @@ def test_every_path_is_declared_as_one() -> None:
             )
             found |= {field.name} if named else set()
     assert found >= {"path", "validation_path", "output_dir", "cache_dir", "init_from", "tasks_path"}
+
+
+@pytest.mark.parametrize("prompts", [[["a"]], [{"a": 1}], ["a", ["b"]]])
+def test_a_list_of_text_holds_no_lists(prompts: list[Any]) -> None:
+    with pytest.raises(UserError, match=r"^generate\.prompts=.* must be a list of plain values$"):
+        check_text(Config(generate=GenerateConfig(prompts=prompts)))
