@@ -23,7 +23,12 @@ _CPU_BLOCK_BYTES = 2 * 2**20
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, device_kind: str | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    device_kind: str | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of −log softmax(hidden weightᵀ)[target], as an fp32 scalar.
 
@@ -31,6 +36,9 @@ def linear_cross_entropy(
     targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. ``device_kind``: "cpu" or "cuda",
     whose working buffers are to be used; None: that of hidden's device. Softmax, loss and the sum of
     the head's gradient over chunks are in fp32; gradients arrive in the dtype of their tensor.
+    ``z_loss``: weight c of the auxiliary loss Σ c·(log Z)², Z = Σ exp(logits), which keeps the logits from
+    drifting (PaLM, arXiv 2204.02311, section 5, with c = 1e-4). It is in the gradients only: the value that
+    is returned stays the cross-entropy, so that losses with and without it can be compared.
     The gradients are scaled in place when backward runs, so it can run only once (torch raises the
     second time).
     """
@@ -38,37 +46,45 @@ def linear_cross_entropy(
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
     kind = device_kind or hidden.device.type
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, kind)
-    return _loss_and_gradients(hidden, weight, targets, kind, False, False)[0]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, kind, z_loss)
+    return _loss_and_gradients(hidden, weight, targets, kind, z_loss, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kind: str) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss, *grads = _loss_and_gradients(hidden, weight, targets, kind, need_hidden, need_weight)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kind: str, z_loss: float
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *grads = _loss_and_gradients(hidden, weight, targets, kind, z_loss, *needed)
         ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # Not cast to the gradient's dtype first: 1/tokens in bf16 is off by up to 0.2 %, every entry with it.
         grad_hidden, grad_weight = (
             grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kind: str, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kind: str,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The summed loss and its gradients with respect to hidden and weight (None where not needed)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype)
     chunk_size = min(CHUNK_TOKENS, num_tokens)
     logits = hidden.new_empty(chunk_size, vocab_size)
-    softmax = _Softmax(chunk_size, vocab_size, hidden.device, kind)
+    softmax = _Softmax(chunk_size, vocab_size, hidden.device, kind, z_loss)
     valid = (targets != IGNORE_INDEX).unsqueeze(1)
     loss = hidden.new_zeros((), dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -96,9 +112,12 @@ def _block_rows(num_rows: int, row_elements: int, kind: str) -> int:
 
 
 class _Softmax:
-    """Cross-entropy of logits and its gradient, in fp32 through a reused block of rows."""
+    """Cross-entropy of logits, and its gradient with the z-loss's, in fp32 through a reused block of rows."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, kind: str) -> None:
+    def __init__(
+        self, num_rows: int, vocab_size: int, device: torch.device, kind: str, z_loss: float
+    ) -> None:
+        self.z_loss = z_loss
         rows = _block_rows(num_rows, vocab_size, kind)
         self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self.probabilities = torch.empty_like(self.logits)
@@ -121,6 +140,8 @@ class _Softmax:
             log_sum = logit.amax(1, keepdim=True) - probability.amax(1, keepdim=True).log_()
             loss += (log_sum - logit.gather(1, target)).masked_fill_(~valid, 0.0).sum()
             if with_gradient:
+                if self.z_loss:  # d(log Z)²/dlogits = 2 log Z · softmax
+                    probability.mul_(log_sum.mul_(2 * self.z_loss).add_(1.0))
                 minus_one = logit.new_full((), -1.0).expand_as(target)
                 rows.copy_(probability.scatter_add_(1, target, minus_one))
         return loss
