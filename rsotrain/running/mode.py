@@ -12,6 +12,7 @@ from rsotrain.config.schema import Config
 from rsotrain.errors import Interrupted, StoppedEarly, TrainingError
 from rsotrain.files import os_errors_said, reason
 from rsotrain.parallel.ranks import start
+from rsotrain.running.epochs import with_steps
 from rsotrain.running.folder import RunFolder, open_run_folder
 from rsotrain.running.run import TrainingRun
 from rsotrain.tracking.display import build_display, print_closing_table
@@ -23,7 +24,7 @@ from rsotrain.training.guard import Guard, unguarded
 
 
 def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
-    """Train to ``config.steps``, or on from the newest checkpoint of the same run.
+    """Train to ``config.steps``, or for ``config.epochs``, or on from the newest checkpoint of the same run.
 
     Returns what ``summary.json`` holds. Raises TrainingError if the loss is not finite or the last
     checkpoint cannot be written; StoppedEarly after ``max_seconds`` and Interrupted after a signal, the
@@ -36,6 +37,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         world.ending_together(StoppedEarly, Interrupted),
         ExitStack() as stack,
     ):
+        config = with_steps(config, world)
         world.together(lambda: check_composition(config))
         resolve_mode(config.logger)
         init_timeout_seconds(config.logger)
