@@ -184,9 +184,10 @@ def reduce_rows(
     send = first.new_zeros((pieces, sum(sizes)), dtype=dtype)
     for (name, gradient), columns in zip(gradients.items(), send.split(sizes, dim=1), strict=True):
         rows = columns.unflatten(1, (chunks[name], gradient.shape[1]))
-        for piece in range(pieces):
-            start, stop = chunk_bounds(gradient.shape[0], pieces, piece)
-            rows[piece, : stop - start] = gradient[start:stop]
+        whole, rest = divmod(gradient.shape[0], chunks[name])  # pieces that are full; rows of the one after
+        rows[:whole] = gradient[: gradient.shape[0] - rest].unflatten(0, (whole, chunks[name]))
+        if rest:
+            rows[whole, :rest] = gradient[gradient.shape[0] - rest :]
     received = send[0]
     if pieces > 1:
         received = torch.empty_like(send[0])
