@@ -149,7 +149,8 @@ def planned_peak(config: Config) -> dict[str, float]:
     micro = config.micro_batch_size or config.batch_size // world_size(config)
     largest = max(2, _MAX_TOKENS // config.seq_len)
     if micro <= largest:
-        return max(make_plan(config, gpus=False).phases.values(), key=lambda phase: phase["peak"])  # type: ignore[return-value]
+        phases = [dict[str, float](phase) for phase in make_plan(config, gpus=False).phases.values()]
+        return max(phases, key=lambda phase: phase["peak"])
     small, large = largest // 2, largest
     of_small, of_large = (
         make_plan(with_micro_batches(config, size), gpus=False).phases for size in (small, large)

@@ -158,5 +158,5 @@ def test_an_older_run_goes_on_as_it_began_and_stays_old(tmp_path: Path, tiny: li
         assert said.count(f"goes on as it began, with {key}") == 2
     last = "checkpoints/step_00000006"
     assert_same_tensors(folder / last, tmp_path / "straight" / last)
-    with pytest.raises(UserError, match="lr_scheduler.end: None there, after_last_update here"):
+    with pytest.raises(UserError, match=r"lr_scheduler\.end: None there, after_last_update here"):
         train(compose([*command, "run_name=straight"]))

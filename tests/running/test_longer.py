@@ -1,4 +1,4 @@
-"""How long a run is: more steps than another's, whose rate then jumps, or epochs; and batches that it skips."""
+"""How long a run is: longer than another, whose rate then jumps, or epochs; and batches that it skips."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def test_epochs_are_as_many_steps_as_the_data_say(tiny: list[str], tmp_path: Pat
 def test_epochs_and_steps_are_not_both_given(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     refused = cli(*tiny, "epochs=0.015")
     assert refused.returncode == 2
-    assert "steps=6 and epochs=0.01 both say how long the run is; give one of them" in refused.stderr
+    assert "steps=6 and epochs=0.015 both say how long the run is; give one of them" in refused.stderr
     assert not (tmp_path / "outputs").exists()
     done = cli(*[o for o in tiny if not o.startswith("steps=")], *ADAM, "epochs=0.001")
     assert done.returncode == 0, done.stderr
@@ -122,12 +122,12 @@ def test_a_run_passes_over_bad_batches_and_says_so(
 ) -> None:
     broken(monkeypatch, {1, 4})
     with pytest.raises(
-        TrainingError, match="step 2: the loss is nan .*: stopped before the update, there is no"
+        TrainingError, match=r"step 2: the loss is nan .*: stopped before the update, there is no"
     ):
         train(run_of(tiny, tmp_path, "none"))
     config = run_of(tiny, tmp_path, "r", "max_bad_steps=1")
     with pytest.raises(
-        TrainingError, match="step 4: .*, and max_bad_steps=1 batches have been skipped: stopped"
+        TrainingError, match=r"step 4: .*, and max_bad_steps=1 batches have been skipped: stopped"
     ):
         train(config)
     # more may be skipped without its being another run

@@ -99,7 +99,7 @@ def test_after_the_last_batch_that_may_be_skipped_training_ends(tiny: list[str],
         "step 2: the loss is nan and the gradient norm nan: batch skipped, the 2. of at most 2"
     )
     with pytest.raises(
-        NonFiniteError, match="step 2: the loss is nan .*, and max_bad_steps=2 batches have been skipped"
+        NonFiniteError, match=r"step 2: the loss is nan .*, and max_bad_steps=2 batches have been skipped"
     ):
         made.train_step()
     assert_equal(tensors(made), before)
