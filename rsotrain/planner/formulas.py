@@ -17,7 +17,7 @@ from rsotrain.optim.state_size import WeightsLayout
 from rsotrain.parallel.ranks import shards_of
 
 
-def trained_weights(model: ModelConfig, vocab_size: int) -> list[Weight]:
+def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
     """All parameters of a model that are not frozen; a tied one once."""
     built = model_without_memory(model, vocab_size)
     trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
@@ -42,7 +42,7 @@ def state_bytes(config: Config, vocab_size: int) -> StateBytes:
     patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
     blocks: list[Weight] = []
     rest: list[Weight] = []
-    for weight in trained_weights(config.model, vocab_size):
+    for weight in weights_of(config.model, vocab_size):
         matched = any(pattern.search(weight.name) for pattern in patterns)
         (blocks if matched else rest).append(weight)
     layout = _layout(config)
