@@ -330,7 +330,9 @@ class RSO(OptimizerWithBases):
             for group in due
         }
         groups = {group.name: group for group in due}
-        for name, change in self.bases.refreshed(sources, step + 1, lr_factor, lambda name: due[groups[name]]):
+        for name, change in self.bases.refreshed(
+            sources, step + 1, lr_factor, lambda name: due[groups[name]]
+        ):
             for layer in groups[name].layers:
                 self._basis_changed(layer, change, step)
 
