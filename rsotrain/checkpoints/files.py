@@ -339,7 +339,6 @@ def read_checkpoint(
     run = record["run"]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
     check_finite(state)
-    trainer = {"step": record["step"], "tokens": record["tokens"]}
-    # older checkpoints lack these
-    trainer |= {key: record[key] for key in ("sequences", "order", "data") if key in record}
+    # older checkpoints have less of it
+    trainer = {key: value for key, value in record.items() if key not in ("run", "score")}
     return state | {"trainer": trainer}, run

@@ -5,6 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
 from rsotrain.config.ranges import COUNT, SIZE, number
 from rsotrain.config.text import file_path
 
@@ -201,6 +202,9 @@ class ExportConfig:
 class EvaluationConfig:
     """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation.
 
+    ``at_start``: evaluate before the first step, too. ``patience``: training ends after so many evaluations
+    in a row that were not better than the best before them by more than ``min_delta`` nats; null: at the last
+    step.
     ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation.
     ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of
     the published tables, which depends on ``micro_batch_size``; ``rsotrain.training.evaluation`` says how.
@@ -210,6 +214,9 @@ class EvaluationConfig:
 
     max_tokens: int | None = number(10_000_000, above=0, at_most=COUNT)
     micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # null: the training micro-batch
+    at_start: bool = later(False)
+    patience: int | None = later(number(None, above=0, at_most=COUNT))
+    min_delta: float = later(number(0.0, at_least=0, at_most=1000))
     samples: bool = True
     legacy_divisor: bool = False
     tasks: list[str] = field(default_factory=list)

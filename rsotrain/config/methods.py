@@ -66,7 +66,8 @@ class OptimizerConfig:
 
     ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
     and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
-    the attention and MLP weights. ``state_dtype``: dtype of the moments.
+    the attention and MLP weights. ``state_dtype``: dtype of the moments. ``weight_decay`` is decoupled and
+    acts on matrices; on norms, biases, embedding and head, too, with ``decay_norms_and_embeddings``.
     """
 
     name: str = MISSING
@@ -77,6 +78,7 @@ class OptimizerConfig:
     )
     eps: float = number(1e-8, at_least=SMALL, at_most=1)
     weight_decay: float = number(0.0, at_least=0, at_most=1000)
+    decay_norms_and_embeddings: bool = later(False, before=True, matters_with="weight_decay")
     state_dtype: StateDtype = StateDtype.float32
     block_parameters: list[str] = field(
         default_factory=lambda: [

@@ -98,7 +98,7 @@ class ModelConfig:
     each query and key before the rotary embedding, as Qwen3. ``block``, ``attention``, ``mlp``: names in
     ``rsotrain.models.parts``. ``init_from``: a Hugging Face folder whose weights to start from.
     ``pad_vocab_to_multiple_of``: rows without a token that round the vocabulary up, for the speed of the
-    matrix products.
+    matrix products. ``freeze``: regular expressions that find the names of parameters that are not trained.
     """
 
     name: str = MISSING
@@ -124,6 +124,7 @@ class ModelConfig:
     mlp: str = later("swiglu")
     pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
     init_from: str | None = file_path(None)
+    freeze: list[str] = later(field(default_factory=list))
 
     @property
     def kv_heads(self) -> int:
@@ -146,7 +147,7 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that a Hugging Face folder does not tell; model=pretrained takes all others from it.
-FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from")
+FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from", "freeze")
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ class Config:
 
     mode: Mode = Mode.train
     steps: int = number(above=0, at_most=COUNT)
+    epochs: float | None = later(number(None, above=0, at_most=10**6))  # instead of steps, which follow
     batch_size: int = number(above=0, at_most=10**6)  # sequences per optimizer step, all ranks
     micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # per pass and rank; null: all
     seq_len: int = number(above=0, at_most=10**8)
@@ -258,6 +260,10 @@ class Config:
     device: Device = Device.auto
     precision: Precision = Precision.bf16_mixed
     grad_clip: float | None = number(None, above=0, at_most=FACTOR)  # global norm of gradients; null: none
+    z_loss: float = later(number(0.0, at_least=0, at_most=1))  # weight of (log Z)² beside the cross-entropy
+    max_bad_steps: int = later(number(0, at_least=0, at_most=10**6))  # batches skipped instead of failing
+    # A batch is bad, too, if its gradient norm is so many times the median of those before; null: never.
+    spike_factor: float | None = later(number(None, above=1, at_most=FACTOR))
     compile: bool = False
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     eval_every: int | None = number(None, above=0, at_most=COUNT)  # steps; null: only at the end

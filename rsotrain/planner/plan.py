@@ -52,14 +52,6 @@ class Plan:
         """The content of ``plan.json``."""
         return asdict(self)
 
-    @property
-    def largest(self) -> tuple[str, int]:
-        """(name, bytes) of the largest kind at the peak."""
-        worst = max(self.phases.values(), key=lambda phase: phase["peak"])
-        kinds = {name: nbytes for name, nbytes in worst.items() if name != "peak"}
-        name = max(kinds, key=kinds.__getitem__)
-        return name, kinds[name]
-
 
 def device_kind_of(config: Config) -> str:
     """The kind of device that is planned for: a GPU, unless ``device=cpu``."""
