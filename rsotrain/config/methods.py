@@ -25,8 +25,11 @@ class OnRefresh(Enum):
 
 
 class StateDtype(Enum):
+    """int8: 8 bits an element and a float32 scale a block (``rsotrain.optim.blocks``)."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 Settings = TypeVar("Settings", bound=type)

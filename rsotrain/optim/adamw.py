@@ -61,7 +61,7 @@ class AdamW(ParamGroupOptimizer):
             kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
         for (dtype, device), names in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
-            copies = dtype is not work_dtype(dtype) or self.keeper.dtype is torch.bfloat16
+            copies = dtype is not work_dtype(dtype) or self.keeper.reduced
             limit = PIECE_ELEMENTS if copies else None
             pieces = [piece for name in names for piece in self._pieces(name, limit)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import require
+from rsotrain.optim.blocks import block_dim, block_size, is_unsigned
+from rsotrain.optim.coded import CodedMoment
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
 from rsotrain.optim.norms import norms_of
@@ -119,7 +121,8 @@ class ParamGroupOptimizer(ABC):
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
-        return sum(layout.bytes_of(cls.matrix_state(config, layout.matrix(w))) for w in weights)
+        matrices = [layout.matrix(weight) for weight in weights]
+        return sum(layout.bytes_of(cls.matrix_state(config, matrix), matrix) for matrix in matrices)
 
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
@@ -138,11 +141,40 @@ class ParamGroupOptimizer(ABC):
         parameter, shard = self.parameters[name], self.shards[name]
         dim = None if shard.dim is None else dim
         label = f"{name}{'' if dim is None else shard.label}.{key}"
-        moment = self.keeper.moment(key, shape, parameter, label=label, dim=dim)
+        coded = self._coded(name, key, shape, dim) if self.keeper.coded else None
+        moment = self.keeper.moment(key, shape, parameter, label=label, dim=dim, coded=coded)
         self.moments[name][key] = moment
         for state_key, tensor in moment.tensors.items():
             self.add_tensor(name, state_key, tensor, dim)
         return moment
+
+    def _coded(self, name: str, key: str, shape: Sequence[int], dim: int | None) -> CodedMoment | None:
+        """The moment in 8 bits; None where it is too small to be kept so."""
+        parameter, shard, whole = self.parameters[name], self.shards[name], list(shape)
+        start = [0] * len(whole)
+        if dim is not None:
+            assert shard.dim is not None
+            whole[dim], start[dim] = shard.shape[shard.dim], shard.start
+        along = block_dim(whole, shard.shape, rows=not parameter.requires_grad)
+        size = block_size(whole, along)
+        if size is None:
+            return None
+        require(
+            along != dim,
+            f"optimizer.state_dtype=int8: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
+            f" its {shard.shape[1]} columns are not divisible by {shard.pieces}, and would cut the blocks of"
+            " its moments; use a number of ranks that divides the columns, or optimizer.state_dtype=bfloat16",
+        )
+        return CodedMoment.zeros(
+            shape,
+            (whole[0], whole[1]),
+            (start[0], start[1]),
+            along,
+            size,
+            unsigned=is_unsigned(key),
+            label=f"{name}.{key}",
+            device=parameter.device,
+        )
 
     def add_tensor(self, name: str, key: str, tensor: Tensor, dim: int | None = None) -> Tensor:
         """Add a state tensor of the parameter (or input group) ``name``; ``dim`` as in ``add_moment``."""
