@@ -32,6 +32,15 @@ class StateDtype(Enum):
     int8 = "int8"
 
 
+class WeightRounding(Enum):
+    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is lost
+    on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as in
+    the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
+
+    stochastic = "stochastic"
+    nearest = "nearest"
+
+
 Settings = TypeVar("Settings", bound=type)
 
 # Name of the schema -> settings; settings -> ``module:name`` of the code.
@@ -70,6 +79,7 @@ class OptimizerConfig:
     ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
     and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
     the attention and MLP weights. ``state_dtype``: dtype of the moments.
+    ``weight_rounding``: of weights in bfloat16 (precision=bf16), where it is stochastic by default.
     """
 
     name: str = MISSING
@@ -81,6 +91,7 @@ class OptimizerConfig:
     eps: float = number(1e-8, at_least=SMALL, at_most=1)
     weight_decay: float = number(0.0, at_least=0, at_most=1000)
     state_dtype: StateDtype = StateDtype.float32
+    weight_rounding: WeightRounding = later(WeightRounding.nearest)
     block_parameters: list[str] = field(
         default_factory=lambda: [
             r"\.self_attn\.[qkvo]_proj\.weight$",

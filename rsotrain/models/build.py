@@ -35,10 +35,12 @@ def build_model(
     seed: int,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     separator_id: int | None = None,
+    float32_gains: bool = False,
 ) -> Llama:
     """The model on ``device``, initialised; on the meta device it has shapes and dtypes only.
 
     ``separator_id``: the token that begins a document; attention then ends at its document's beginning.
+    ``float32_gains``: the gains of norms are float32 in every precision.
     Raises UserError where the sizes do not fit together, or ``config.init_from`` does not fit them.
     """
     validate_model(config)
@@ -52,12 +54,22 @@ def build_model(
             activation_checkpointing=activation_checkpointing,
             separator_id=separator_id,
         ).to(PARAMETER_DTYPE[precision])
+        if float32_gains:
+            _widen_gains(model)
         model.tie_weights()
     if config.init_from is not None and config.vocab_size == vocab_size:  # known already: before any work
         check_fit(model, read_huggingface(Path(config.init_from).expanduser()))
     if device.type != "meta":
         materialize(model, device, seed)
     return model
+
+
+def _widen_gains(model: Llama) -> None:
+    for module in model.modules():
+        for name, kind in getattr(module, "kinds", {}).items():
+            if kind is Kind.gain:
+                own = getattr(module, name)
+                own.data = own.data.to(torch.float32)
 
 
 def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:

@@ -5,9 +5,9 @@ A value x is stored as a root of itself, in equal steps up to the root of the bl
 - signed, for first moments: x = w|w| with w = c·s, c in −127 … 127, rounded to nearest;
 - unsigned, for second moments: x = w⁴ with w = c·s, c in 0 … 255, rounded stochastically.
 
-The steps of a root grow with the value, so that coordinates of a block may lie far apart, as the columns of a
-projected gradient do. A second moment moves by 1 − β₂ = 0.001 of itself in a step, which is less than half the
-distance to the next code: rounded to nearest it would stay where the first steps left it, and rounded at
+The steps of a root grow with the value, so that coordinates of a block may lie far apart, as the columns of
+a projected gradient do. A second moment moves by 1 − β₂ = 0.001 of itself in a step, which is less than half
+the distance to the next code: rounded to nearest it would stay where the first steps left it, and rounded at
 random it follows on average. A first moment moves by a tenth and is rounded to nearest, with half the error.
 Nothing but zero is stored as a second moment of zero, which would make the update m/ε.
 
@@ -67,7 +67,7 @@ def by_blocks(values: Tensor, dim: int, block: int) -> Tensor:
 
 
 def decode(codes: Tensor, scales: Tensor, *, unsigned: bool) -> Tensor:
-    """The values (float32). ``codes``: (A, block, C) int8, or uint8 if ``unsigned``; ``scales``: (A, 1, C)."""
+    """The values, float32. ``codes``: (A, block, C) int8, or uint8 if ``unsigned``; ``scales``: (A, 1, C)."""
     roots = codes.to(torch.float32).mul_(scales)
     return roots.square_().square_() if unsigned else roots.mul_(roots.abs())
 

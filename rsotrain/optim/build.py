@@ -95,6 +95,7 @@ def build_optimizer(
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        weight_rounding=config.weight_rounding,
     )
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:

@@ -77,7 +77,7 @@ class Wide(list[Tensor]):
 
 
 class StateKeeper:
-    """Stores moments in float32, bfloat16 or 8 bits. They are computed in float32 (float64 for float64 weights).
+    """Stores moments in float32, bfloat16 or 8 bits. They are computed in float32 (float64 for such weights).
 
     bfloat16 moments are rounded stochastically, with a generator seeded by (run seed, label, step); of those
     in 8 bits (``rsotrain.optim.blocks``) second moments are, with random numbers that belong to the place in

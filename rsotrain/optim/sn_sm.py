@@ -85,7 +85,8 @@ class SubsetNorm(ParamGroupOptimizer):
             sums = m.subset_sums(oriented(gradient, m.side), size)
             factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
             momentum = oriented(exp_avg, m.side)
-            self.apply_(m.weight, scaled_subsets(momentum, factors, m.subsets_of_columns(size)), lr)
+            update = scaled_subsets(momentum, factors, m.subsets_of_columns(size))
+            self.apply_(m.name, update, lr, step, m.side)
             self.keeper.write(moments, wide, step)
 
 
@@ -136,5 +137,6 @@ class SubspaceMomentum(SubspaceOptimizer):
             factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
             numerator = a.to(basis.dtype, copy=True)
             add_lifted_(numerator, difference, basis, 1.0)
-            self.apply_(m.weight, scaled_subsets(numerator, factors, m.subsets_of_columns(size)), lr)
+            update = scaled_subsets(numerator, factors, m.subsets_of_columns(size))
+            self.apply_(m.name, update, lr, step, m.side)
         self.keeper.write(moments, wide, step)

@@ -6,6 +6,7 @@ FSDP2 shards each weight in one dimension. The optimizer works on local pieces, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,10 +214,19 @@ def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
     return 1
 
 
-def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", precision: Precision) -> None:
+def shard_model(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: "DeviceMesh",
+    precision: Precision,
+    *,
+    float32_sums: bool = False,
+) -> None:
     """Shard ``model`` in place: each block is gathered for itself, then all the rest together.
 
-    Weights travel in the compute dtype, gradients are summed, not averaged, in float32.
+    Weights travel in the compute dtype, gradients are summed, not averaged, in float32. Then they have the
+    dtype of their parameters, or with ``float32_sums`` stay in float32, to be added to those of other
+    micro-batches.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -242,5 +252,35 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", p
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            if precision is Precision.bf16:
+                _keep_sums(part, float32_sums=float32_sums)
     if pieces > 1 and exchange.is_direct(mesh.get_group("shard")):
         exchange.use_in([model, *blocks])
+
+
+def _keep_sums(module: Any, *, float32_sums: bool) -> None:
+    """Let the reduced gradients of an FSDPModule stay in float32, be its parameters bfloat16 or both.
+
+    FSDP casts all of them to the one dtype of the parameters, and asks that there is only one; it has no
+    setting for that. Without ``float32_sums`` each is then cast to the dtype of its own parameter.
+    """
+
+    def narrowed(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.to(parameter.dtype)
+
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for own in group.fsdp_params:
+            parameter = own.sharded_param
+            if parameter.requires_grad and parameter.dtype is not torch.float32:
+                parameter.grad_dtype = torch.float32
+                if not float32_sums:
+                    parameter.grad_dtype = None  # either
+                    parameter.register_post_accumulate_grad_hook(narrowed)
+        group._init_mp_dtypes = partial(_init_dtypes, group)
+
+
+def _init_dtypes(group: Any) -> None:
+    for own in group.fsdp_params:
+        own.init_dtype_attrs(group.mp_policy)
+    group._orig_dtype, group._reduce_dtype = None, torch.float32

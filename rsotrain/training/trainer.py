@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rsotrain.config.schema import Config
+from rsotrain.config.methods import WeightRounding
+from rsotrain.config.schema import Config, Precision
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
@@ -62,6 +63,7 @@ def check_composition(config: Config) -> None:
         precision=config.precision,
         device=torch.device("meta"),
         seed=config.seed,
+        float32_gains=_float32_gains(config),
     )
     build_optimizer(
         model,
@@ -71,6 +73,10 @@ def check_composition(config: Config) -> None:
         seed=config.seed,
         total_steps=config.steps,
     )
+
+
+def _float32_gains(config: Config) -> bool:
+    return config.optimizer.weight_rounding is WeightRounding.stochastic
 
 
 def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
@@ -83,6 +89,7 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
         seed=config.seed,
         activation_checkpointing=config.activation_checkpointing,
         separator_id=tokenizer.eos_id if config.data.document_mask else None,
+        float32_gains=_float32_gains(config),
     )
 
 
@@ -118,6 +125,9 @@ class Trainer:
             total_steps=config.steps,
             place=self._place,
         )
+        if self.float32_sums:
+            for holder in self.optimizer.gradient_holders():
+                holder.grad_dtype = torch.float32
         if config.compile:
             compile_blocks(self.model)
         self.order = data.train.order(config.seed)
@@ -131,8 +141,20 @@ class Trainer:
         """Shard a model that has no memory yet, then give it memory and weights."""
         assert isinstance(model, Llama)
         if self.world.mesh is not None:
-            shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
+            shard_model(
+                model,
+                list(model.model.layers),
+                self.world.mesh,
+                self.config.precision,
+                float32_sums=self.float32_sums,
+            )
         materialize(model, self.device, self.config.seed)
+
+    @property
+    def float32_sums(self) -> bool:
+        """Are gradients of bfloat16 weights float32, since those of several micro-batches are added?"""
+        micro = self.config.micro_batch_size or self._batch_size_of_rank
+        return self.config.precision is Precision.bf16 and micro < self._batch_size_of_rank
 
     @property
     def lr(self) -> float:
