@@ -18,7 +18,7 @@ def _random_16_bits(count: int, generator: torch.Generator, device: torch.device
 def random_factors(size: int, seed: int, *labels: str | int, device: torch.device) -> Tensor:
     """``size`` uniform odd int32 numbers; the product of two of them, modulo 2³², has random upper bits.
 
-    Element (i, j) of a matrix gets a_i·b_j, with one factor for each row of the whole and one for each column.
+    Element (i, j) of a matrix gets a_i·b_j, with a factor for each row of the whole and one for each column.
     So the number belongs to the place in the whole, whatever piece of it is here, and costs one
     multiplication. The numbers of two elements are as good as independent; those of the four corners of a
     rectangle are not quite, which no sum over a weight can notice.

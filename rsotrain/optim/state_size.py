@@ -69,7 +69,7 @@ class WeightsLayout:
         return MatrixSize(weight.name, shape, piece, min(shape), rows)
 
     def moment_bytes(self, shape: Shape, matrix: MatrixSize | None = None) -> int:
-        """Of a moment like the piece of ``matrix`` if it has its shape, else of one that is sharded by rows."""
+        """Of a moment like the piece of ``matrix`` if it has its shape, else of one sharded by rows."""
         count = math.prod(shape)
         if self.state_dtype is StateDtype.int8:
             like_matrix = matrix is not None and shape == matrix.piece

@@ -264,23 +264,25 @@ def _keep_sums(module: Any, *, float32_sums: bool) -> None:
     FSDP casts all of them to the one dtype of the parameters, and asks that there is only one; it has no
     setting for that. Without ``float32_sums`` each is then cast to the dtype of its own parameter.
     """
-
-    def narrowed(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        parameter.grad = parameter.grad.to(parameter.dtype)
-
     for group in module._get_fsdp_state()._fsdp_param_groups:
-        for own in group.fsdp_params:
-            parameter = own.sharded_param
-            if parameter.requires_grad and parameter.dtype is not torch.float32:
-                parameter.grad_dtype = torch.float32
-                if not float32_sums:
-                    parameter.grad_dtype = None  # either
-                    parameter.register_post_accumulate_grad_hook(narrowed)
-        group._init_mp_dtypes = partial(_init_dtypes, group)
+        group._init_mp_dtypes = partial(_init_dtypes, group, float32_sums)
 
 
-def _init_dtypes(group: Any) -> None:
+def _init_dtypes(group: Any, float32_sums: bool) -> None:
+    """In place of FSDPParamGroup's own, which is called when the parameters have memory."""
     for own in group.fsdp_params:
         own.init_dtype_attrs(group.mp_policy)
+        parameter = own.sharded_param
+        if not parameter.requires_grad or parameter.dtype is torch.float32:
+            continue
+        if float32_sums:
+            parameter.grad_dtype = torch.float32
+        else:
+            parameter.grad_dtype = None  # first the one, then the other
+            parameter.register_post_accumulate_grad_hook(_narrow)
     group._orig_dtype, group._reduce_dtype = None, torch.float32
+
+
+def _narrow(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.to(parameter.dtype)
