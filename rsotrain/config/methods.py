@@ -33,9 +33,9 @@ class StateDtype(Enum):
 
 
 class WeightRounding(Enum):
-    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is lost
-    on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as in
-    the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
+    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is
+    lost on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as
+    in the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
 
     stochastic = "stochastic"
     nearest = "nearest"

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
+from rsotrain.optim.base import BUCKET_ELEMENTS, ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.weights import Factors, factors_by_rows, store_all
 from rsotrain.parallel.sharding import local
 
-# Elements converted to float32 at a time: 4 MiB each for weight and gradient, which stay in the cache
+# Elements converted to float32 at a time on a CPU: 4 MiB each for weight and gradient stay in its cache
 PIECE_ELEMENTS = 1 << 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -63,7 +63,8 @@ class AdamW(ParamGroupOptimizer):
         for (dtype, device), names in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.reduced
-            limit = PIECE_ELEMENTS if copies else None
+            largest = PIECE_ELEMENTS if device.type == "cpu" else BUCKET_ELEMENTS
+            limit = largest if copies else None
             pieces = [piece for name in names for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]
             for group in groups:

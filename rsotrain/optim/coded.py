@@ -9,6 +9,9 @@ from torch import Tensor
 from rsotrain.optim.blocks import by_blocks, decode, encode_signed_, encode_unsigned_, scales_shape
 from rsotrain.optim.rounding import random_factors
 
+# Elements that are encoded at a time, which takes four float32 buffers of that size
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 20, 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class CodedMoment:
@@ -91,13 +94,25 @@ def widened(moments: Sequence[CodedMoment | None]) -> list[tuple[list[int], Tens
 def encode(moments: Sequence[CodedMoment], values: Tensor, seed: int, step: str) -> None:
     """Store ``values``, a tensor that ``widened`` has made for these moments; it is overwritten."""
     first = moments[0]
-    blocks = by_blocks(values, first.dim, first.block)
-    random = None
+    factors = None
     if first.unsigned:
         rows = _joined([m.row_factors(seed, step) for m in moments])
-        random = by_blocks(rows.unsqueeze(1) * first.column_factors(seed, step), first.dim, first.block)
-    codes, scales = encode_signed_(blocks) if random is None else encode_unsigned_(blocks, random)
-    codes, scales = codes.view(values.shape), scales.view(-1, first.scales.shape[1])
+        factors = rows.unsqueeze(1), first.column_factors(seed, step)
+    codes = torch.empty(values.shape, dtype=first.codes.dtype, device=values.device)
+    scales = torch.empty(scales_shape(values.shape, first.dim, first.block), device=values.device)
+    limit = _CPU_ELEMENTS if values.device.type == "cpu" else _DEVICE_ELEMENTS
+    per = first.rows_of_block
+    length = max(1, limit // max(1, per * values.shape[1])) * per
+    for start in range(0, values.shape[0], length):
+        run, own = slice(start, start + length), slice(start // per, (start + length) // per)
+        blocks = by_blocks(values[run], first.dim, first.block)
+        if factors is None:
+            found, sizes = encode_signed_(blocks)
+        else:
+            random = by_blocks(factors[0][run] * factors[1], first.dim, first.block)
+            found, sizes = encode_unsigned_(blocks, random)
+        codes[run] = found.view(-1, values.shape[1])
+        scales[own] = sizes.view(-1, scales.shape[1])
     torch._foreach_copy_([m.codes for m in moments], codes.split([len(m.codes) for m in moments]))
     torch._foreach_copy_([m.scales for m in moments], scales.split([len(m.scales) for m in moments]))
 
