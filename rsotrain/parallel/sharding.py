@@ -214,19 +214,11 @@ def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
     return 1
 
 
-def shard_model(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    mesh: "DeviceMesh",
-    precision: Precision,
-    *,
-    float32_sums: bool = False,
-) -> None:
+def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", precision: Precision) -> None:
     """Shard ``model`` in place: each block is gathered for itself, then all the rest together.
 
-    Weights travel in the compute dtype, gradients are summed, not averaged, in float32. Then they have the
-    dtype of their parameters, or with ``float32_sums`` stay in float32, to be added to those of other
-    micro-batches.
+    Weights travel in the compute dtype. Gradients are summed, not averaged, in float32, and the sums stay in
+    it, whatever the dtype of the weights.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -253,36 +245,25 @@ def shard_model(
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             if precision is Precision.bf16:
-                _keep_sums(part, float32_sums=float32_sums)
+                _keep_sums(part)
     if pieces > 1 and exchange.is_direct(mesh.get_group("shard")):
         exchange.use_in([model, *blocks])
 
 
-def _keep_sums(module: Any, *, float32_sums: bool) -> None:
+def _keep_sums(module: Any) -> None:
     """Let the reduced gradients of an FSDPModule stay in float32, be its parameters bfloat16 or both.
 
-    FSDP casts all of them to the one dtype of the parameters, and asks that there is only one; it has no
-    setting for that. Without ``float32_sums`` each is then cast to the dtype of its own parameter.
+    FSDP would round them to the dtype of the parameters, of which it wants only one; it has no setting for
+    that.
     """
     for group in module._get_fsdp_state()._fsdp_param_groups:
-        group._init_mp_dtypes = partial(_init_dtypes, group, float32_sums)
+        group._init_mp_dtypes = partial(_init_dtypes, group)
 
 
-def _init_dtypes(group: Any, float32_sums: bool) -> None:
+def _init_dtypes(group: Any) -> None:
     """In place of FSDPParamGroup's own, which is called when the parameters have memory."""
     for own in group.fsdp_params:
         own.init_dtype_attrs(group.mp_policy)
-        parameter = own.sharded_param
-        if not parameter.requires_grad or parameter.dtype is torch.float32:
-            continue
-        if float32_sums:
-            parameter.grad_dtype = torch.float32
-        else:
-            parameter.grad_dtype = None  # first the one, then the other
-            parameter.register_post_accumulate_grad_hook(_narrow)
+        if own.sharded_param.requires_grad:
+            own.sharded_param.grad_dtype = torch.float32
     group._orig_dtype, group._reduce_dtype = None, torch.float32
-
-
-def _narrow(parameter: Tensor) -> None:
-    assert parameter.grad is not None
-    parameter.grad = parameter.grad.to(parameter.dtype)

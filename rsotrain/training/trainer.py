@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rsotrain.config.methods import WeightRounding
-from rsotrain.config.schema import Config, Precision
+from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
@@ -125,8 +125,8 @@ class Trainer:
             total_steps=config.steps,
             place=self._place,
         )
-        if self.float32_sums:
-            for holder in self.optimizer.gradient_holders():
+        if (config.micro_batch_size or self._batch_size_of_rank) < self._batch_size_of_rank:
+            for holder in self.optimizer.gradient_holders():  # of bfloat16 weights, too: sums are in float32
                 holder.grad_dtype = torch.float32
         if config.compile:
             compile_blocks(self.model)
@@ -141,20 +141,8 @@ class Trainer:
         """Shard a model that has no memory yet, then give it memory and weights."""
         assert isinstance(model, Llama)
         if self.world.mesh is not None:
-            shard_model(
-                model,
-                list(model.model.layers),
-                self.world.mesh,
-                self.config.precision,
-                float32_sums=self.float32_sums,
-            )
+            shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
         materialize(model, self.device, self.config.seed)
-
-    @property
-    def float32_sums(self) -> bool:
-        """Are gradients of bfloat16 weights float32, since those of several micro-batches are added?"""
-        micro = self.config.micro_batch_size or self._batch_size_of_rank
-        return self.config.precision is Precision.bf16 and micro < self._batch_size_of_rank
 
     @property
     def lr(self) -> float:
