@@ -125,6 +125,9 @@ def _save_pieces(folder: Path, tensors: Tensors, shards: Mapping[str, Shard], wo
 
     # safetensors and their JSON headers; DCP's own format has a pickle for its metadata
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    # The tensors are on the CPU. Where there are GPUs, torch would copy "ahead" all the same, in a thread
+    # whose current device is the first GPU, on every rank.
+    writer.per_thread_copy_ahead = 0
     try:
         dcp.save(_placed(tensors, shards, world), storage_writer=writer, process_group=world.patient)
     except CheckpointException as error:

@@ -25,8 +25,20 @@ class OnRefresh(Enum):
 
 
 class StateDtype(Enum):
+    """int8: 8 bits an element and a float32 scale a block (``rsotrain.optim.blocks``)."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+class WeightRounding(Enum):
+    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is
+    lost on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as
+    in the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
+
+    stochastic = "stochastic"
+    nearest = "nearest"
 
 
 Settings = TypeVar("Settings", bound=type)
@@ -68,6 +80,7 @@ class OptimizerConfig:
     and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
     the attention and MLP weights. ``state_dtype``: dtype of the moments. ``weight_decay`` is decoupled and
     acts on matrices; on norms, biases, embedding and head, too, with ``decay_norms_and_embeddings``.
+    ``weight_rounding``: of weights in bfloat16 (precision=bf16), where it is stochastic by default.
     """
 
     name: str = MISSING
@@ -80,6 +93,7 @@ class OptimizerConfig:
     weight_decay: float = number(0.0, at_least=0, at_most=1000)
     decay_norms_and_embeddings: bool = later(False, before=True, matters_with="weight_decay")
     state_dtype: StateDtype = StateDtype.float32
+    weight_rounding: WeightRounding = later(WeightRounding.nearest)
     block_parameters: list[str] = field(
         default_factory=lambda: [
             r"\.self_attn\.[qkvo]_proj\.weight$",

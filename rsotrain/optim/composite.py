@@ -49,6 +49,10 @@ class CompositeOptimizer:
         """The leaf tensors whose gradients ``step`` reads, each once."""
         return [holder for group in self.groups for holder in group.gradient_holders().values()]
 
+    def partial_gradients(self) -> list[Tensor]:
+        """What there is of the gradients after the backward pass of a micro-batch."""
+        return [gradient for group in self.groups for gradient in group.partial_gradients()]
+
     def reduce_gradients(self) -> None:
         """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
         for group in self.groups:

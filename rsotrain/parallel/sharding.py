@@ -6,6 +6,7 @@ FSDP2 shards each weight in one dimension. The optimizer works on local pieces, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,40 +169,6 @@ def shard_of(parameter: Tensor) -> Shard:
     return Shard(shape, placement.dim, start, stop, group, mesh)
 
 
-def reduce_rows(
-    gradients: dict[str, Tensor], shards: dict[str, Shard], mesh: "DeviceMesh"
-) -> dict[str, Tensor]:
-    """This rank's rows of the sums over ranks of these matrices (out × r), in float32 at least.
-
-    ``shards``: of the weights (out × in) with these names, split by rows. One reduce-scatter for all, and
-    one all-reduce between replicas.
-    """
-    pieces = mesh["shard"].size()
-    chunks = {name: -(-gradient.shape[0] // pieces) for name, gradient in gradients.items()}
-    first = next(iter(gradients.values()))
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    sizes = [chunks[name] * gradient.shape[1] for name, gradient in gradients.items()]
-    send = first.new_zeros((pieces, sum(sizes)), dtype=dtype)
-    for (name, gradient), columns in zip(gradients.items(), send.split(sizes, dim=1), strict=True):
-        rows = columns.unflatten(1, (chunks[name], gradient.shape[1]))
-        whole, rest = divmod(gradient.shape[0], chunks[name])  # pieces that are full; rows of the one after
-        rows[:whole] = gradient[: gradient.shape[0] - rest].unflatten(0, (whole, chunks[name]))
-        if rest:
-            rows[whole, :rest] = gradient[gradient.shape[0] - rest :]
-    received = send[0]
-    if pieces > 1:
-        received = torch.empty_like(send[0])
-        exchange.reduce_scatter(received, send.flatten(), mesh.get_group("shard"))
-    if mesh.ndim > 1:
-        dist.all_reduce(received, group=mesh.get_group("replicate"))
-    result = {}
-    for (name, gradient), flat in zip(gradients.items(), received.split(sizes), strict=True):
-        start, stop = shards[name].start, shards[name].stop
-        num_rows = gradient.shape[0] if shards[name].dim is None else stop - start
-        result[name] = flat.view(chunks[name], gradient.shape[1])[:num_rows]
-    return result
-
-
 def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
     """The dimension to shard a weight in: the one that is not projected.
 
@@ -217,7 +184,8 @@ def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
 def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", precision: Precision) -> None:
     """Shard ``model`` in place: each block is gathered for itself, then all the rest together.
 
-    Weights travel in the compute dtype, gradients are summed, not averaged, in float32.
+    Weights travel in the compute dtype. Gradients are summed, not averaged, in float32, and the sums stay in
+    it, whatever the dtype of the weights.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -243,5 +211,26 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", p
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            if precision is Precision.bf16:
+                _keep_sums(part)
     if pieces > 1 and exchange.is_direct(mesh.get_group("shard")):
         exchange.use_in([model, *blocks])
+
+
+def _keep_sums(module: Any) -> None:
+    """Let the reduced gradients of an FSDPModule stay in float32, be its parameters bfloat16 or both.
+
+    FSDP would round them to the dtype of the parameters, of which it wants only one; it has no setting for
+    that.
+    """
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        group._init_mp_dtypes = partial(_init_dtypes, group)
+
+
+def _init_dtypes(group: Any) -> None:
+    """In place of FSDPParamGroup's own, which is called when the parameters have memory."""
+    for own in group.fsdp_params:
+        own.init_dtype_attrs(group.mp_policy)
+        if own.sharded_param.requires_grad:
+            own.sharded_param.grad_dtype = torch.float32
+    group._orig_dtype, group._reduce_dtype = None, torch.float32
