@@ -9,8 +9,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
-from rsotrain.config.schema import FIELDS_OF_THE_RUN, SCHEMAS, Config, ModelConfig
+from rsotrain.config.schema import SCHEMAS, Config
 from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir, register_schemas, to_config
 from rsotrain.cli.flags import split_flags
-from rsotrain.cli.help import list_groups, skip_hydras_list_of_groups
+from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
 from rsotrain.cli.multirun import keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_overrides, check_tuned, normalise
@@ -94,6 +94,7 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
+    OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
     if not {"--help", "-h"}.isdisjoint(sys.argv):
         skip_hydras_list_of_groups()
     if not _wants_traceback:
