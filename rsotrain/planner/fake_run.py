@@ -22,7 +22,7 @@ from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
-from rsotrain.parallel.ranks import World, build_mesh
+from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.training.trainer import Trainer, model_without_memory
 
@@ -123,7 +123,7 @@ def fake_world(config: Config) -> Iterator[World]:
         mesh = build_mesh(config.parallelism, device.type)
         yield World(device, rank=0, size=size, mesh=mesh, cpu_mesh=mesh)
     finally:
-        dist.destroy_process_group()
+        destroy_groups()
 
 
 class FakeRun:
