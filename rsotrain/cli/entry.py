@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def main() -> None:
     outcomes = keep_outcomes()
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
+        if "--version" in sys.argv[1:]:
+            print(f"rsotrain {version('rsotrain')}")
+            sys.exit(0)
         flags, given = split_flags(sys.argv[1:])
         overrides = normalise(given)
         check_overrides(overrides)

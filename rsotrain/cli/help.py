@@ -46,7 +46,7 @@ def list_groups() -> str:
 
 def list_keys(_root_: DictConfig) -> str:
     """Each key of the chosen options with its value and, beside it, its meaning: a group a paragraph."""
-    names = [field.name for field in dataclasses.fields(OmegaConf.get_type(_root_))]
+    names = [field.name for field in _fields(_root_)]
     groups = [name for name in names if OmegaConf.is_config(_root_._get_node(name))]
     lines = list(_keys_of(_root_, "", [name for name in names if name not in groups]))
     for group in groups:
@@ -54,8 +54,14 @@ def list_keys(_root_: DictConfig) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra fills in what follows a $
 
 
+def _fields(node: DictConfig) -> "tuple[dataclasses.Field[Any], ...]":
+    schema = OmegaConf.get_type(node)
+    assert schema is not None
+    return dataclasses.fields(schema)
+
+
 def _keys_of(node: DictConfig, prefix: str, names: list[str] | None = None) -> Iterator[str]:
-    for field in dataclasses.fields(OmegaConf.get_type(node)):
+    for field in _fields(node):
         if names is not None and field.name not in names:
             continue
         value = node._get_node(field.name)

@@ -12,6 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir
+from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
@@ -86,7 +87,11 @@ def explain(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
         key = key or unknown[1] or unknown[2]
-        return f"unknown key {key}{did_you_mean(key, known_keys())}"
+        node = getattr(cause, "parent_node", None)
+        composed = None if node is None else node._get_root()
+        return unknown_key(key, composed, chosen_options(sys.argv[1:]))
+    if several := re.match(r"Ambiguous value for argument '(.+?)'", text):
+        return f"{several[1]} is several runs; start them with rsotrain -m …"
     if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
         key = next((given.partition("=")[0] for given in sys.argv[1:] if unresolved[1] in given), None)
     return f"{key}: {text}" if key else " ".join(text.split())
