@@ -11,6 +11,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,9 +19,10 @@ from rsotrain.cli.compose import conf_dir, register_schemas, to_config
 from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
-from rsotrain.cli.multirun import keep_outcomes, print_comparison
-from rsotrain.cli.overrides import check_overrides, check_tuned, normalise
+from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
+from rsotrain.cli.overrides import check_overrides, check_tuned, key_of, normalise
 from rsotrain.config.identity import run_folder_path
+from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.validation import check_files
@@ -55,11 +57,14 @@ def run(composed: DictConfig) -> dict[str, Any]:
     outcome: dict[str, Any] = {"status": 0}
     try:
         adopt_slurm_step()
-        config = to_config(composed)
         hydras = HydraConfig.get()
+        if hydras.mode is RunMode.MULTIRUN:
+            announce(hydras.job.num)
+        config = to_config(composed)
         tuned = hydras.runtime.choices.get("tuned")
         if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
             check_tuned(tuned, config.optimizer.name, hydras.overrides.task)
+        check_read(config, map(key_of, hydras.overrides.task))
         validate(config)
         check_files(config.data)
         if config.mode is Mode.train:

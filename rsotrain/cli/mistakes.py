@@ -1,11 +1,14 @@
 """One sentence for whatever is wrong with a command line, a YAML file or a run."""
 
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -47,7 +50,18 @@ def say(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank.isdecimal() and int(rank) > 0 and not isinstance(error, LostRankError):
         time.sleep(_PATIENCE_SECONDS)
-    print_line(f"rsotrain: {one_line(explain(error))}", sys.stderr)
+    sentence = one_line(explain(error))
+    print_line(f"rsotrain: {sentence}", sys.stderr)
+    _tell_torchrun(sentence)
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """torchrun ends with a report of its own, whose last lines say what this file says."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(
+                json.dumps({"message": f"rsotrain: {sentence}", "timestamp": int(time.time())})
+            )
 
 
 def explain(error: Exception) -> str:

@@ -167,10 +167,10 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Print several plans, given as in ``plan.json``, side by side; write them and a picture to ``folder``.
+    """Print several plans, given as in their files, side by side; write them and a picture to ``folder``.
 
-    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a run folder,
-    whose ``plan.json`` is that of the last.
+    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a name,
+    so that the file of that name is the last one's.
     """
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")

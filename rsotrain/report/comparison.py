@@ -42,12 +42,14 @@ def _digits(number: int) -> Callable[[float], str]:
     return lambda value: f"{value:.{number}f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
+PEAK = "memory/peak_bytes"
+ALLOCATED_ONLY = "memory/gathered_and_temporaries_bytes"  # logged where the peak is of a GPU's allocator
 COLUMNS = (
     Column("val/loss", "validation loss", _digits(4), min),
     Column("val/perplexity", "perplexity", _digits(2), min),
     Column("val/bits_per_byte", "bits/byte", _digits(4), min),
     Column("throughput/tokens_per_second", "tokens/s", format_count, max),
-    Column("memory/peak_bytes", "peak memory", format_bytes, min, spreads=False),
+    Column(PEAK, "peak memory", format_bytes, min, spreads=False),
     Column("memory/optimizer_state_bytes", "optimizer state", format_bytes, min, spreads=False),
     Column("tokens", "tokens", format_count, None, spreads=False),
     Column("time", "wall time", format_seconds, None, spreads=False),
@@ -139,10 +141,12 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """The groups that are best in ``column``: finished ones, and only where there are several of them.
 
     A group in which a run has failed, or a finished one has no figure, having diverged, is not the best.
-    No loss is the best of losses after different numbers of steps or tokens, or on different data.
+    No peak of memory is the best of those of CPUs. No loss is the best of losses after different numbers of steps or tokens, or on different data.
     """
     statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
+    if column.metric == PEAK and not peaks_compare(groups):
+        return []
     is_loss = column.metric.startswith(("val/", "train/"))
     if (
         column.better is None
@@ -153,6 +157,11 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     best = column.better([mean for _, mean in candidates])
     tied = [group for group, mean in candidates if mean == best]
     return tied if len(tied) < len(candidates) else []
+
+
+def peaks_compare(groups: Sequence[Group]) -> bool:
+    """Whether peaks of memory tell methods apart: those of a GPU's allocator do, a CPU's are the process's."""
+    return all(group.statistic(ALLOCATED_ONLY) is not None for group in groups)
 
 
 def budgets_differ(groups: Sequence[Group]) -> bool:

@@ -14,7 +14,14 @@ from typing import IO, Any
 
 import yaml
 
-from rsotrain.config.identity import differences, identity, identity_of, run_folder_path, run_name
+from rsotrain.config.identity import (
+    differences,
+    differing_settings,
+    identity,
+    identity_of,
+    run_folder_path,
+    run_name,
+)
 from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER
@@ -184,11 +191,24 @@ def _settle_config(config: Config, path: Path) -> None:
                 " choose another run_name, or overwrite=true to discard it"
             ) from error
         if differing := differences(identity_of(saved, config), identity(config)):
+            _refuse_other_steps(path, identity_of(saved, config), config)
             raise UserError(
                 f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"
             )
     write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def _refuse_other_steps(path: Path, saved: dict[str, Any], config: Config) -> None:
+    """Raise UserError that says how to train on, where the number of steps is all that differs."""
+    changed = differing_settings(saved, identity(config))
+    if changed.keys() == {"steps"}:
+        there, here = changed["steps"]
+        raise UserError(
+            f"{path} holds a run with steps={there}, on which its learning rates depend; to train it on, give"
+            f" another run_name and checkpoint.path={path}: from the step that it has reached the rates are then"
+            f" those of lr_scheduler={config.lr_scheduler.name} over steps={here}"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

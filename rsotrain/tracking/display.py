@@ -171,12 +171,14 @@ class Display:
         """One line of its own, above the live display."""
         self._put(text)
 
-    def close(self) -> None:
-        """Leave the last state of the live display on the screen; messages are plain lines from now on."""
+    def close(self, *, keep_bar: bool = True) -> None:
+        """Messages are plain lines from now on. ``keep_bar``: leave the live display as it is now; else it goes,
+        as that of a run that was stopped must, since it would stand there as if the run went on."""
         with self._lock:
             live, self._live = self._live, None
             log, self._log = self._log, None
         if live is not None and live.is_started:
+            live.transient = not keep_bar
             live.stop()
         if log is not None:
             with suppress(OSError):
@@ -295,10 +297,18 @@ def print_closing_table(
         value = summary.get(name)
         if isinstance(value, int | float):
             table.add_row(label, form(value) if math.isfinite(value) else str(value))
-    table.add_section()
-    for label, place in files.items():
-        table.add_row(label, _short(place))
     print_table(table, log_path)
+    for label, place in files.items():
+        _print_place(f"{label}: {shown_path(place)}", log_path)
+
+
+def _print_place(text: str, log_path: Path | None) -> None:
+    """A path in one piece, however long, so that it can be copied: no table, no line breaks."""
+    text = for_terminal(text)
+    print(text, flush=True)
+    if log_path is not None:
+        with suppress(OSError), open(log_path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def print_result_table(result: Mapping[str, object]) -> None:
@@ -385,7 +395,7 @@ def _text_of(table: "Table") -> str:
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
-def _short(place: Path | str) -> str:
+def shown_path(place: Path | str) -> str:
     """A path relative to the working directory where it lies below it."""
     if isinstance(place, Path) and place.is_absolute() and place.is_relative_to(Path.cwd()):
         return str(place.relative_to(Path.cwd()))
