@@ -59,13 +59,16 @@ def _tell_torchrun(sentence: str) -> None:
     """torchrun ends with a report of its own, whose last lines say what this file says."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
-            Path(file).write_text(
-                json.dumps({"message": f"rsotrain: {sentence}", "timestamp": int(time.time())})
-            )
+            said = {"message": f"rsotrain: {sentence}", "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps(said))
 
 
-def explain(error: Exception) -> str:
-    """One sentence for a mistake in the command line or in a YAML file."""
+def explain(error: Exception, given: Sequence[str] | None = None) -> str:
+    """One sentence for a mistake in the command line or in a YAML file.
+
+    ``given``: the overrides; None: those of this process.
+    """
+    arguments = sys.argv[1:] if given is None else given
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -92,7 +95,7 @@ def explain(error: Exception) -> str:
         source, kind, text, key, schema = misfit.groups()
         experiments = [path.stem for path in (conf_dir() / "experiment").glob("*.yaml")]
         reason = "" if kind == "ConfigKeyError" else text
-        return explain_misfit(source, key, reason, schema, sys.argv[1:], experiments)
+        return explain_misfit(source, key, reason, schema, arguments, experiments)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return _of_another_kind(error)
@@ -103,11 +106,11 @@ def explain(error: Exception) -> str:
         key = key or unknown[1] or unknown[2]
         node = getattr(cause, "parent_node", None)
         composed = None if node is None else node._get_root()
-        return unknown_key(key, composed, chosen_options(sys.argv[1:]))
+        return unknown_key(key, composed, chosen_options(arguments))
     if several := re.match(r"Ambiguous value for argument '(.+?)'", text):
         return f"{several[1]} is several runs; start them with rsotrain -m …"
     if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
-        key = next((given.partition("=")[0] for given in sys.argv[1:] if unresolved[1] in given), None)
+        key = next((word.partition("=")[0] for word in arguments if unresolved[1] in word), None)
     return f"{key}: {text}" if key else " ".join(text.split())
 
 

@@ -54,7 +54,7 @@ def keep_outcomes() -> list[dict[str, Any]]:
 
 
 def _members_of(shared: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
-    """Of each member of a multirun the overrides in which it differs from others; empty where none is known."""
+    """Of each member of a multirun the overrides in which it differs; empty where Hydra refuses them."""
     params = shared.hydra.sweeper.get("params") or {}
     given = [f"{key}={value}" for key, value in params.items()]
     try:

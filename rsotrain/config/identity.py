@@ -19,8 +19,8 @@ OPERATIONAL_KEYS = (
     "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
     "evaluation.legacy_divisor",
 )  # fmt: skip
-# The same, but they take part in the names that are made from settings, as they always did. With the run_name of
-# a run they may change in its folder.
+# The same, but they take part in the names that are made from settings, as they always did. With the run_name
+# of a run they may change in its folder.
 FREE_KEYS = ("eval_every", "evaluation.max_tokens", "activation_checkpointing")
 
 
@@ -54,7 +54,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (old, new value) of the settings that the weights depend on and in which two identities differ."""
+    """Key -> (old, new value) of the settings that weights depend on in which two identities differ."""
     there, here = (json.loads(json.dumps(dict(settings), default=str)) for settings in (old, new))
     keys = (there.keys() | here.keys()) - set(FREE_KEYS)
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}

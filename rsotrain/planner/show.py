@@ -9,8 +9,9 @@ from rsotrain.files import write_json_atomic
 from rsotrain.planner.gpus import GIB
 from rsotrain.planner.plan import Plan
 from rsotrain.planner.tracker import Kind
-from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.tracking.display import print_table, titled_table
 from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.formats import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from rsotrain.config.identity import OPERATIONAL_KEYS
 from rsotrain.config.keys import did_you_mean
 from rsotrain.errors import UserError
 from rsotrain.report.runs import Run
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 from rsotrain.tracking.run_files import RunState
 
 REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of each other
@@ -141,7 +141,8 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """The groups that are best in ``column``: finished ones, and only where there are several of them.
 
     A group in which a run has failed, or a finished one has no figure, having diverged, is not the best.
-    No peak of memory is the best of those of CPUs. No loss is the best of losses after different numbers of steps or tokens, or on different data.
+    No peak of memory is the best of those of CPUs.
+    No loss is the best of losses after different numbers of steps or tokens, or on different data.
     """
     statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
@@ -160,7 +161,7 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
 
 
 def peaks_compare(groups: Sequence[Group]) -> bool:
-    """Whether peaks of memory tell methods apart: those of a GPU's allocator do, a CPU's are the process's."""
+    """Whether peaks of memory tell methods apart: a GPU's allocator's do, a CPU's are the process's."""
     return all(group.statistic(ALLOCATED_ONLY) is not None for group in groups)
 
 

@@ -8,7 +8,8 @@ from rsotrain.report.comparison import LOSS, THROUGHPUT, comparable, compare, la
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import screen
 from rsotrain.report.watching import Told, looks
-from rsotrain.tracking.display import format_count, format_seconds, titled_table
+from rsotrain.tracking.display import titled_table
+from rsotrain.tracking.formats import format_count, format_seconds
 from rsotrain.tracking.run_files import RunState
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
-from rsotrain.tracking.display import format_count, format_seconds
 from rsotrain.tracking.escaping import for_html
+from rsotrain.tracking.formats import format_count, format_seconds
 from rsotrain.tracking.theme import LIGHT, SVG_TAG, variables, with_variables
 
 TITLES = {

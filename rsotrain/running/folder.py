@@ -206,8 +206,8 @@ def _refuse_other_steps(path: Path, saved: dict[str, Any], config: Config) -> No
         there, here = changed["steps"]
         raise UserError(
             f"{path} holds a run with steps={there}, on which its learning rates depend; to train it on, give"
-            f" another run_name and checkpoint.path={path}: from the step that it has reached the rates are then"
-            f" those of lr_scheduler={config.lr_scheduler.name} over steps={here}"
+            f" another run_name and checkpoint.path={path}: from the step that it has reached the rates are"
+            f" then those of lr_scheduler={config.lr_scheduler.name} over steps={here}"
         )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
 from rsotrain.tracking.escaping import for_terminal
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:

@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 
 from rsotrain.config.schema import Progress
-from rsotrain.tracking.display import (
-    Display,
-    build_display,
-    format_bytes,
-    format_count,
-    format_seconds,
-    print_closing_table,
-    print_parameter_table,
-)
+from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 
 
 class Clock:
