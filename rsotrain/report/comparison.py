@@ -18,8 +18,9 @@ REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of ea
 LAYOUT_KEYS = ("seq_len", "evaluation.max_tokens", "data.packing", "data.document_mask")
 # How training documents are read, which does not change validation.
 READING_KEYS = ("data.streaming", "data.shuffle", "data.lanes", "data.shuffle_buffer", "data.workers")
-# Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
 LONGEST_VALUE = 60  # characters of a setting in a label
+MOST_SETTINGS = 4  # in a label
+# Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
 BYTES_KEYS = ("micro_batch_size", "parallelism")
 
 
@@ -202,7 +203,7 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
         alike.setdefault(_values(run, names), []).append(run)
     labels = []
     for run in runs:
-        telling = _telling_keys(others, alike[_values(run, names)])
+        telling = _told_apart_by(others, alike[_values(run, names)])
         parts = [short(run.config[key]) for key in names if run.config.get(key) not in (None, "none")]
         parts += [
             f"{short(k.split('.')[-1])}={short(run.config[k])}"
@@ -220,6 +221,12 @@ def _names(runs: Sequence[Run]) -> str:
     """Model, optimizer and sampler, those that all have."""
     names = [set(_values_of(runs, f"{group}.name")) for group in ("model", "optimizer", "sampler")]
     return " ".join(short(*name) for name in names if len(name) == 1 and not name & {None, "none"})
+
+
+def _told_apart_by(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """All of ``keys`` in which ``runs`` differ; where these are many, as few as tell the runs apart."""
+    differing = [key for key in keys if len(set(_values_of(runs, key))) > 1]
+    return differing if len(differing) <= MOST_SETTINGS else _telling_keys(differing, runs)
 
 
 def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:

@@ -212,6 +212,7 @@ _RULES = """
 body{margin:0;background:var(--surface);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:40px 24px 32px}
+@media (max-width:600px){main{padding:24px 14px}}
 h1{font-size:26px;line-height:1.2;margin:0}
 h2{font-size:17px;margin:0 0 12px}
 header p,footer,.notes{color:var(--muted);margin:4px 0 0}
@@ -252,7 +253,7 @@ background:var(--muted)}
 .running::before{background:var(--series-1)}
 .stopped::before{background:var(--series-4)}
 .failed::before,.lost::before{background:var(--series-6)}
-svg{display:block;width:100%;min-width:600px;height:auto}
+svg{display:block;width:100%;max-width:700px;height:auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
 .tabs{display:flow-root}
 .tabs input{position:absolute;opacity:0}
