@@ -329,12 +329,12 @@ class RSO(OptimizerWithBases):
             group.name: SumSource(group.take_gram, group.size, shared=self.bases.mesh is not None)
             for group in due
         }
-        indices = {group.name: index for group, index in due.items()}
-        changes = self.bases.refresh_all(sources, step + 1, lr_factor, indices.__getitem__)
-        for group in due:
-            if group.name in changes:
-                for name in group.layers:
-                    self._basis_changed(name, changes[group.name], step)
+        groups = {group.name: group for group in due}
+        for name, change in self.bases.refreshed(
+            sources, step + 1, lr_factor, lambda name: due[groups[name]]
+        ):
+            for layer in groups[name].layers:
+                self._basis_changed(layer, change, step)
 
     def _basis_changed(self, name: str, change: BasisChange, step: int) -> None:
         state = self.state[name]

@@ -160,7 +160,7 @@ class SubspaceOptimizer(OptimizerWithBases):
             )
             for m in due
         }
-        for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
+        for name, change in self.bases.refreshed(sources, step, lr_factor):
             self.basis_changed(self.by_name[name], change, step)
 
     def ranks(self) -> list[int]:
