@@ -18,11 +18,11 @@ from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
 
 
-def faults_of(runs: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """``place: sentence`` of each of the ``runs`` (place, overrides) that would be refused."""
+def faults_of(runs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """Place -> sentence of each of the ``runs`` (place, overrides) that would be refused."""
     register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return [f"{place}: {fault}" for place, given in runs if (fault := fault_of(given)) is not None]
+        return {place: fault for place, given in runs if (fault := fault_of(given)) is not None}
 
 
 def fault_of(given: Sequence[str]) -> str | None:

@@ -39,11 +39,17 @@ def read_list(path: Path) -> list[list[str]]:
     Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty, sets a
     key that does not exist, or several values of one.
     """
-    return [overrides for _, overrides in numbered(path)]
+    configurations = numbered(path)
+    faults = [
+        f"{place}: {fault}" for place, overrides in configurations if (fault := _fault_of_keys(overrides))
+    ]
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    return [overrides for _, overrides in configurations]
 
 
 def numbered(path: Path) -> list[tuple[str, list[str]]]:
-    """The same, each with its place in the file: line 3, or item 0 of a YAML list."""
+    """The configurations, unchecked, each with its place in the file: line 3, or item 0 of a YAML list."""
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
         content = _parse(path, text)
@@ -63,11 +69,6 @@ def numbered(path: Path) -> list[tuple[str, list[str]]]:
         raise UserError(
             f"{path} holds no configuration; write overrides such as optimizer=galore seed=1 in it"
         )
-    faults = [
-        f"{place}: {fault}" for place, overrides in configurations if (fault := _fault_of_keys(overrides))
-    ]
-    if faults:
-        raise UserError(f"{path}: {'; '.join(faults)}")
     return configurations
 
 
@@ -242,9 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             runs_of_it = numbered(given.file)
             number, whole = len(runs_of_it), "all of which would start"
-        faults = faults_of(runs_of_it)
-        for fault in faults:
-            print_line(f"{given.file}, {one_line(fault)}", sys.stderr)
+        faults = {place: fault for place, run in runs_of_it if (fault := _fault_of_keys(run))}
+        faults |= faults_of([(place, run) for place, run in runs_of_it if place not in faults])
+        for place, _ in runs_of_it:
+            if place in faults:
+                print_line(f"{given.file}, {one_line(f'{place}: {faults[place]}')}", sys.stderr)
         if faults:
             raise UserError(f"{given.file}: {len(faults)} of {len(runs_of_it)} would be refused")
         runs = "runs without end" if number is None else f"{number} runs"

@@ -14,7 +14,7 @@ COLORS = {
     "series-3": ("#1baf7a", "#27b483"),
     "series-4": ("#eda100", "#d69a1c"),
     "series-5": ("#4a3aa7", "#9b90ee"),
-    "series-6": ("#e34948", "#e96f6f"),
+    "series-6": ("#c4263a", "#d8434f"),
     "series-7": ("#e87ba4", "#dd6a97"),
     "series-8": ("#008300", "#3fa63f"),
     "series-9": ("#7b4f2c", "#b98a62"),
