@@ -98,6 +98,21 @@ def test_escape_sequences_reach_neither_screen_nor_log(
         assert not re.search("\x1b]0|\x9b|\u202e", printed)
 
 
+def test_a_stopped_run_leaves_no_bar_that_would_seem_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for keep, erased in ((True, 0), (False, 2)):
+        shown = build_display(Progress.live, 1000)
+        shown.update(100, TRAIN)
+        shown.message("stopped by SIGINT")
+        capsys.readouterr()
+        shown.close(keep_bar=keep)
+        # the cursor goes up and erases a line for each that the display has, after it is drawn the last time
+        end = capsys.readouterr().out.rpartition("left")[2]
+        assert end.count("\x1b[2K") == erased
+
+
 def test_live_display_shows_the_latest_and_logs_plain_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
