@@ -22,7 +22,7 @@ _GPU_LOGITS_BYTES = 2**28
 # Bytes of an fp32 working buffer. That of a CPU stays in its cache between the passes over it; 8 MiB are no
 # faster, and 30 MiB more at the peak.
 _CPU_BLOCK_BYTES = 2 * 2**20
-_GPU_BLOCK_BYTES = 2**27
+_GPU_BLOCK_BYTES = 2**26
 
 
 def linear_cross_entropy(
@@ -69,7 +69,7 @@ def _loss_and_gradients(
     """The summed loss and its gradients with respect to hidden and weight (None where not needed)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype)
-    chunk_size = _chunk_tokens(num_tokens, vocab_size * hidden.element_size(), kind)
+    chunk_size = max(1, min(num_tokens, chunk_tokens(vocab_size, hidden.dtype, kind)))
     logits = hidden.new_empty(chunk_size, vocab_size)
     valid = (targets != IGNORE_INDEX).unsqueeze(1)
     loss = hidden.new_zeros((), dtype=torch.float32)
@@ -91,10 +91,11 @@ def _loss_and_gradients(
     return loss, grad_hidden, weight_sum.sum() if weight_sum is not None else None
 
 
-def _chunk_tokens(num_tokens: int, token_bytes: int, kind: str) -> int:
+def chunk_tokens(vocab_size: int, dtype: torch.dtype, kind: str) -> int:
+    """The most tokens whose logits, in ``dtype``, exist at a time."""
     if kind == "cpu":
-        return max(1, min(CHUNK_TOKENS, num_tokens))
-    return max(1, min(_GPU_CHUNK_TOKENS, _GPU_LOGITS_BYTES // token_bytes, num_tokens))
+        return CHUNK_TOKENS
+    return max(1, min(_GPU_CHUNK_TOKENS, _GPU_LOGITS_BYTES // (vocab_size * dtype.itemsize)))
 
 
 def _block_rows(num_rows: int, row_elements: int, kind: str) -> int:

@@ -117,6 +117,12 @@ class CompositeOptimizer:
         """Bytes of all optimizer state but the shared ``step``, on this rank."""
         return sum(group.state_bytes() for group in self.groups)
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        """All tensors of the optimizer state on this rank."""
+        for group in self.groups:
+            for state in group.state.values():
+                yield from state.values()
+
     def block_state_bytes(self) -> int:
         """Bytes of the state of attention and MLP weights; the rest has the same state for all methods."""
         return sum(group.state_bytes() for group in self.groups if self._is_of_blocks(group))

@@ -203,7 +203,9 @@ class FakeRun:
                 raise _PassesDone
             with tracker.phase(name):
                 if name is Phase.forward:
-                    with saved_activation_bytes(model, keep) as saved:
+                    with saved_activation_bytes(
+                        [*model.parameters(), *optimizer.state_tensors()], keep
+                    ) as saved:
                         yield
                     self.saved_activations_bytes = saved.total
                     return

@@ -8,6 +8,8 @@ from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config, Device
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
+from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.models.loss import chunk_tokens
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, world_size
 from rsotrain.planner.formulas import state_bytes
@@ -97,8 +99,13 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
             traffic=_traffic(config, micro, trackers, of_steps),
-            gpus=fits(*_peak_of(run, of_steps, micro), config.seq_len, micro) if gpus else [],
+            gpus=_fits(run, of_steps, micro) if gpus else [],
         )
+
+
+def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int) -> list[Fit]:
+    chunk = chunk_tokens(run.trainer.vocab_size, COMPUTE_DTYPE[run.config.precision], run.kind)
+    return fits(*_peak_of(run, of_steps, micro_batch), run.config.seq_len, micro_batch, chunk)
 
 
 def _steps(run: FakeRun) -> list[int]:
