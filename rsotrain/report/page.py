@@ -10,9 +10,10 @@ from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
+from rsotrain.tracking.drawing import color_and_dashes
 from rsotrain.tracking.escaping import for_html
 from rsotrain.tracking.formats import format_count, format_seconds
-from rsotrain.tracking.theme import LIGHT, SVG_TAG, variables, with_variables
+from rsotrain.tracking.theme import SVG_TAG, variables, with_variables
 
 TITLES = {
     "validation_loss": "Validation loss",
@@ -103,14 +104,14 @@ def _table(groups: Sequence[Group]) -> str:
 
 
 def _swatch(index: int) -> str:
-    """The line of group ``index`` in the curves; none beyond the dashes that CSS has."""
-    turn, color = divmod(index, len(LIGHT.series))
-    if turn >= len(BORDERS):
+    """The line of group ``index`` in the curves; none for the dashes that CSS has not."""
+    color, dashes = color_and_dashes(index)
+    if dashes >= len(BORDERS):
         return ""
-    return f'<i style="border-top:3px {BORDERS[turn]} var(--series-{color + 1})"></i>'
+    return f'<i style="border-top:3px {BORDERS[dashes]} var(--series-{color + 1})"></i>'
 
 
-BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES
+BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES, but for the last
 
 
 def _notes(groups: Sequence[Group], left_out: Sequence[str]) -> str:

@@ -85,9 +85,15 @@ def new_figure(height: float) -> "Figure":
 
 def look(index: int, palette: Palette) -> dict[str, Any]:
     """A colour for each of ten groups, and other dashes from five to five."""
-    colors = palette.series
-    kind = index // _SOLID + index // (len(colors) * len(DASHES) // 2)
-    return {"color": colors[index % len(colors)], "linestyle": DASHES[kind % len(DASHES)]}
+    color, dashes = color_and_dashes(index)
+    return {"color": palette.series[color], "linestyle": DASHES[dashes]}
+
+
+def color_and_dashes(index: int) -> tuple[int, int]:
+    """Which of a palette's colours, and which of ``DASHES``, a group has: the same for no two of forty."""
+    number = len(LIGHT.series)
+    kind = index // _SOLID + index // (number * len(DASHES) // 2)
+    return index % number, kind % len(DASHES)
 
 
 def count_tick(count: float, _: float = 0) -> str:
