@@ -125,7 +125,8 @@ def test_a_command_of_a_page_composes(line: str, tmp_path: Path, monkeypatch: py
         return
     for name in ("corpus.jsonl", "held_out.parquet", "instructions.jsonl", "mine.jsonl"):
         (tmp_path / name).write_text("")
-    (tmp_path / "books").mkdir()
+    for name in ("books", "a_run"):
+        (tmp_path / name).mkdir()
     sweeps = "-m" in flags
     assert sweeps or not any(re.search(r"=[^'\"\[]*,", word) for word in overrides)
     mine = [re.sub(r"(=[^,\[{]*),.*", r"\1", o) for o in overrides if not o.startswith("hydra")]

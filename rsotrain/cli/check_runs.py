@@ -27,7 +27,7 @@ def faults_of(runs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
 
 def fault_of(given: Sequence[str]) -> str | None:
     """What the command line ``rsotrain …`` would say; None where it would start. Hydra is initialised."""
-    from rsotrain.training.trainer import check_composition
+    from rsotrain.training.composition import check_composition
 
     try:
         overrides = normalise(given)

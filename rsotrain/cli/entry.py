@@ -20,7 +20,7 @@ from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
-from rsotrain.cli.overrides import check_overrides, check_tuned, key_of, normalise
+from rsotrain.cli.overrides import check_length, check_overrides, check_tuned, key_of, normalise
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Mode
@@ -67,12 +67,15 @@ def run(composed: DictConfig) -> dict[str, Any]:
         check_read(config, map(key_of, hydras.overrides.task))
         validate(config)
         check_files(config.data)
-        if config.mode is Mode.train:
-            outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
+        check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
         with leaving_on_warning():
-            from rsotrain.cli.dispatch import run_mode  # torch is imported from here on
+            from rsotrain.cli.dispatch import run_mode, settle_epochs  # torch is imported from here on
 
+            if config.epochs is not None:
+                config = settle_epochs(config)
+            if config.mode is Mode.train:
+                outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
             result = run_mode(config)
         if config.mode is Mode.plan:
             outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}

@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 from rsotrain.config.keys import did_you_mean, field_types, flatten, known_keys
 from rsotrain.config.schema import SCHEMAS
 
-_LENGTH = "; the length of a run is given in updates, by steps=…"
 _BATCH = (
     "; batch_size is the whole batch of an update and micro_batch_size what a process takes at once, from"
     " which follows over how many passes gradients are accumulated"
@@ -21,7 +20,7 @@ _OTHER_NAMES = {
     "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "peak_lr": "optimizer.lr",
     "max_lr": "optimizer.lr", "beta1": "optimizer.betas", "beta2": "optimizer.betas",
     "proj_gap": "optimizer.update_proj_gap",
-    "epochs": _LENGTH, "num_epochs": _LENGTH, "num_train_epochs": _LENGTH, "max_epochs": _LENGTH,
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
     "max_steps": "steps", "num_steps": "steps", "total_steps": "steps", "num_training_steps": "steps",
     "max_iters": "steps", "iters": "steps", "iterations": "steps",
     "gradient_accumulation_steps": _BATCH, "gradient_accumulation": _BATCH, "grad_accum": _BATCH,

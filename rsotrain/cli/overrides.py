@@ -113,6 +113,15 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
         )
 
 
+def check_length(epochs: float | None, arguments: Sequence[str]) -> None:
+    """Raise UserError where both ``steps`` and ``epochs`` are given; a default of steps gives way."""
+    steps = next((argument for argument in arguments if argument.lstrip("+").startswith("steps=")), None)
+    require(
+        epochs is None or steps is None,
+        f"{steps} and epochs={epochs} both say how long the run is; give one of them",
+    )
+
+
 def _normalise_value(value: str, integer: bool) -> str:
     if value == "None":
         return "null"

@@ -5,6 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, SIZE, number
 from rsotrain.config.text import file_path
@@ -240,6 +241,17 @@ class EvaluationConfig:
     )
     micro_batch_size: int | None = means(
         "sequences of one pass; null: the training's", number(None, above=0, at_most=10**6), unit="sequences"
+    )
+    at_start: bool = means("evaluate before the first step, too", later(False))
+    patience: int | None = means(
+        "end after so many evaluations in a row without a better one; null: at the last step",
+        later(number(None, above=0, at_most=COUNT)),
+        unit="evaluations",
+    )
+    min_delta: float = means(
+        "by how much an evaluation must be better to count",
+        later(number(0.0, at_least=0, at_most=1000)),
+        unit="nats per token",
     )
     samples: bool = means("log generate.prompts, continued by the model, to Weights & Biases", True)
     legacy_divisor: bool = means(

@@ -74,12 +74,16 @@ class OptimizerConfig:
         "factor on lr for the attention and MLP weights", number(1.0, at_least=0, at_most=10**6)
     )
     betas: tuple[float, float] = means(
-        "decay of the first and of the second moment",
+        "decay of the first and the second moment",
         numbers((0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)),
     )
     eps: float = means("added to the root of the second moment", number(1e-8, at_least=SMALL, at_most=1))
     weight_decay: float = means(
         "decoupled weight decay, as AdamW has it", number(0.0, at_least=0, at_most=1000)
+    )
+    decay_norms_and_embeddings: bool = means(
+        "weight decay also of norms, biases, embedding and head, not of matrices alone",
+        later(False, before=True, matters_with="weight_decay"),
     )
     state_dtype: StateDtype = means(
         "dtype of the moments; bfloat16 is rounded stochastically", StateDtype.float32

@@ -88,6 +88,10 @@ class ModelConfig:
     init_from: str | None = means(
         "Hugging Face folder whose weights to start from; null: random weights", file_path(None)
     )
+    freeze: list[str] = means(
+        "regular expressions that find the names of parameters that are not trained",
+        later(field(default_factory=list)),
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -110,4 +114,4 @@ class ModelConfig:
 
 
 # Fields of ModelConfig that a Hugging Face folder does not tell; model=pretrained takes all others from it.
-FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from")
+FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from", "freeze")

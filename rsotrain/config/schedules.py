@@ -7,10 +7,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeVar
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, number
 
@@ -29,6 +31,14 @@ def schedule(schema: str) -> Callable[[Schedule], Schedule]:
     return register
 
 
+class EndOfDecay(Enum):
+    """When a straight line reaches its end. after_last_update: so that a last update with the rate 0 would
+    follow the last. at_last_update: as it was at first, where that update, of the rate 0, trains nothing."""
+
+    after_last_update = "after_last_update"
+    at_last_update = "at_last_update"
+
+
 @dataclass
 class LRSchedulerConfig:
     """Linear warm-up, then what ``after_warmup`` says."""
@@ -44,11 +54,8 @@ class LRSchedulerConfig:
     )
 
     @abstractmethod
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
-        """The factor of the update with 0-based index ``step``, after the warm-up.
-
-        ``progress``, in (0, 1]: the share of the way from the end of the warm-up to the last update.
-        """
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        """The factor of the update with 0-based index ``step``, of ``total_steps``; ``warmup``: the first."""
 
 
 @schedule("constant")
@@ -56,7 +63,7 @@ class LRSchedulerConfig:
 class ConstantConfig(LRSchedulerConfig):
     """The peak rate to the end."""
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         return 1.0
 
 
@@ -67,19 +74,25 @@ class CosineConfig(LRSchedulerConfig):
 
     min_ratio: float = means("rate at the last step, of the peak", number(0.1, at_least=0, at_most=1))
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        progress = (step - warmup + 1) / (total_steps - warmup)
         return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @schedule("linear")
 @dataclass
 class LinearConfig(LRSchedulerConfig):
-    """A straight line down to ``min_ratio`` of the peak at the last step."""
+    """A straight line from the peak down to ``min_ratio`` of it, which ``end`` says when it reaches."""
 
-    min_ratio: float = means("rate at the last step, of the peak", number(0.0, at_least=0, at_most=1))
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
-        return self.min_ratio + (1 - self.min_ratio) * (1 - progress)
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        done = step - warmup + (self.end is EndOfDecay.at_last_update)
+        return self.min_ratio + (1 - self.min_ratio) * (1 - done / (total_steps - warmup))
 
 
 @schedule("wsd")
@@ -90,10 +103,15 @@ class WSDConfig(LRSchedulerConfig):
     decay_fraction: float = means(
         "share of the steps, at the end, in which the rate falls", number(0.2, at_least=0, at_most=1)
     )
-    min_ratio: float = means("rate at the last step, of the peak", number(0.0, at_least=0, at_most=1))
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         decay = round(self.decay_fraction * total_steps)
         if step < total_steps - decay:
             return 1.0
-        return self.min_ratio + (1 - self.min_ratio) * (total_steps - 1 - step) / decay
+        left = total_steps - step - (self.end is EndOfDecay.at_last_update)
+        return self.min_ratio + (1 - self.min_ratio) * left / decay

@@ -29,6 +29,7 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
+from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
 from rsotrain.config.model import ModelConfig
@@ -187,6 +188,10 @@ class Config:
 
     mode: Mode = means("what to do", Mode.train)
     steps: int = means("length of the training", number(above=0, at_most=COUNT), unit="optimizer steps")
+    epochs: float | None = means(
+        "passes over the training data, instead of steps, which follow from it; null: steps",
+        later(number(None, above=0, at_most=10**6)),
+    )
     batch_size: int = means(
         "sequences of one update, over all processes and micro-batches",
         number(above=0, at_most=10**6),
@@ -206,6 +211,19 @@ class Config:
     grad_clip: float | None = means(
         "largest global norm of the gradient, to which larger ones are scaled; null: no limit",
         number(None, above=0, at_most=FACTOR),
+    )
+    z_loss: float = means(
+        "weight of (log Z)² beside the cross-entropy, Z the softmax's denominator",
+        later(number(0.0, at_least=0, at_most=1)),
+    )
+    max_bad_steps: int = means(
+        "batches with a bad loss or gradient that are skipped before the run fails",
+        later(number(0, at_least=0, at_most=10**6)),
+        unit="batches",
+    )
+    spike_factor: float | None = means(
+        "a gradient norm of so many times the recent median is bad, too; null: never",
+        later(number(None, above=1, at_most=FACTOR)),
     )
     compile: bool = means("compile each block with torch.compile", False)
     activation_checkpointing: ActivationCheckpointing = means(

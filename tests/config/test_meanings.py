@@ -8,7 +8,7 @@ import pytest
 from helpers.command import ROOT, Cli
 
 from rsotrain.config.keys import field_types, kinds
-from rsotrain.config.later import is_later, later
+from rsotrain.config.later import later, later_of
 from rsotrain.config.meanings import meaning_of, means, unit_of
 from rsotrain.config.ranges import number, range_of
 from rsotrain.config.schema import SCHEMAS, Config
@@ -66,7 +66,7 @@ def test_a_meaning_stands_beside_range_and_age() -> None:
         )
     )[0]
     assert (meaning_of(field), unit_of(field), field.default) == ("m", "u", 3)
-    assert is_later(field)
+    assert later_of(field) is not None
     assert str(range_of(field)) == "(0, 9]"
 
 
