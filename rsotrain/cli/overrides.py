@@ -28,6 +28,11 @@ def chosen_options(arguments: Sequence[str]) -> dict[str, str]:
     return {key: value for key, value in chosen.items() if key in groups or key.startswith("hydra/")}
 
 
+def key_of(argument: str) -> str:
+    """The key or group that an override is for."""
+    return argument.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 def check_overrides(arguments: Sequence[str]) -> None:
     """Raise UserError for what Hydra takes without a word, or has a traceback only for.
 

@@ -20,6 +20,9 @@ OPERATIONAL_KEYS = (
     "evaluation.tasks_path", "evaluation.num_fewshot", "evaluation.task_limit",
     "evaluation.micro_batch_size", "evaluation.legacy_divisor",
 )  # fmt: skip
+# The same, but they take part in the names that are made from settings, as they always did. With the run_name
+# of a run they may change in its folder.
+FREE_KEYS = ("eval_every", "evaluation.max_tokens", "activation_checkpointing")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -78,9 +81,15 @@ def as_before(settings: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first three settings that differ between two identities, in words; empty where none does."""
+    differing = sorted(differing_settings(old, new).items())
+    return ", ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing[:3])
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new value) of the settings that weights depend on in which two identities differ."""
     there, here = (json.loads(json.dumps(dict(settings), default=str)) for settings in (old, new))
-    differing = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
-    return ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in differing[:3])
+    keys = (there.keys() | here.keys()) - set(FREE_KEYS)
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
 
 
 def run_folder_path(config: Config) -> Path:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, number
 
 Schedule = TypeVar("Schedule", bound="type[LRSchedulerConfig]")
@@ -40,11 +41,17 @@ class EndOfDecay(Enum):
 
 @dataclass
 class LRSchedulerConfig:
-    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
+    """Linear warm-up, then what ``after_warmup`` says."""
 
-    name: str = MISSING
-    warmup_fraction: float = number(0.1, at_least=0, at_most=1)
-    warmup_steps: int | None = number(None, at_least=0, at_most=COUNT)
+    name: str = means("name of the schedule", MISSING)
+    warmup_fraction: float = means(
+        "share of the steps in which the rate rises linearly to its peak", number(0.1, at_least=0, at_most=1)
+    )
+    warmup_steps: int | None = means(
+        "the same as a number of steps, which then counts; null: by warmup_fraction",
+        number(None, at_least=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
 
     @abstractmethod
     def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
@@ -65,7 +72,7 @@ class ConstantConfig(LRSchedulerConfig):
 class CosineConfig(LRSchedulerConfig):
     """A half cosine down to ``min_ratio`` of the peak at the last step."""
 
-    min_ratio: float = number(0.1, at_least=0, at_most=1)
+    min_ratio: float = means("rate at the last step, of the peak", number(0.1, at_least=0, at_most=1))
 
     def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         progress = (step - warmup + 1) / (total_steps - warmup)
@@ -77,8 +84,11 @@ class CosineConfig(LRSchedulerConfig):
 class LinearConfig(LRSchedulerConfig):
     """A straight line from the peak down to ``min_ratio`` of it, which ``end`` says when it reaches."""
 
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
-    end: EndOfDecay = later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update)
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
     def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         done = step - warmup + (self.end is EndOfDecay.at_last_update)
@@ -90,9 +100,14 @@ class LinearConfig(LRSchedulerConfig):
 class WSDConfig(LRSchedulerConfig):
     """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
 
-    decay_fraction: float = number(0.2, at_least=0, at_most=1)
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
-    end: EndOfDecay = later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update)
+    decay_fraction: float = means(
+        "share of the steps, at the end, in which the rate falls", number(0.2, at_least=0, at_most=1)
+    )
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
     def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         decay = round(self.decay_fraction * total_steps)

@@ -52,6 +52,16 @@ def resolve_device(device: Device, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % count)
 
 
+def device_name(device: torch.device, size: int = 1) -> str:
+    """In words: what a run of ``size`` processes trains on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
+    return name if size == 1 else f"{size} processes, each with {name}"
+
+
 @dataclass(frozen=True)
 class World:
     """One process among those of a run; by default the only one.

@@ -27,7 +27,7 @@ from rsotrain.config.methods import (
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
-from rsotrain.tracking.display import format_bytes
+from rsotrain.tracking.formats import format_bytes
 
 # messages of torch's CPU allocator, of CUDA outside torch's allocator, and of libraries without a workspace
 _SAID = re.compile(

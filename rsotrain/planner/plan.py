@@ -49,7 +49,7 @@ class Plan:
     gpus: list[Fit] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
+        """The content of a plan's file."""
         return asdict(self)
 
 

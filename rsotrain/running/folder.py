@@ -17,6 +17,7 @@ import yaml
 from rsotrain.config.identity import (
     as_before,
     differences,
+    differing_settings,
     identity,
     identity_of,
     run_folder_path,
@@ -202,12 +203,25 @@ def _settle_config(config: Config, path: Path) -> dict[str, Any]:
         older = as_before(saved, config)
         as_it_began = with_values(config, older)
         if differing := differences(identity_of(saved, as_it_began), identity(as_it_began)):
+            _refuse_other_steps(path, identity_of(saved, as_it_began), as_it_began)
             raise UserError(
                 f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"
             )
     write_atomic(file, yaml.safe_dump(without_keys(plain(config), older), sort_keys=False))
     return older
+
+
+def _refuse_other_steps(path: Path, saved: dict[str, Any], config: Config) -> None:
+    """Raise UserError that says how to train on, where the number of steps is all that differs."""
+    changed = differing_settings(saved, identity(config))
+    if changed.keys() == {"steps"}:
+        there, here = changed["steps"]
+        raise UserError(
+            f"{path} holds a run with steps={there}, on which its learning rates depend; to train it on, give"
+            f" another run_name and checkpoint.path={path}: from the step that it has reached the rates are"
+            f" then those of lr_scheduler={config.lr_scheduler.name} over steps={here}"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -185,6 +185,7 @@ class TrainingRun:
     def _loop(self) -> "_StoppedError | None":
         """Train to the last step, or to the first request to stop, which is returned."""
         config, trainer, stop = self.config, self.trainer, self.stop
+        forget_peak_memory(self.trainer.device)  # of tokenising and building: the peak is to be a step's
         self.timer = StepTimer()
         reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
         try:

@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def plan_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("outputs/*/plan.json"))
+    return sorted(folder.glob("outputs/plans/*.json"))
 
 
 def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert plan["traffic"]["refresh"]["broadcast"] > 0
     assert "broadcast" not in plan["traffic"]["step"]
     assert [fit["fits"] for fit in plan["gpus"]] == [True] * 5
-    assert (file.parent / "plan.png").is_file()
+    assert (file.with_suffix(".png")).is_file()
     assert not (file.parent / "config.yaml").exists()  # it is no run
 
 
