@@ -10,9 +10,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import flatten, known_keys, plain
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
-from rsotrain.config.schema import SCHEMAS, Config
+from rsotrain.config.schema import SCHEMAS, Config, Precision
 from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
@@ -39,6 +40,7 @@ def register_schemas() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     store.store(group="schema/model", name="pretrained", node=_pretrained_schema())
     OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
+    OmegaConf.register_new_resolver("rsotrain.weight_rounding", weight_rounding, replace=True)
 
 
 def _pretrained_schema() -> DictConfig:
@@ -54,6 +56,13 @@ def _pretrained_schema() -> DictConfig:
             path = f"{field.name}.{inner.name}"
             schema[field.name][inner.name] = f"${{rsotrain.pretrained:${{..init_from}},{path}}}"
     return schema
+
+
+def weight_rounding(precision: str | Precision) -> str:
+    """The default of optimizer.weight_rounding, for conf/config.yaml: stochastic for bfloat16 weights."""
+    name = precision.name if isinstance(precision, Precision) else str(precision)
+    default = WeightRounding.stochastic if name == Precision.bf16.name else WeightRounding.nearest
+    return default.name
 
 
 def pretrained_value(folder: str | None, path: str) -> Any:

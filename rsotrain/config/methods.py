@@ -26,8 +26,20 @@ class OnRefresh(Enum):
 
 
 class StateDtype(Enum):
+    """int8: 8 bits an element and a float32 scale a block (``rsotrain.optim.blocks``)."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+class WeightRounding(Enum):
+    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is
+    lost on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as
+    in the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
+
+    stochastic = "stochastic"
+    nearest = "nearest"
 
 
 Settings = TypeVar("Settings", bound=type)
@@ -85,8 +97,9 @@ class OptimizerConfig:
         "weight decay also of norms, biases, embedding and head, not of matrices alone",
         later(False, before=True, matters_with="weight_decay"),
     )
-    state_dtype: StateDtype = means(
-        "dtype of the moments; bfloat16 is rounded stochastically", StateDtype.float32
+    state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
+    weight_rounding: WeightRounding = means(
+        "how updates of bfloat16 weights are rounded", later(WeightRounding.nearest)
     )
     block_parameters: list[str] = means(
         "regular expressions that find the names of the attention and MLP weights",

@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.processes import check_rendezvous
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schedules import LRSchedulerConfig
-from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Strategy
+from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Precision, Strategy
 from rsotrain.errors import require
 
 
@@ -56,6 +57,17 @@ def validate_parallelism(config: Config, started: int) -> None:
         micro is None or of_rank % micro == 0,
         f"batch_size={config.batch_size}{f' ({of_rank} a process)' if started > 1 else ''} is not divisible"
         f" by micro_batch_size={micro}; change one of them",
+    )
+
+
+def validate_weight_rounding(config: Config) -> None:
+    rounding, precision = config.optimizer.weight_rounding, config.precision
+    require(
+        rounding is WeightRounding.nearest
+        or precision is Precision.bf16
+        or config.mode in (Mode.evaluate, Mode.generate, Mode.export),  # no weight is written
+        "optimizer.weight_rounding=stochastic rounds bfloat16 weights, and those of"
+        f" precision={precision.name} are float32; leave it out, or take precision=bf16",
     )
 
 

@@ -11,6 +11,7 @@ from rsotrain.config.rules import (
     validate_model,
     validate_parallelism,
     validate_training,
+    validate_weight_rounding,
 )
 from rsotrain.config.rules_data import validate_data, validate_tokenizer
 from rsotrain.config.rules_modes import validate_modes
@@ -28,6 +29,7 @@ def validate(config: Config) -> None:
     check_text(config)
     validate_parallelism(config, processes().size)
     validate_model(config.model)
+    validate_weight_rounding(config)
     longest = config.model.max_position_embeddings
     require(
         config.seq_len <= longest

@@ -38,11 +38,13 @@ def build_model(
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     separator_id: int | None = None,
     z_loss: float = 0.0,
+    float32_gains: bool = False,
 ) -> Llama:
     """The model on ``device``, initialised; on the meta device it has shapes and dtypes only.
 
     ``separator_id``: the token that begins a document; attention then ends at its document's beginning.
-    ``z_loss``: as in ``linear_cross_entropy``. Raises UserError where the sizes do not fit together, where
+    ``z_loss``: as in ``linear_cross_entropy``. ``float32_gains``: the gains of norms are float32 in every
+    precision. Raises UserError where the sizes do not fit together, where
     ``config.init_from`` does not fit them, and for a pattern of ``config.freeze`` without a parameter.
     """
     validate_model(config)
@@ -57,6 +59,8 @@ def build_model(
             separator_id=separator_id,
             z_loss=z_loss,
         ).to(PARAMETER_DTYPE[precision])
+        if float32_gains:
+            _widen_gains(model)
         model.tie_weights()
     freeze(model, config.freeze)
     if config.init_from is not None and config.vocab_size == vocab_size:  # known already: before any work
@@ -89,6 +93,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             named[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise UserError(f"model.freeze={list(patterns)} leaves nothing to train; narrow the patterns")
+
+
+def _widen_gains(model: Llama) -> None:
+    for module in model.modules():
+        for name, kind in getattr(module, "kinds", {}).items():
+            if kind is Kind.gain:
+                own = getattr(module, name)
+                own.data = own.data.to(torch.float32)
 
 
 def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:

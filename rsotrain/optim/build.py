@@ -13,7 +13,6 @@ from rsotrain.config.methods import (
     AdamConfig,
     OptimizerConfig,
     SamplerConfig,
-    StateDtype,
     SubspaceConfig,
 )
 from rsotrain.config.ranges import check_ranges
@@ -91,12 +90,12 @@ def build_optimizer(
         assert isinstance(model, nn.Module)
         place(model)
         groups = groups.renewed(model)
-    reduced = config.state_dtype is StateDtype.bfloat16
     settings = Settings(
-        keeper=StateKeeper(torch.bfloat16 if reduced else torch.float32, seed),
+        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        weight_rounding=config.weight_rounding,
     )
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:

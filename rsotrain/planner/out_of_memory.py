@@ -22,6 +22,7 @@ from rsotrain.config.methods import (
     SRHTConfig,
     StateDtype,
     SubspaceConfig,
+    WeightRounding,
 )
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
@@ -107,13 +108,14 @@ def options(config: Config) -> Iterator[Option]:
         block = ActivationCheckpointing.block
         yield Option("activation_checkpointing=block", replace(config, activation_checkpointing=block))
     if config.precision is not Precision.bf16:
-        yield Option("precision=bf16", replace(config, precision=Precision.bf16))
+        rounded = replace(optimizer, weight_rounding=WeightRounding.stochastic)  # its default there
+        yield Option("precision=bf16", replace(config, precision=Precision.bf16, optimizer=rounded))
 
     def with_optimizer(change: str, **settings: Any) -> Option:
         return Option(change, replace(config, optimizer=replace(optimizer, **settings)))
 
-    if optimizer.state_dtype is StateDtype.float32:
-        yield with_optimizer("optimizer.state_dtype=bfloat16", state_dtype=StateDtype.bfloat16)
+    if optimizer.state_dtype is not StateDtype.int8:
+        yield with_optimizer("optimizer.state_dtype=int8", state_dtype=StateDtype.int8)
     if isinstance(optimizer, SubspaceConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
@@ -125,7 +127,8 @@ def options(config: Config) -> Iterator[Option]:
         if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
-        rso = RSOConfig(name="rso", lr=optimizer.lr, state_dtype=optimizer.state_dtype)
+        own = {"state_dtype": optimizer.state_dtype, "weight_rounding": optimizer.weight_rounding}
+        rso = RSOConfig(name="rso", lr=optimizer.lr, **own)  # type: ignore[arg-type]
         yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
     if config.batch_size % (2 * size) == 0:
         strategy = config.parallelism.strategy

@@ -2,6 +2,7 @@
 
 import torch
 
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model
 from rsotrain.optim.build import build_optimizer
@@ -20,6 +21,7 @@ def check_composition(config: Config) -> None:
         precision=config.precision,
         device=torch.device("meta"),
         seed=config.seed,
+        float32_gains=config.optimizer.weight_rounding is WeightRounding.stochastic,
     )
     build_optimizer(
         model,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
@@ -52,6 +53,11 @@ def no_signals() -> tuple[float, ...]:
     return ()
 
 
+def float32_gains(config: Config) -> bool:
+    """Are the gains of norms float32 whatever the precision?"""
+    return config.optimizer.weight_rounding is WeightRounding.stochastic
+
+
 def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
     """The model of a run on the meta device."""
     return build_model(
@@ -63,6 +69,7 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
         activation_checkpointing=config.activation_checkpointing,
         separator_id=tokenizer.eos_id if config.data.document_mask else None,
         z_loss=config.z_loss,
+        float32_gains=float32_gains(config),
     )
 
 
@@ -99,6 +106,9 @@ class Trainer:
             total_steps=config.steps,
             place=self._place,
         )
+        if (config.micro_batch_size or self._batch_size_of_rank) < self._batch_size_of_rank:
+            for holder in self.optimizer.gradient_holders():  # of bfloat16 weights, too: sums are in float32
+                holder.grad_dtype = torch.float32
         if config.compile:
             compile_blocks(self.model)
         self.order = data.train.order(config.seed)

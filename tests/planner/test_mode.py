@@ -232,11 +232,11 @@ def test_ways_out_are_what_the_run_does_not_do_yet() -> None:
     found = changes(compose(["optimizer=galore", "optimizer.rank=64", "batch_size=12", "micro_batch_size=6"]))
     assert set(found) == {
         "micro_batch_size=3", "activation_checkpointing=block", "precision=bf16", "optimizer=rso",
-        "optimizer.state_dtype=bfloat16", "optimizer.rank=32", "parallelism=fsdp on 2 processes",
+        "optimizer.state_dtype=int8", "optimizer.rank=32", "parallelism=fsdp on 2 processes",
     }  # fmt: skip
     assert found["parallelism=fsdp on 2 processes"].parallelism.strategy is Strategy.fsdp
     none_left = [
-        "optimizer=rso", "optimizer.projection=regenerated", "optimizer.state_dtype=bfloat16",
+        "optimizer=rso", "optimizer.projection=regenerated", "optimizer.state_dtype=int8",
         "precision=bf16", "activation_checkpointing=block", "batch_size=1", "optimizer.rank=1",
     ]  # fmt: skip
     assert changes(compose(none_left)) == {}

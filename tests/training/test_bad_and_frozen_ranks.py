@@ -70,27 +70,31 @@ def test_two_ranks_do_as_one(tiny: list[str], tmp_path: Path, cache_dir: Path) -
     def both(name: str, *extra: str) -> tuple[Config, Config]:
         return config(f"{name}1", *extra), config(f"{name}2", *extra, "parallelism=fsdp")
 
-    bad = both("bad", "optimizer=galore", "optimizer.update_proj_gap=2", "max_bad_steps=2")
+    bad = {
+        f"bad {m}": both(f"bad {m}", f"optimizer={m}", "optimizer.update_proj_gap=2", "max_bad_steps=2")
+        for m in ("galore", "rso_pca")
+    }
     early = both("early", "optimizer=adam", "eval_every=2", "evaluation.patience=1")
     runs = {
         m: both(m, f"optimizer={m}", f"model.freeze=[{frozen}]", "optimizer.weight_decay=0.1")
         for m in METHODS
     }
     checks: dict[str, ranks.Check] = {
-        "bad": partial(with_bad_batch, bad[1]),
+        **{name: partial(with_bad_batch, two) for name, (_, two) in bad.items()},
         "early": partial(without_progress, early[1]),
         **{m: lambda world, c=two: train(c)["step"] for m, (_, two) in runs.items()},  # type: ignore[misc]
         **{f"state {m}": partial(state_of, two, cache_dir) for m, (_, two) in runs.items()},
     }
     alone = World(torch.device("cpu"))
-    assert with_bad_batch(bad[0], alone) == 1
+    for one, _ in bad.values():
+        assert with_bad_batch(one, alone) == 1
     assert without_progress(early[0], alone) == 4
     for one, _ in runs.values():
         train(one)
     outcomes = {name: ranks.succeeded(o) for name, o in ranks.run(2, checks, tmp_path / "out").items()}
-    assert outcomes["bad"] == [1, 1]
+    assert [outcomes[name] for name in bad] == [[1, 1], [1, 1]]
     assert outcomes["early"] == [4, 4]
-    for name, step in (("bad", 6), ("early", 4), *((m, 6) for m in METHODS)):
+    for name, step in (*((b, 6) for b in bad), ("early", 4), *((m, 6) for m in METHODS)):
         one, two = tmp_path / f"{name}1", tmp_path / f"{name}2"
         assert_near(weights(one, step), weights(two, step))
         a, b = history(one), history(two)
@@ -104,6 +108,6 @@ def test_two_ranks_do_as_one(tiny: list[str], tmp_path: Path, cache_dir: Path) -
         planned = replace(two, parallelism=replace(two.parallelism, world_size=2))
         vocab = start["lm_head.weight"].shape[0]
         assert outcomes[f"state {method}"][0] == state_bytes(planned, vocab).total
-    assert math.isfinite(history(tmp_path / "bad2")[-1]["val/loss"])
+    assert math.isfinite(history(tmp_path / "bad rso_pca2")[-1]["val/loss"])
     with pytest.raises(FileNotFoundError):
         weights(tmp_path / "early2", 6)

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import OPTIMIZERS, compose, trainer
+from safetensors.torch import load_file
 
+from rsotrain.checkpoints.files import load_tensors
+from rsotrain.cli.dispatch import run_mode
 from rsotrain.errors import UserError
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.plan import make_plan
+from rsotrain.running.mode import train
 from rsotrain.training.composition import check_composition
 
 # what is frozen, as lists of patterns: parts of the blocks, all of them, what is outside, the first layers
@@ -140,3 +144,21 @@ def test_a_tied_weight_goes_by_its_first_name(tiny: list[str], cache_dir: Path) 
     before = made.model.lm_head.weight.detach().clone()
     made.train_step()
     assert torch.equal(made.model.lm_head.weight, before)
+
+
+def test_a_run_with_frozen_parameters_is_exported_whole(
+    tiny: list[str], tmp_path: Path, cache_dir: Path
+) -> None:
+    own = ["optimizer=rso_pca", "steps=2", freeze(FROZEN["parts"]), f"output_dir={tmp_path}", "run_name=r"]
+    chosen = dict(o.split("=", 1) for o in [*tiny, *own])
+    command = [f"{key}={value}" for key, value in chosen.items()]
+    train(compose(command))
+    folder = tmp_path / "exported"
+    run_mode(compose([*tiny, "mode=export", f"checkpoint.path={tmp_path / 'r'}", f"export.path={folder}"]))
+    exported = load_file(folder / "model.safetensors")
+    saved = load_tensors(tmp_path / "r/checkpoints/step_00000002", "model")
+    start = dict(trainer([*tiny, "optimizer=adam"], cache_dir).model.named_parameters())
+    assert exported.keys() == saved.keys() == start.keys()
+    for name, weight in exported.items():
+        assert torch.equal(weight, saved[name])
+        assert torch.equal(weight, start[name]) == is_frozen(name, FROZEN["parts"]), name

@@ -10,7 +10,8 @@ from helpers.runs import compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsotrain.parallel import exchange
-from rsotrain.parallel.sharding import Shard, reduce_rows
+from rsotrain.parallel.row_sums import RowSums
+from rsotrain.parallel.sharding import Shard
 from rsotrain.planner.fake_run import fake_world
 
 ROWS, RANK = 37, 3
@@ -26,6 +27,11 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Done:
+    def wait(self) -> None:
+        pass
+
+
 @pytest.mark.parametrize("size", [2, 3, 5, 16, 36, 37, 64, 512])
 def test_each_rank_is_sent_its_rows_in_as_many_operations_for_any_number(
     size: int, monkeypatch: pytest.MonkeyPatch
@@ -36,13 +42,22 @@ def test_each_rank_is_sent_its_rows_in_as_many_operations_for_any_number(
         "a": torch.arange(ROWS * RANK, dtype=torch.float32).reshape(ROWS, RANK),
         "b": torch.arange(2.0 * 64).reshape(64, 2),
     }
+    leaves = {name: torch.zeros_like(gradient, requires_grad=True) for name, gradient in gradients.items()}
     sent: list[torch.Tensor] = []
-    monkeypatch.setattr(exchange, "reduce_scatter", lambda received, send, group: sent.append(send.clone()))
+
+    def reduce_scatter(received: torch.Tensor, send: torch.Tensor, group: object) -> Done:
+        sent.append(send.clone())
+        return Done()
+
+    monkeypatch.setattr(exchange, "reduce_scatter", reduce_scatter)
     shards = {name: Shard(tuple(g.shape), 0, 0, -(-g.shape[0] // size)) for name, g in gradients.items()}
     operations = Operations()
-    with fake_world(config) as world, operations:
+    with fake_world(config) as world:
         assert world.mesh is not None
-        reduce_rows(gradients, shards, world.mesh)
+        sums = RowSums([leaves], shards, world.mesh)
+        with operations:
+            sum((leaf * gradients[name]).sum() for name, leaf in leaves.items()).backward()  # type: ignore[union-attr]
+            sums.finish()
     assert sum(operations.counts.values()) < 60
     (send,) = sent
     for piece, own in enumerate(send.view(size, -1)):
