@@ -97,13 +97,9 @@ class OptimizerConfig:
         "weight decay also of norms, biases, embedding and head, not of matrices alone",
         later(False, before=True, matters_with="weight_decay"),
     )
-    state_dtype: StateDtype = means(
-        "dtype of the moments; bfloat16 is rounded stochastically, int8 has a scale a block",
-        StateDtype.float32,
-    )
+    state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
     weight_rounding: WeightRounding = means(
-        "rounding of bfloat16 weights; stochastic by default with precision=bf16, with float32 gains",
-        later(WeightRounding.nearest),
+        "stochastic by default with precision=bf16", later(WeightRounding.nearest)
     )
     block_parameters: list[str] = means(
         "regular expressions that find the names of the attention and MLP weights",
