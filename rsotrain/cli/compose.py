@@ -7,11 +7,13 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.text_keys import keep_text_of_config_files
-from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.keys import flatten, known_keys, plain
 from rsotrain.config.methods import WeightRounding
+from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
-from rsotrain.config.schema import FIELDS_OF_THE_RUN, SCHEMAS, Config, ModelConfig, Precision
+from rsotrain.config.schema import SCHEMAS, Config, Precision
 from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
@@ -92,12 +94,16 @@ def to_config(composed: DictConfig) -> Config:
     known = set(known_keys())
     for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
         if key not in known:
-            raise UserError(f"unknown key {key}{did_you_mean(key, sorted(known))}")
+            raise UserError(unknown_key(key, composed))
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(f"{missing[0]} has no value; give it with {missing[0]}=…")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    for key, value in flatten(plain(config)):  # ~key deletes a key, and the dataclass has nothing for it
+    values = dict(flatten(plain(config)))
+    for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
+        if key not in values:  # +key=, of another option: the schema would drop it without a word
+            raise UserError(unknown_key(key, OmegaConf.structured(config)))
+    for key, value in values.items():  # ~key deletes a key, and the dataclass has nothing for it
         if value == MISSING:
             raise UserError(f"{key} has no value; give it with {key}=…")
     return config

@@ -13,6 +13,7 @@ from typing import TypeVar
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 
 
@@ -74,29 +75,40 @@ def _registering(registry: dict[str, type], schema: str, code: str) -> Callable[
 
 @dataclass
 class OptimizerConfig:
-    """The settings of all optimizers.
+    """The settings of all optimizers."""
 
-    ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
-    and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
-    the attention and MLP weights. ``state_dtype``: dtype of the moments.
-    ``weight_rounding``: of weights in bfloat16 (precision=bf16), where it is stochastic by default.
-    """
-
-    name: str = MISSING
-    lr: float = number(at_least=0, at_most=1000)
-    scale: float = number(1.0, at_least=0, at_most=10**6)
-    betas: tuple[float, float] = numbers(
-        (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)
+    name: str = means("name of the method", MISSING)
+    lr: float = means(
+        "peak rate of embedding, head and norms; attention and MLP weights get lr × scale",
+        number(at_least=0, at_most=1000),
     )
-    eps: float = number(1e-8, at_least=SMALL, at_most=1)
-    weight_decay: float = number(0.0, at_least=0, at_most=1000)
-    state_dtype: StateDtype = StateDtype.float32
-    weight_rounding: WeightRounding = later(WeightRounding.nearest)
-    block_parameters: list[str] = field(
-        default_factory=lambda: [
-            r"\.self_attn\.[qkvo]_proj\.weight$",
-            r"\.mlp\.(gate|up|down)_proj\.weight$",
-        ]
+    scale: float = means(
+        "factor on lr for the attention and MLP weights", number(1.0, at_least=0, at_most=10**6)
+    )
+    betas: tuple[float, float] = means(
+        "decay of the first and the second moment",
+        numbers((0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)),
+    )
+    eps: float = means("added to the root of the second moment", number(1e-8, at_least=SMALL, at_most=1))
+    weight_decay: float = means(
+        "decoupled weight decay, as AdamW has it", number(0.0, at_least=0, at_most=1000)
+    )
+    decay_norms_and_embeddings: bool = means(
+        "weight decay also of norms, biases, embedding and head, not of matrices alone",
+        later(False, before=True, matters_with="weight_decay"),
+    )
+    state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
+    weight_rounding: WeightRounding = means(
+        "stochastic by default with precision=bf16", later(WeightRounding.nearest)
+    )
+    block_parameters: list[str] = means(
+        "regular expressions that find the names of the attention and MLP weights",
+        field(
+            default_factory=lambda: [
+                r"\.self_attn\.[qkvo]_proj\.weight$",
+                r"\.mlp\.(gate|up|down)_proj\.weight$",
+            ]
+        ),
     )
 
 
@@ -108,18 +120,19 @@ class AdamConfig(OptimizerConfig):
 
 @dataclass
 class SubspaceConfig(OptimizerConfig):
-    """The settings of all optimizers with low-rank bases.
+    """The settings of all optimizers with low-rank bases."""
 
-    ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected dimension of
-    each matrix. ``update_proj_gap``: T, the number of optimizer steps between two refreshes of a basis.
-    ``staggered``: spread the refreshes of the matrices over these T steps instead of doing all at once, so
-    that RSO need not hold all Gram matrices at the same time.
-    """
-
-    rank: int | float = number(0.25, above=0, at_most=SIZE)
-    update_proj_gap: int = number(200, above=0, at_most=COUNT)
-    on_refresh: OnRefresh = OnRefresh.keep
-    staggered: bool = False
+    rank: int | float = means(
+        "rank of the basis: a number, or with a point a fraction of the projected dimension",
+        number(0.25, above=0, at_most=SIZE),
+    )
+    update_proj_gap: int = means(
+        "T: how often the basis is drawn again", number(200, above=0, at_most=COUNT), unit="optimizer steps"
+    )
+    on_refresh: OnRefresh = means("what a new basis does to the moments", OnRefresh.keep)
+    staggered: bool = means(
+        "spread the draws of all matrices over these steps instead of making all at once", False
+    )
 
 
 class InnerSolver(Enum):
@@ -134,7 +147,7 @@ class InnerSolver(Enum):
 class SolverConfig(SubspaceConfig):
     """The settings of optimizers with a choice of the rule in the subspace; all were published with Adam."""
 
-    solver: InnerSolver = later(InnerSolver.adam)
+    solver: InnerSolver = means("update rule in the subspace", later(InnerSolver.adam))
 
 
 @optimizer("galore", "rsotrain.optim.galore:GaLore")
@@ -146,32 +159,36 @@ class GaLoreConfig(SolverConfig):
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
-    """Momentum of full size with subset-norm second moments (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
+    """Momentum, subset-norm second moments (SN, arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad."""
 
-    ``subset_size``: number of neighbours in the smaller dimension that share one second moment; it must
-    divide that dimension. null: whole rows (or columns, if there are fewer rows than columns).
-    """
-
-    subset_size: int | None = number(None, above=0, at_most=SIZE)
+    subset_size: int | None = means(
+        "neighbours in the smaller dimension, a divisor of it, that share a second moment; null: all",
+        number(None, above=0, at_most=SIZE),
+        unit="weights",
+    )
 
 
 @optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
 @dataclass
 class SNSMConfig(SubspaceConfig):
-    """Momentum in the subspace, the plain gradient outside. ``subset_size``: as in SNConfig; 1 is Adam's."""
+    """Momentum in the subspace, the gradient outside, subset-norm second moments (arXiv 2411.07120)."""
 
-    subset_size: int | None = number(None, above=0, at_most=SIZE)
+    subset_size: int | None = means(
+        "neighbours that share a second moment, a divisor of the smaller dimension; null: all; 1: as Adam",
+        number(None, above=0, at_most=SIZE),
+        unit="weights",
+    )
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
 @dataclass
 class FiraConfig(SolverConfig):
-    """GaLore plus the scaled residual (arXiv 2410.01623).
+    """GaLore plus the scaled residual (Fira, arXiv 2410.01623)."""
 
-    ``max_growth``: the largest factor by which the residual's norm may grow in one step.
-    """
-
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    max_growth: float = means(
+        "largest factor by which the residual's norm grows in a step",
+        number(1.01, at_least=1, at_most=FACTOR),
+    )
 
 
 @optimizer("frugal", "rsotrain.optim.residuals:Frugal")
@@ -179,30 +196,31 @@ class FiraConfig(SolverConfig):
 class FrugalConfig(SolverConfig):
     """Adam in the subspace, signSGD at ``free_scale`` times the rate outside (FRUGAL, arXiv 2411.07837)."""
 
-    free_scale: float = number(1.0, at_least=0, at_most=10**6)
+    free_scale: float = means(
+        "factor on the rate for the signs outside the subspace", number(1.0, at_least=0, at_most=10**6)
+    )
 
 
 @optimizer("apollo", "rsotrain.optim.residuals:Apollo")
 @dataclass
 class ApolloConfig(SolverConfig):
-    """The gradient scaled per channel, or by one factor with ``per_tensor`` (APOLLO, arXiv 2412.05270).
+    """The gradient scaled per channel, or by one factor with ``per_tensor`` (APOLLO, arXiv 2412.05270)."""
 
-    ``max_growth``: the largest factor by which the norm of the update may grow in one step.
-    """
-
-    per_tensor: bool = False
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    per_tensor: bool = means("one factor for the whole matrix instead of one for each channel", False)
+    max_growth: float = means(
+        "largest factor by which the update's norm grows in a step", number(1.01, at_least=1, at_most=FACTOR)
+    )
 
 
 @optimizer("ldadam", "rsotrain.optim.residuals:LDAdam")
 @dataclass
 class LDAdamConfig(SubspaceConfig):
-    """Low-rank Adam with a new basis every step, transported moments and error feedback (arXiv 2410.16103).
+    """Low-rank Adam, a new basis every step, error feedback (LDAdam, arXiv 2410.16103)."""
 
-    ``rho``: the weight of the momentum, next to that of the gradient, in the matrix that the sampler uses.
-    """
-
-    rho: float = number(0.908, at_least=0, at_most=1)
+    rho: float = means(
+        "weight of the momentum, beside the gradient's, in the matrix that the sampler sees",
+        number(0.908, at_least=0, at_most=1),
+    )
 
 
 @optimizer("muon", "rsotrain.optim.muon:Muon")
@@ -210,9 +228,9 @@ class LDAdamConfig(SubspaceConfig):
 class MuonConfig(OptimizerConfig):
     """torch's Muon, with learning rates on AdamW's scale. ``betas`` and ``eps`` are for AdamW on the rest."""
 
-    momentum: float = number(0.95, at_least=0, at_most=1)
-    nesterov: bool = True
-    ns_steps: int = number(5, at_least=1, at_most=99)
+    momentum: float = means("decay of the momentum", number(0.95, at_least=0, at_most=1))
+    nesterov: bool = means("Nesterov's momentum", True)
+    ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
 class BasisStorage(Enum):
@@ -227,18 +245,21 @@ class BasisStorage(Enum):
 class RSOConfig(SubspaceConfig):
     """Trains B in W + B Pᵀ; P is random and projects the input of the linear (RSO, arXiv 2502.07222).
 
-    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, which
-    makes 0.25 hidden/4 everywhere. ``basis_scale``: multiply orthonormal bases by √(in/rank), for
-    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: no such term.
-    ``refresh_warmup_steps``: after each refresh the learning rate rises linearly over so many steps.
-    ``projection``: how the bases are kept.
+    A fraction as ``rank`` is one of the largest min(in, out) of the linears that share an input, which makes
+    0.25 hidden/4 everywhere.
     """
 
-    solver: InnerSolver = InnerSolver.adam
-    basis_scale: bool = True
-    proximal_eta: float | None = number(None, above=0, at_most=FACTOR)
-    refresh_warmup_steps: int = number(0, at_least=0, at_most=COUNT)
-    projection: BasisStorage = BasisStorage.stored
+    solver: InnerSolver = means("update rule of B", InnerSolver.adam)
+    basis_scale: bool = means("multiply orthonormal bases by √(in/rank), for E[PPᵀ] = I", True)
+    proximal_eta: float | None = means(
+        "η of the proximal term ‖B‖²/(2η); null: no such term", number(None, above=0, at_most=FACTOR)
+    )
+    refresh_warmup_steps: int = means(
+        "steps over which the rate rises again after each draw",
+        number(0, at_least=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
+    projection: BasisStorage = means("how the bases are kept", BasisStorage.stored)
 
 
 # --- sampler -----------------------------------------------------------------------------------
@@ -246,7 +267,7 @@ class RSOConfig(SubspaceConfig):
 
 @dataclass
 class SamplerConfig:
-    name: str = MISSING
+    name: str = means("name of the sampler", MISSING)
 
 
 @sampler("none", "")
@@ -267,7 +288,7 @@ class SvdSolver(Enum):
 class SvdConfig(SamplerConfig):
     """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
 
-    solver: SvdSolver = SvdSolver.gram
+    solver: SvdSolver = means("how the singular vectors are computed", SvdSolver.gram)
 
 
 @sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
@@ -275,7 +296,9 @@ class SvdConfig(SamplerConfig):
 class ImportanceConfig(SamplerConfig):
     """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
 
-    power: float = number(1.0, above=0, at_most=100)
+    power: float = means(
+        "exponent of the singular values in the weights of the draw", number(1.0, above=0, at_most=100)
+    )
 
 
 @sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
@@ -283,7 +306,11 @@ class ImportanceConfig(SamplerConfig):
 class RandomizedSvdConfig(SamplerConfig):
     """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
 
-    rounds: int = number(2, at_least=1, at_most=100)
+    rounds: int = means(
+        "power iterations for a draw; the first has two more",
+        number(2, at_least=1, at_most=100),
+        unit="iterations",
+    )
 
 
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
@@ -291,7 +318,7 @@ class RandomizedSvdConfig(SamplerConfig):
 class MixtureConfig(SamplerConfig):
     """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
 
-    principal_fraction: float = number(0.5, at_least=0, at_most=1)
+    principal_fraction: float = means("share of the rank that svd fills", number(0.5, at_least=0, at_most=1))
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -332,16 +359,14 @@ class PCASolver(Enum):
 @sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
 @dataclass
 class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857).
+    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857)."""
 
-    ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
-    ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
-    """
-
-    lr: float = number(0.005, at_least=0, at_most=1000)
-    penalty: float = number(0.1, at_least=0, at_most=10**6)
-    solver: PCASolver = PCASolver.adam
-    orthonormalize: bool = False
+    lr: float = means(
+        "peak rate of the basis, which follows the run's schedule", number(0.005, at_least=0, at_most=1000)
+    )
+    penalty: float = means("λ, weight of ‖PᵀP − I‖²", number(0.1, at_least=0, at_most=10**6))
+    solver: PCASolver = means("update rule of the basis", PCASolver.adam)
+    orthonormalize: bool = means("also orthonormalise the basis after each step, unlike the paper", False)
 
 
 @sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
@@ -349,4 +374,6 @@ class OnlinePCAConfig(SamplerConfig):
 class GoLoreConfig(SamplerConfig):
     """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
 
-    random_fraction: float = number(0.2, at_least=0, at_most=1)
+    random_fraction: float = means(
+        "share of the training, at its end, with random bases", number(0.2, at_least=0, at_most=1)
+    )

@@ -113,6 +113,40 @@ def validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
     )
 
 
+def validate_training(config: Config) -> None:
+    """What the training loop demands of its settings."""
+    evaluation, optimizer = config.evaluation, config.optimizer
+    require(
+        config.spike_factor is None or config.max_bad_steps > 0,
+        f"spike_factor={config.spike_factor} says which batches to skip, but max_bad_steps=0 skips none;"
+        " give max_bad_steps=…, or leave spike_factor out",
+    )
+    require(
+        evaluation.patience is None or config.eval_every is not None,
+        f"evaluation.patience={evaluation.patience} counts evaluations, but eval_every=null makes none before"
+        " the end; give eval_every=…",
+    )
+    require(
+        evaluation.min_delta == 0 or evaluation.patience is not None,
+        f"evaluation.min_delta={evaluation.min_delta} has no effect without evaluation.patience=…; give both,"
+        " or leave it out",
+    )
+    require(
+        optimizer.weight_decay > 0 or not optimizer.decay_norms_and_embeddings,
+        "optimizer.decay_norms_and_embeddings=true has no effect without optimizer.weight_decay=…; give both,"
+        " or leave it out",
+    )
+    require(
+        config.epochs is None or config.mode is Mode.train,
+        f"epochs={config.epochs} is for mode=train, where the data say how many steps that is; give steps=…",
+    )
+    require(
+        config.epochs is None or not config.data.streaming,
+        "data.streaming=true tokenises while training, so how many sequences an epoch has is not known;"
+        " give steps=… instead of epochs=…, or use data.streaming=false",
+    )
+
+
 def validate_checkpoint(config: Config) -> None:
     path = config.checkpoint.path
     if path is None:

@@ -22,7 +22,7 @@ from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.moments import StateKeeper
-from rsotrain.optim.parameter_groups import group_parameters
+from rsotrain.optim.parameter_groups import group_parameters, is_norm_or_embedding
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
 
@@ -106,7 +106,15 @@ def build_optimizer(
         if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam
             settings = replace(settings, betas=(settings.betas[0], 0.999))
         rest = AdamConfig(name="adam", lr=config.lr)
-        optimizers.append(AdamW("rest: adam", groups.rest, config.lr, settings, rest))
+        decayed, undecayed = groups.rest, {}
+        if config.weight_decay and not config.decay_norms_and_embeddings:
+            undecayed = {n: p for n, p in groups.rest.items() if is_norm_or_embedding(n, p)}
+            decayed = {n: p for n, p in groups.rest.items() if n not in undecayed}
+        if decayed:
+            optimizers.append(AdamW("rest: adam", decayed, config.lr, settings, rest))
+        if undecayed:
+            settings = replace(settings, weight_decay=0.0)
+            optimizers.append(AdamW("rest: adam, no decay", undecayed, config.lr, settings, rest))
     return CompositeOptimizer(optimizers, groups)
 
 

@@ -49,6 +49,10 @@ class CompositeOptimizer:
         """The leaf tensors whose gradients ``step`` reads, each once."""
         return [holder for group in self.groups for holder in group.gradient_holders().values()]
 
+    def partial_gradients(self) -> list[Tensor]:
+        """What there is of the gradients after the backward pass of a micro-batch."""
+        return [gradient for group in self.groups for gradient in group.partial_gradients()]
+
     def reduce_gradients(self) -> None:
         """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
         for group in self.groups:
@@ -155,5 +159,6 @@ class CompositeOptimizer:
             )
         if frozen := self.parameter_groups.frozen:
             elements = sum(p.numel() for p in frozen.values())
-            rows.append(GroupRow("frozen", ", ".join(frozen), len(frozen), elements, None, "–", 0))
+            shown = ", ".join([*list(frozen)[:3], *(["…"] if len(frozen) > 3 else [])])
+            rows.append(GroupRow("frozen", shown, len(frozen), elements, None, "–", 0))
         return rows

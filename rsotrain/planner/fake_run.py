@@ -211,7 +211,7 @@ class FakeRun:
                     return
                 yield
                 if name is Phase.backward:
-                    tracker.mark((holder.grad for holder in optimizer.gradient_holders()), Kind.gradients)
+                    tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 elif name is Phase.optimizer_step:  # gradients that the optimizer itself has reduced
                     tracker.mark(optimizer.gradients(), Kind.gradients)
                     self.gradients_bytes = [

@@ -12,6 +12,7 @@ from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.models.loss import chunk_tokens
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, world_size
+from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
@@ -42,21 +43,14 @@ class Plan:
     saved_activations: int
     phases: dict[str, dict[str, int]]
     peak: int
+    floor: Floor
     flops_per_token: int
     traffic: dict[str, dict[str, int]]
     gpus: list[Fit] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
+        """The content of a plan's file."""
         return asdict(self)
-
-    @property
-    def largest(self) -> tuple[str, int]:
-        """(name, bytes) of the largest kind at the peak."""
-        worst = max(self.phases.values(), key=lambda phase: phase["peak"])
-        kinds = {name: nbytes for name, nbytes in worst.items() if name != "peak"}
-        name = max(kinds, key=kinds.__getitem__)
-        return name, kinds[name]
 
 
 def device_kind_of(config: Config) -> str:
@@ -78,24 +72,35 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
+        parameters = Share(
+            tensors_bytes(trainer.model.parameters()),
+            tensors_bytes(optimizer.parameter_groups.blocks.values()),
+        )
+        gradients = Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0)
+        state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
+        phases = {
+            phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
+            | {"peak": peaks[phase].total}
+            for phase in Phase
+            if phase in peaks
+        }
+        is_sharded = trainer.world.mesh is not None and trainer.world.mesh["shard"].size() > 1
         return Plan(
             settings=_settings(config, micro),
-            parameters=Share(
-                tensors_bytes(trainer.model.parameters()),
-                tensors_bytes(optimizer.parameter_groups.blocks.values()),
-            ),
-            gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0),
-            optimizer_state=Share(
-                optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0
-            ),
+            parameters=parameters,
+            gradients=gradients,
+            optimizer_state=state,
             formula_state=Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
-            phases={
-                phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
-                | {"peak": peaks[phase].total}
-                for phase in Phase
-                if phase in peaks
-            },
+            phases=phases,
+            floor=floor_of(
+                parameters=parameters.total,
+                gradients=gradients.total,
+                optimizer_state=state.total,
+                saved_activations=run.saved_activations_bytes,
+                gathered_block=gathered_block_bytes(config, trainer.model) if is_sharded else 0,
+                phases=phases,
+            ),
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
             traffic=_traffic(config, micro, trackers, of_steps),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ from rsotrain.parallel.ranks import World
 from rsotrain.planner import out_of_memory
 from rsotrain.planner.fake_run import tokenizer_size
 from rsotrain.planner.gpus import GPUS, fits
-from rsotrain.planner.plan import make_plan
+from rsotrain.planner.plan import Plan, make_plan
 from rsotrain.planner.show import labels, print_plan
 
 MIB = 2**20
 
 
 def plan_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("outputs/*/plan.json"))
+    return sorted(folder.glob("outputs/plans/*.json"))
 
 
 def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert plan["traffic"]["refresh"]["broadcast"] > 0
     assert "broadcast" not in plan["traffic"]["step"]
     assert [fit["fits"] for fit in plan["gpus"]] == [True] * 5
-    assert (file.parent / "plan.png").is_file()
+    assert (file.with_suffix(".png")).is_file()
     assert not (file.parent / "config.yaml").exists()  # it is no run
 
 
@@ -189,6 +190,29 @@ def test_the_sentence_names_the_largest_part_and_three_ways_out() -> None:
     assert "the largest part is" in said
     assert said.count("would save") == 3
     assert "activation_checkpointing=block would save" in said
+
+
+def test_the_peak_of_a_large_micro_batch_is_found_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["model=llama_tiny", "optimizer=adam", "seq_len=256", "device=cpu", "batch_size=12"])
+    planned: list[int] = []
+
+    def counted(config: Config, *, gpus: bool = True) -> Plan:
+        plan = make_plan(config, gpus=gpus)
+        planned.append(plan.settings["micro_batch_size"])
+        return plan
+
+    whole = make_plan(config, gpus=False)
+    monkeypatch.setattr("rsotrain.planner.plan.make_plan", counted)
+    monkeypatch.setattr(out_of_memory, "_MAX_TOKENS", 8 * 256)
+    found = out_of_memory.planned_peak(config)
+    assert found == max(whole.phases.values(), key=lambda phase: phase["peak"])
+    assert planned == [4, 8]
+    planned.clear()
+    first = out_of_memory.options
+    monkeypatch.setattr(out_of_memory, "options", lambda config: [next(first(config))])  # each takes a second
+    said = out_of_memory.advice(replace(config, batch_size=1_000_000))
+    assert "micro_batch_size=500000 would save" in said
+    assert max(planned) == 8
 
 
 def test_other_errors_pass() -> None:
