@@ -75,8 +75,10 @@ def test_plain_lines_align_and_go_to_the_log_too(tmp_path: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "a [bold]message[/bold]",
-        "step    1/1000  loss  5.4321  lr 1.23e-03  grad     0.5  epoch  1.25  12.3k tok/s  1.00 GiB   8m20s left",
-        "step  100/1000  loss     nan  lr 1.23e-03  grad     0.5  epoch  1.25  12.3k tok/s  1.00 GiB  15m00s left",
+        "step    1/1000  loss  5.4321  lr 1.23e-03  grad     0.5  epoch  1.25"
+        "  12.3k tok/s  1.00 GiB   8m20s left",
+        "step  100/1000  loss     nan  lr 1.23e-03  grad     0.5  epoch  1.25"
+        "  12.3k tok/s  1.00 GiB  15m00s left",
         "step  100/1000  val loss  5.5000  perplexity   244.69  bits/byte 1.7500",
         "after the end",
     ]
