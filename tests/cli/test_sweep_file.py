@@ -209,8 +209,8 @@ def test_the_combinations_of_a_sweep_are_tried(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main([str(written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml"))])
     fault, last = capsys.readouterr().err.splitlines()
-    assert fault.startswith(f"{path}, optimizer=galore sampler=svd ")
-    assert "seed=0 micro_batch_size=8 batch_size=4 (and 15 more): micro_batch_size=8" in fault
+    first = "batch_size=4 micro_batch_size=8 optimizer=galore optimizer.lr=0.01 sampler=svd seed=0"
+    assert fault.startswith(f"{path}, {first} (and 15 more): batch_size=4 is not divisible by")
     assert last.endswith("16 of 64 would be refused")
 
 
