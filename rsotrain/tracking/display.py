@@ -73,6 +73,7 @@ VALIDATION_FIELDS: list[tuple[str, str, Format, int]] = [
 LIVE_FIELDS: list[tuple[str, str, Format, int]] = [
     ("train/loss", "loss", _fixed(4), 0),
     ("val/loss", "val loss", _fixed(4), 0),
+    ("train/epoch", "epoch", _fixed(2), 0),
     ("throughput/tokens_per_second", "", _tokens_per_second, 0),
     ("memory/peak_bytes", "", format_bytes, 0),
 ]

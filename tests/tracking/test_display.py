@@ -131,7 +131,7 @@ def test_live_display_shows_the_latest_and_logs_plain_lines(
     shown.close()
     screen = capsys.readouterr().out
     last = screen[screen.rindex("step 250/1000") :]
-    for text in ("25%", "loss 4.2500", "val loss 5.5000", "12.3k tok/s", "1.00 GiB", "left"):
+    for text in ("25%", "loss 4.2500", "val loss 5.5000", "epoch 1.25", "12.3k tok/s", "1.00 GiB", "left"):
         assert text in last
     assert "from a thread" in screen
     # The cursor comes back as soon as the display has started: a killed run leaves the terminal usable.
