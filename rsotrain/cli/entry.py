@@ -43,7 +43,7 @@ FAILED_STATUS = 1
 KEYBOARD_STATUS = 130  # as a shell reports SIGINT
 
 _wants_traceback = os.environ.get(FULL_ERROR) == "1" and OWN_FULL_ERROR not in os.environ
-# Worst exit status of the runs of this process; a refused member does not end a multirun.
+# Worst exit status of the runs of one command; a refused member does not end a multirun.
 _status = 0
 
 
@@ -102,6 +102,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
+    global _status
+    _status = 0
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
