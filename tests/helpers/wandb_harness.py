@@ -35,6 +35,7 @@ class Wandb:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.warnings: list[str] = []
+        self._loggers: list[WandbLogger] = []
 
     def __call__(self, mode: WandbMode = WandbMode.auto, **options: Any) -> WandbLogger:
         arguments: dict[str, Any] = {
@@ -47,7 +48,14 @@ class Wandb:
             "init_timeout_seconds": 20.0,  # what is healthy may be slow on a busy machine
             "close_timeout_seconds": 30.0,
         }
-        return WandbLogger(mode=mode, **(arguments | options))
+        self._loggers.append(WandbLogger(mode=mode, **(arguments | options)))
+        return self._loggers[-1]
+
+    def end(self) -> None:
+        """Let every logger's thread end, also that of a test that failed before it closed its logger."""
+        for logger in self._loggers:
+            if logger._thread.is_alive():
+                logger.close({}, 1)
 
     def offline_records(self) -> list[Any]:
         """Every record of the only offline run, read from its transaction log."""
@@ -98,7 +106,9 @@ def wandb_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wand
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
     folder = tmp_path / "run"
     folder.mkdir()
-    yield Wandb(folder)
+    runs = Wandb(folder)
+    yield runs
+    runs.end()
     threads = [thread for thread in threading.enumerate() if thread.name == "wandb-logger"]
     for thread in threads:
         thread.join(30)
@@ -121,16 +131,14 @@ def connect(wandb_runs: Wandb, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         server.close()
 
 
-def log_timed(logger: WandbLogger, num_records: int = 200) -> None:
+def log_unhindered(logger: WandbLogger, num_records: int = 200) -> None:
     """Log steps 1 … num_records and check that no call waited for W&B."""
-    seconds = []
+    longest = 0.0
     for step in range(1, num_records + 1):
         start = time.perf_counter()
         logger.log({"train/loss": 1 / step, "tokens": 10 * step}, step)
-        seconds.append(time.perf_counter() - start)
+        longest = max(longest, time.perf_counter() - start)
         time.sleep(0.001)
-    seconds.sort()
-    # The timeouts of the network are 2 s and more here, so a call that waited for it would show at once. One
-    # call in a hundred may be held up by the scheduler of a busy machine.
-    assert seconds[int(0.99 * num_records)] < 0.05
-    assert seconds[-1] < 1.0
+    # Every wait for the network lasts at least 2 s in these tests; the scheduler of a busy machine may hold up
+    # any call for a good part of a second.
+    assert longest < 2.0

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers.command import ROOT
 from helpers.fake_wandb_server import FakeWandbServer
-from helpers.wandb_harness import API_KEY, Wandb, log_timed, records, until
+from helpers.wandb_harness import API_KEY, Wandb, log_unhindered, records, until
 
 from rsotrain.config.schema import LoggerConfig, WandbMode
 from rsotrain.tracking.loggers import Loggers, build_loggers
@@ -27,7 +27,7 @@ from rsotrain.tracking.wandb_logger import WandbLogger
 
 def test_wandb_offline_without_a_key_records_everything(wandb_runs: Wandb) -> None:
     logger = wandb_runs()
-    log_timed(logger)
+    log_unhindered(logger)
     logger.log({"train/loss": math.nan, "val/loss": 2.5}, 201)
     logger.close({"val/loss": 2.5, "run": "x", "nothing": None, "path": wandb_runs.folder}, exit_code=3)
     assert wandb_runs.warnings == []
@@ -56,7 +56,7 @@ def test_wandb_online_history_config_summary_and_exit_code_arrive(
 ) -> None:
     server = connect()
     logger = wandb_runs(group="sizes", tags=["a"])
-    log_timed(logger)
+    log_unhindered(logger)
     logger.close({"val/loss": 2.5}, exit_code=7)
     assert wandb_runs.warnings == []
     run = server.runs["run-1"]
@@ -102,7 +102,7 @@ def test_wandb_falls_back_to_offline_with_one_warning(
 ) -> None:
     server = connect(**options)
     logger = wandb_runs(init_timeout_seconds=2.0)
-    log_timed(logger)
+    log_unhindered(logger)
     until(lambda: logger.place is not None)
     logger.close({}, 0)
     assert server.runs == {}
@@ -117,7 +117,7 @@ def test_wandb_falls_back_when_nobody_listens(
 ) -> None:
     connect().vanish()
     logger = wandb_runs(WandbMode.online, init_timeout_seconds=2.0)
-    log_timed(logger)
+    log_unhindered(logger)
     until(lambda: logger.place is not None)
     logger.close({}, 0)
     assert len(wandb_runs.warnings) == 1
@@ -131,7 +131,7 @@ def test_wandb_server_that_vanishes_costs_one_warning(
     logger = wandb_runs(close_timeout_seconds=3.0)
     until(lambda: logger.place is not None)
     server.vanish()
-    log_timed(logger)
+    log_unhindered(logger)
     start = time.monotonic()
     logger.close({}, 0)
     assert time.monotonic() - start < 4.0
@@ -147,7 +147,7 @@ def test_wandb_service_that_dies_costs_one_warning_and_not_the_next_run(wandb_ru
     service = wandb.setup()._connection._proc._process  # nothing public leads to it
     service.kill()
     service.wait(10)
-    log_timed(logger)
+    log_unhindered(logger)
     until(lambda: wandb_runs.warnings)
     logger.close({}, 0)
     assert len(wandb_runs.warnings) == 1
@@ -156,7 +156,7 @@ def test_wandb_service_that_dies_costs_one_warning_and_not_the_next_run(wandb_ru
     second = Wandb(wandb_runs.folder / "second")
     second.folder.mkdir()
     logger = second()
-    log_timed(logger, 5)
+    log_unhindered(logger, 5)
     logger.close({}, 0)
     assert second.warnings == []
     assert len(second.offline_history()) == 5
@@ -168,7 +168,7 @@ def test_wandb_that_cannot_be_imported_costs_one_warning(
     monkeypatch.setitem(sys.modules, "wandb", None)
     logger = wandb_runs()
     until(lambda: wandb_runs.warnings)
-    log_timed(logger)
+    log_unhindered(logger)
     logger.close({"val/loss": 1.0}, 0)
     (warning,) = wandb_runs.warnings
     assert "off for the rest of the run" in warning
@@ -200,7 +200,7 @@ def test_wandb_full_queue_drops_with_a_warning_and_a_count(
 
     monkeypatch.setattr(WandbLogger, "_start", slow_start)
     logger = wandb_runs(max_queued=8)
-    log_timed(logger, 20)
+    log_unhindered(logger, 20)
     assert len(wandb_runs.warnings) == 1
     held.set()
     logger.close({}, 0)
@@ -214,7 +214,7 @@ def test_wandb_close_gives_up_on_a_start_that_hangs(
 ) -> None:
     server = connect(silent=True)
     logger = wandb_runs(init_timeout_seconds=4.0, close_timeout_seconds=1.0)
-    log_timed(logger, 5)
+    log_unhindered(logger, 5)
     start = time.monotonic()
     logger.close({}, 0)
     assert time.monotonic() - start < 2.0
