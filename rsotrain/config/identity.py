@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rsotrain.config.keys import flatten, later_defaults, plain
-from rsotrain.config.methods import NoSamplerConfig
+from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Config
 
 # What can change between two starts of one run, since the weights do not depend on it.

@@ -1,19 +1,19 @@
-"""The typed settings of optimizers and samplers, and the code that belongs to them.
+"""The typed settings of optimizers, and the code that belongs to them.
 
-The decorator ``@optimizer`` or ``@sampler`` above the settings class registers a method: files of ``conf/``
-name its schema, the builders import its code, and tests and tables go through ``OPTIMIZERS`` and
-``SAMPLERS``. The code is registered as ``module:name`` because this module does not import torch.
+The decorator ``@optimizer`` above the settings class registers a method: files of ``conf/`` name its schema,
+the builder imports its code, and tests and tables go through ``OPTIMIZERS``. The code is registered as
+``module:name`` because this module does not import torch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeVar
 
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
+from rsotrain.config.registry import Settings, registering
 
 
 class OnRefresh(Enum):
@@ -29,35 +29,13 @@ class StateDtype(Enum):
     bfloat16 = "bfloat16"
 
 
-Settings = TypeVar("Settings", bound=type)
-
-# Name of the schema -> settings; settings -> ``module:name`` of the code.
+# Name of the schema -> settings.
 OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
-SAMPLERS: "dict[str, type[SamplerConfig]]" = {}
-CODE: dict[type, str] = {}
 
 
 def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
     """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer."""
-    return _registering(OPTIMIZERS, schema, code)
-
-
-def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """The same for a sampler. ``code``: ``module:function`` that builds a Sampler from settings, or empty."""
-    return _registering(SAMPLERS, schema, code)
-
-
-def _registering(registry: dict[str, type], schema: str, code: str) -> Callable[[Settings], Settings]:
-    def register(settings: Settings) -> Settings:
-        assert schema not in registry, f"two schemas are called {schema} in {__name__}"
-        registry[schema] = settings
-        CODE[settings] = code
-        return settings
-
-    return register
-
-
-# --- optimizer ---------------------------------------------------------------------------------
+    return registering(OPTIMIZERS, schema, code)
 
 
 @dataclass
@@ -227,112 +205,53 @@ class RSOConfig(SubspaceConfig):
     projection: BasisStorage = BasisStorage.stored
 
 
-# --- sampler -----------------------------------------------------------------------------------
-
-
+@optimizer("foam", "rsotrain.optim.foam:Foam")
 @dataclass
-class SamplerConfig:
-    name: str = MISSING
+class FoamConfig(OptimizerConfig):
+    """Adam on blocks of 2^``level`` neighbours in a row, plus the residual (FOAM, arXiv 2512.07112)."""
+
+    level: int = number(2, at_least=0, at_most=10)
 
 
-@sampler("none", "")
+@optimizer("lion", "rsotrain.optim.lion:Lion")
 @dataclass
-class NoSamplerConfig(SamplerConfig):
-    """For optimizers without a subspace."""
+class LionConfig(OptimizerConfig):
+    """The sign of an interpolated momentum (Lion, arXiv 2302.06675).
 
-
-class SvdSolver(Enum):
-    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, with its signs."""
-
-    gram = "gram"
-    full = "full"
-
-
-@sampler("svd", "rsotrain.subspace.spectral:svd_sampler")
-@dataclass
-class SvdConfig(SamplerConfig):
-    """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
-
-    solver: SvdSolver = SvdSolver.gram
-
-
-@sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
-@dataclass
-class ImportanceConfig(SamplerConfig):
-    """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
-
-    power: float = number(1.0, above=0, at_most=100)
-
-
-@sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
-@dataclass
-class RandomizedSvdConfig(SamplerConfig):
-    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
-
-    rounds: int = number(2, at_least=1, at_most=100)
-
-
-@sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
-@dataclass
-class MixtureConfig(SamplerConfig):
-    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
-
-    principal_fraction: float = number(0.5, at_least=0, at_most=1)
-
-
-@sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
-@dataclass
-class HaarConfig(SamplerConfig):
-    """A uniformly random orthonormal basis."""
-
-
-@sampler("gaussian", "rsotrain.subspace.random_bases:gaussian_sampler")
-@dataclass
-class GaussianConfig(SamplerConfig):
-    """A basis of independent N(0, 1/rank) entries, which is not orthonormal but has E[PPᵀ] = I."""
-
-
-@sampler("coordinate", "rsotrain.subspace.random_bases:coordinate_sampler")
-@dataclass
-class CoordinateConfig(SamplerConfig):
-    """A basis of random coordinate axes."""
-
-
-@sampler("topk_norm", "rsotrain.subspace.spectral:topk_norm_sampler")
-@dataclass
-class TopkNormConfig(SamplerConfig):
-    """The coordinate axes along which the gradient has the largest norm."""
-
-
-@sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")
-@dataclass
-class SRHTConfig(SamplerConfig):
-    """Random columns of a Hadamard (times cosine) matrix with random signs; orthonormal."""
-
-
-class PCASolver(Enum):
-    adam = "adam"
-    sgd = "sgd"
-
-
-@sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
-@dataclass
-class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857).
-
-    ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
-    ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
+    ``momentum``: β₁ of the sign and β₂ of the average. ``betas`` and ``eps`` are for AdamW on the rest.
     """
 
-    lr: float = number(0.005, at_least=0, at_most=1000)
-    penalty: float = number(0.1, at_least=0, at_most=10**6)
-    solver: PCASolver = PCASolver.adam
-    orthonormalize: bool = False
+    momentum: tuple[float, float] = numbers(
+        (0.9, 0.99), Range(at_least=0, at_most=1), Range(at_least=0, below=1)
+    )
 
 
-@sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
+@optimizer("scale", "rsotrain.optim.scale:Scale")
 @dataclass
-class GoLoreConfig(SamplerConfig):
-    """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
+class ScaleConfig(OptimizerConfig):
+    """Rows of the gradient divided by their RMS, with momentum in the head alone (SCALE, arXiv 2506.16659).
 
-    random_fraction: float = number(0.2, at_least=0, at_most=1)
+    ``momentum_parameters``, ``column_parameters``: regular expressions that find, among the matrices of
+    ``block_parameters``, those with momentum (the head) and those whose columns are normalised instead of
+    their rows (the embedding); a tied head goes by the embedding's name. ``momentum``: the share that a step
+    keeps. ``eps``: the least RMS.
+    """
+
+    momentum: float = number(0.9, at_least=0, below=1)
+    momentum_parameters: list[str] = field(default_factory=list)
+    column_parameters: list[str] = field(default_factory=list)
+
+
+@optimizer("racs", "rsotrain.optim.racs:Racs")
+@dataclass
+class RacsConfig(OptimizerConfig):
+    """The gradient divided by the roots of row and column scales (RACS, arXiv 2502.07752).
+
+    ``scale_decay``: β of the averages of the scales. ``iterations``: of the fixed point that gives them.
+    ``max_growth``: the largest factor by which the norm of the update may grow in one step. ``betas`` and
+    ``eps`` are for AdamW on the rest.
+    """
+
+    scale_decay: float = number(0.9, at_least=0, below=1)
+    iterations: int = number(5, at_least=1, at_most=99)
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)

@@ -30,8 +30,9 @@ from rsotrain.config.data import (
     TrainedTokenizerConfig,
 )
 from rsotrain.config.later import later
-from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
+from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
+from rsotrain.config.samplers import SAMPLERS, SamplerConfig
 from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
 from rsotrain.config.text import file_path
 

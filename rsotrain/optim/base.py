@@ -67,6 +67,8 @@ class ParamGroupOptimizer(ABC):
 
     # State that may be replicated although the parameter is sharded; all ranks then hold the same values.
     replicated_state: ClassVar[frozenset[str]] = frozenset()
+    # Are the method's matrices sharded in their rows (out), whichever dimension is larger?
+    by_rows: ClassVar[bool] = False
     # May ``betas[1]`` be 1, which gives AdaGrad?
     takes_adagrad_beta: ClassVar[bool] = False
 
@@ -119,7 +121,8 @@ class ParamGroupOptimizer(ABC):
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
-        return sum(layout.bytes_of(cls.matrix_state(config, layout.matrix(w))) for w in weights)
+        sizes = (layout.matrix(weight, by_rows=cls.by_rows) for weight in weights)
+        return sum(layout.bytes_of(cls.matrix_state(config, size)) for size in sizes)
 
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:

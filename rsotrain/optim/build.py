@@ -1,4 +1,4 @@
-"""Builds optimizers and samplers from their settings. ``config/methods.py`` registers the code of each."""
+"""Builds optimizers and samplers from their settings, with which ``config`` registers the code of each."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config.methods import (
-    CODE,
-    AdamConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    StateDtype,
-    SubspaceConfig,
-)
+from rsotrain.config.methods import AdamConfig, OptimizerConfig, StateDtype, SubspaceConfig
 from rsotrain.config.ranges import check_ranges
+from rsotrain.config.registry import CODE
+from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
 from rsotrain.optim.adamw import AdamW
@@ -26,8 +21,6 @@ from rsotrain.optim.moments import StateKeeper
 from rsotrain.optim.parameter_groups import group_parameters
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
-
-REGISTRY = "rsotrain/config/methods.py"
 
 
 def code_of(settings: type) -> Any:
@@ -39,7 +32,8 @@ def code_of(settings: type) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise AssertionError(f"{REGISTRY} names {CODE[settings]} for {settings.__name__}: {error}") from error
+        registry = settings.__module__.replace(".", "/") + ".py"
+        raise AssertionError(f"{registry} names {CODE[settings]} for {settings.__name__}: {error}") from error
 
 
 def method_of(config: OptimizerConfig) -> type[ParamGroupOptimizer]:
@@ -62,15 +56,16 @@ def build_optimizer(
     precision: Precision = Precision.fp32,
     seed: int,
     total_steps: int,
-    place: Callable[[nn.Module], None] | None = None,
+    place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
 ) -> CompositeOptimizer:
     """The method of ``config`` for the attention and MLP weights, AdamW for all other parameters.
 
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
-    run. ``place``: called to shard the model and give it memory, after the method has changed the modules and
-    before optimizer state is created. Raises UserError if the patterns do not fit the model, if the rank does
-    not fit a matrix, or if optimizer and sampler do not go together.
+    run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
+    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows. Raises
+    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer and
+    sampler do not go together.
     """
     method = method_of(config)
     check_ranges(config, "optimizer.")
@@ -89,7 +84,7 @@ def build_optimizer(
         own |= more
     if place is not None:
         assert isinstance(model, nn.Module)
-        place(model)
+        place(model, groups.blocks.values() if method.by_rows else ())
         groups = groups.renewed(model)
     reduced = config.state_dtype is StateDtype.bfloat16
     settings = Settings(

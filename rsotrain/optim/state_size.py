@@ -56,12 +56,12 @@ class WeightsLayout:
         dim = preferred_dim(shape, self.pieces, rows=rows)
         return tuple(-(-n // self.pieces) if i == dim else n for i, n in enumerate(shape))
 
-    def matrix(self, weight: Weight) -> MatrixSize:
-        shape, piece = weight.shape, self.piece(weight.shape)
+    def matrix(self, weight: Weight, *, by_rows: bool = False) -> MatrixSize:
+        shape, piece = weight.shape, self.piece(weight.shape, rows=by_rows)
         if len(shape) < 2:
             return MatrixSize(weight.name, piece, piece[0], 1)
         right = shape[0] >= shape[1]
-        by_columns = preferred_dim(shape, self.pieces, rows=False) == (1 if right else 0)
+        by_columns = preferred_dim(shape, self.pieces, rows=by_rows) == (1 if right else 0)
         rows = max(shape) if by_columns else -(-max(shape) // self.pieces)
         return MatrixSize(weight.name, piece, min(shape), rows)
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import OnlinePCAConfig, PCASolver
+from rsotrain.config.samplers import OnlinePCAConfig, PCASolver
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state, orthonormalised
 from rsotrain.subspace.spectral import svd

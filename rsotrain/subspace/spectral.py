@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import (
+from rsotrain.config.samplers import (
     GoLoreConfig,
     ImportanceConfig,
     MixtureConfig,

@@ -11,17 +11,13 @@ from helpers import methods as names
 from helpers.methods import OF_MATRICES, sampler_config, small, solver_variants
 from torch import Tensor, nn
 
-from rsotrain.config.methods import (
+from rsotrain.config.methods import LDAdamConfig, OnRefresh, OptimizerConfig, StateDtype, SubspaceConfig
+from rsotrain.config.samplers import (
     GoLoreConfig,
     ImportanceConfig,
-    LDAdamConfig,
     OnlinePCAConfig,
-    OnRefresh,
-    OptimizerConfig,
     RandomizedSvdConfig,
     SamplerConfig,
-    StateDtype,
-    SubspaceConfig,
     SvdConfig,
     SvdSolver,
 )
@@ -195,6 +191,10 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
     "adam": lambda M, k: 4 * 2 * M * k,
     "muon": lambda M, k: 4 * M * k,
     "sn": lambda M, k: 4 * (M * k + M),
+    "foam": lambda M, k: 4 * 2 * M * k // 4,  # these sizes have no remainder
+    "lion": lambda M, k: 4 * M * k,
+    "scale": lambda M, k: 0,
+    "racs": lambda M, k: 4 * (M + k + 1),
     "galore": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
     "sn_sm": lambda M, k: 4 * (k * RANK + M * RANK + M),
     "sm": lambda M, k: 4 * (k * RANK + M * RANK + M * k),

@@ -7,23 +7,25 @@ from torch import Tensor, nn
 from rsotrain.config.methods import (
     AdamConfig,
     ApolloConfig,
-    CoordinateConfig,
     FiraConfig,
     FrugalConfig,
     GaLoreConfig,
-    GaussianConfig,
-    HaarConfig,
-    ImportanceConfig,
     MuonConfig,
-    NoSamplerConfig,
-    OnlinePCAConfig,
     OnRefresh,
     OptimizerConfig,
-    SamplerConfig,
     SNConfig,
     SNSMConfig,
     StateDtype,
     SubspaceConfig,
+)
+from rsotrain.config.samplers import (
+    CoordinateConfig,
+    GaussianConfig,
+    HaarConfig,
+    ImportanceConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    SamplerConfig,
     SvdConfig,
 )
 from rsotrain.config.schema import Precision

@@ -22,15 +22,12 @@ from helpers.rso_toy import (
 )
 from torch import Tensor
 
-from rsotrain.config.methods import (
-    BasisStorage,
-    InnerSolver,
+from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, StateDtype
+from rsotrain.config.samplers import (
     MixtureConfig,
     NoSamplerConfig,
     OnlinePCAConfig,
-    OnRefresh,
     SamplerConfig,
-    StateDtype,
     SvdConfig,
     SvdSolver,
 )

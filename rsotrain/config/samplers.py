@@ -1,0 +1,126 @@
+"""The typed settings of samplers, and the code that belongs to them, registered as optimizers are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from rsotrain.config.ranges import number
+from rsotrain.config.registry import Settings, registering
+
+# Name of the schema -> settings.
+SAMPLERS: "dict[str, type[SamplerConfig]]" = {}
+
+
+def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
+    """Register settings. ``code``: ``module:function`` that builds a Sampler from settings, or empty."""
+    return registering(SAMPLERS, schema, code)
+
+
+@dataclass
+class SamplerConfig:
+    name: str = MISSING
+
+
+@sampler("none", "")
+@dataclass
+class NoSamplerConfig(SamplerConfig):
+    """For optimizers without a subspace."""
+
+
+class SvdSolver(Enum):
+    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, with its signs."""
+
+    gram = "gram"
+    full = "full"
+
+
+@sampler("svd", "rsotrain.subspace.spectral:svd_sampler")
+@dataclass
+class SvdConfig(SamplerConfig):
+    """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
+
+    solver: SvdSolver = SvdSolver.gram
+
+
+@sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
+@dataclass
+class ImportanceConfig(SamplerConfig):
+    """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
+
+    power: float = number(1.0, above=0, at_most=100)
+
+
+@sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
+@dataclass
+class RandomizedSvdConfig(SamplerConfig):
+    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
+
+    rounds: int = number(2, at_least=1, at_most=100)
+
+
+@sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
+@dataclass
+class MixtureConfig(SamplerConfig):
+    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
+
+    principal_fraction: float = number(0.5, at_least=0, at_most=1)
+
+
+@sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
+@dataclass
+class HaarConfig(SamplerConfig):
+    """A uniformly random orthonormal basis."""
+
+
+@sampler("gaussian", "rsotrain.subspace.random_bases:gaussian_sampler")
+@dataclass
+class GaussianConfig(SamplerConfig):
+    """A basis of independent N(0, 1/rank) entries, which is not orthonormal but has E[PPᵀ] = I."""
+
+
+@sampler("coordinate", "rsotrain.subspace.random_bases:coordinate_sampler")
+@dataclass
+class CoordinateConfig(SamplerConfig):
+    """A basis of random coordinate axes."""
+
+
+@sampler("topk_norm", "rsotrain.subspace.spectral:topk_norm_sampler")
+@dataclass
+class TopkNormConfig(SamplerConfig):
+    """The coordinate axes along which the gradient has the largest norm."""
+
+
+@sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")
+@dataclass
+class SRHTConfig(SamplerConfig):
+    """Random columns of a Hadamard (times cosine) matrix with random signs; orthonormal."""
+
+
+class PCASolver(Enum):
+    adam = "adam"
+    sgd = "sgd"
+
+
+@sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
+@dataclass
+class OnlinePCAConfig(SamplerConfig):
+    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857).
+
+    ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
+    ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
+    """
+
+    lr: float = number(0.005, at_least=0, at_most=1000)
+    penalty: float = number(0.1, at_least=0, at_most=10**6)
+    solver: PCASolver = PCASolver.adam
+    orthonormalize: bool = False
+
+
+@sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
+@dataclass
+class GoLoreConfig(SamplerConfig):
+    """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
+
+    random_fraction: float = number(0.2, at_least=0, at_most=1)

@@ -1,0 +1,86 @@
+"""Transcriptions, as those of ``reference.py``, of methods without a subspace.
+
+Each function takes W (m×n) and the gradients of steps t = 1, 2, … and returns W after all, in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Betas = tuple[float, float]
+
+
+def foam(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, level: int, betas: Betas, eps: float,
+    weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """FOAM by explicit fold and unfold matrices; entries beyond the last column count as 0."""
+    W, block = weight.double().clone(), 2**level
+    columns = W.shape[1]
+    width = -(-columns // block)
+    unfold = torch.zeros(width, columns, dtype=W.dtype)
+    for j in range(columns):
+        unfold[j // block, j] = 1
+    fold = unfold.T / block
+    M = V = torch.zeros(W.shape[0], width, dtype=W.dtype)
+    for t, gradient in enumerate(gradients, start=1):
+        G = gradient.double()
+        M = betas[0] * M + (1 - betas[0]) * G @ fold
+        V = betas[1] * V + (1 - betas[1]) * G**2 @ fold
+        R = G - G @ fold @ unfold
+        U, Q = M @ unfold + R, V @ unfold + R**2
+        N = (U / (1 - betas[0] ** t)) / ((Q / (1 - betas[1] ** t)).sqrt() + eps)
+        W = (1 - lr * weight_decay) * W - lr * N
+    return W
+
+
+def lion(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, betas: Betas, weight_decay: float = 0.0
+) -> Tensor:
+    W = weight.double().clone()
+    M = torch.zeros_like(W)
+    for gradient in gradients:
+        G = gradient.double()
+        update = torch.sign(betas[0] * M + (1 - betas[0]) * G)
+        W = (1 - lr * weight_decay) * W - lr * update
+        M = betas[1] * M + (1 - betas[1]) * G
+    return W
+
+
+def scale(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, momentum: float = 0.0, columns: bool = False,
+    weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """SCALE of one matrix: of the head with ``momentum``, of the embedding with ``columns``."""
+    W = weight.double().clone()
+    M = torch.zeros_like(W)
+    for gradient in gradients:
+        M = momentum * M + (1 - momentum) * gradient.double()
+        rms = (M**2).mean(dim=0 if columns else 1, keepdim=True).sqrt()
+        W = (1 - lr * weight_decay) * W - lr * M / rms
+    return W
+
+
+def racs(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, decay: float = 0.9, iterations: int = 5,
+    max_growth: float = 1.01, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """RACS with diagonal matrices, as the paper writes it."""
+    W = weight.double().clone()
+    m, n = W.shape
+    q_mean, s_mean, previous = torch.zeros(m, dtype=W.dtype), torch.zeros(n, dtype=W.dtype), 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        G = gradient.double()
+        q = s = torch.ones(m, dtype=W.dtype)
+        for _ in range(iterations):
+            s = torch.diagonal(G.T @ torch.diag(q) @ G) / q.norm() ** 2
+            q = torch.diagonal(G @ torch.diag(s) @ G.T) / s.norm() ** 2
+        q_mean = decay * q_mean + (1 - decay) * q
+        s_mean = decay * s_mean + (1 - decay) * s
+        update = torch.diag(q_mean**-0.5) @ G @ torch.diag(s_mean**-0.5)
+        norm = float(update.norm())
+        eta = 1.0 if t == 1 else max_growth / max(norm / previous, max_growth)
+        previous = eta * norm
+        W = (1 - lr * weight_decay) * W - lr * eta * update
+    return W
