@@ -255,3 +255,33 @@ class RacsConfig(OptimizerConfig):
     scale_decay: float = number(0.9, at_least=0, below=1)
     iterations: int = number(5, at_least=1, at_most=99)
     max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+
+
+@optimizer("alice", "rsotrain.optim.alice:Alice")
+@dataclass
+class AliceConfig(SubspaceConfig):
+    """Adam in a tracked subspace that is switched, with the residual scaled by columns (arXiv 2502.07752).
+
+    ``subspace_betas``: β₁ and β₂ of the moments in the subspace, β₁ of the residual's scale, too; ``betas``
+    are for AdamW on the rest. ``tracking``: β₃ of the average of RᵀR, which the sampler sees beside the
+    gradient; 0: none (Alice-0). ``compensation``: α_c, the factor of the residual. ``max_growth``: the
+    largest factor by which the norm of the scaled residual may grow in one step.
+    """
+
+    subspace_betas: tuple[float, float] = numbers(
+        (0.9, 0.9), Range(at_least=0, below=1), Range(at_least=0, below=1)
+    )
+    tracking: float = number(0.999, at_least=0, below=1)
+    compensation: float = number(0.4, at_least=0, at_most=10**6)
+    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+
+
+@optimizer("sumo", "rsotrain.optim.sumo:Sumo")
+@dataclass
+class SumoConfig(SubspaceConfig):
+    """Momentum orthogonalised in the subspace, exactly (SUMO, arXiv 2505.24749).
+
+    ``betas`` and ``eps`` are for AdamW on the rest.
+    """
+
+    momentum: float = number(0.95, at_least=0, below=1)

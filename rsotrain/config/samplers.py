@@ -6,7 +6,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from rsotrain.config.ranges import number
+from rsotrain.config.ranges import SIZE, number
 from rsotrain.config.registry import Settings, registering
 
 # Name of the schema -> settings.
@@ -116,6 +116,14 @@ class OnlinePCAConfig(SamplerConfig):
     penalty: float = number(0.1, at_least=0, at_most=10**6)
     solver: PCASolver = PCASolver.adam
     orthonormalize: bool = False
+
+
+@sampler("switching", "rsotrain.subspace.spectral:switching_sampler")
+@dataclass
+class SwitchingConfig(SamplerConfig):
+    """The ``leading`` directions by one power iteration, random ones outside the rest (arXiv 2502.07752)."""
+
+    leading: int = number(40, at_least=0, at_most=SIZE)
 
 
 @sampler("golore", "rsotrain.subspace.spectral:golore_sampler")

@@ -108,6 +108,11 @@ def limited_growth_(
     return factor
 
 
+def inverse_root(scale: Tensor) -> Tensor:
+    """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
+    return scale.rsqrt().where(scale > 0, 0.0)
+
+
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
     """Norms of the rows of an M×k matrix, M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
     if piece.is_contiguous():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
-from rsotrain.optim.functional import limited_growth_
+from rsotrain.optim.functional import inverse_root, limited_growth_
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import Shard, local, sums_of_rows
@@ -36,11 +36,6 @@ def row_and_column_scales(
         columns = [total[:-1] / total[-1].clamp(min=tiny) for total in sums]
         rows = [p @ s / s.square().sum().clamp(min=tiny) for p, s in zip(squares, columns, strict=True)]
     return rows, [s * mean for s, mean in zip(columns, means, strict=True)]
-
-
-def inverse_root(scale: Tensor) -> Tensor:
-    """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
-    return scale.rsqrt().where(scale > 0, 0.0)
 
 
 class Racs(ParamGroupOptimizer):

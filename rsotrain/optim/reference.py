@@ -277,3 +277,61 @@ def rso(
         B = B - rate * N
     assert Q is not None
     return W + B @ (basis_scale * Q).T
+
+
+def alice(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas, eps: float,
+    tracking: float, compensation: float, max_growth: float = 1.01, sample: Sample = dominant,
+    on_refresh: str = "keep", weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Alice; ``sample`` gets a matrix whose Gram matrix is AᵀA + β₃/(1−β₃)·U S Uᵀ, with β₃ = ``tracking``."""
+    W, gradients, turned = _orient(weight, gradients)
+    rows, size = W.shape
+    M = V = torch.zeros(rows, rank, dtype=W.dtype)
+    S, p = torch.zeros(rank, rank, dtype=W.dtype), torch.zeros(rows, dtype=W.dtype)
+    U, previous = None, 0.0
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            seen, old = A, U
+            if old is not None:
+                values, vectors = torch.linalg.eigh(S * tracking / (1 - tracking))
+                seen = torch.cat([A, (vectors * values.clamp(min=0).sqrt()).T @ old.T])
+            U = sample(t, seen, rank, old)
+            if old is not None and on_refresh == "transport":
+                C = U.T @ old
+                m, v = M / (1 - betas[0] ** (t - 1)), V / (1 - betas[1] ** (t - 1))
+                v = (((v - m**2) @ (C**2).T) + (m @ C.T) ** 2).abs()
+                M, V, S = M @ C.T, v * (1 - betas[1] ** (t - 1)), C @ S @ C.T
+        assert U is not None
+        R = A @ U
+        S = tracking * S + (1 - tracking) * R.T @ R
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        p = betas[0] * p + (1 - betas[0]) * ((A**2).sum(1) - (R**2).sum(1))
+        C = (size - rank) ** 0.5 * torch.diag(p**-0.5) @ (A - R @ U.T)
+        C = _limited(C, previous, max_growth)
+        previous = float(C.norm())
+        W = (1 - lr * weight_decay) * W - lr * ((M / (V.sqrt() + eps)) @ U.T + compensation * C)
+    return W.T if turned else W
+
+
+def sumo(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, momentum: float,
+    on_refresh: str = "transport", sample: Sample = dominant, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """SUMO with an SVD of the momentum."""
+    W, gradients, turned = _orient(weight, gradients)
+    M = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    Q = None
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            old, Q = Q, sample(t, A, rank, Q)
+            if old is not None and on_refresh == "transport":
+                M = M @ (Q.T @ old).T
+            if old is not None and on_refresh == "reset":
+                M = torch.zeros_like(M)
+        assert Q is not None
+        M = momentum * M + (1 - momentum) * A @ Q
+        left, _, right = torch.linalg.svd(M, full_matrices=False)
+        W = (1 - lr * weight_decay) * W - lr * 0.2 * W.shape[0] ** 0.5 * left @ right @ Q.T
+    return W.T if turned else W

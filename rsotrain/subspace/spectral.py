@@ -14,6 +14,7 @@ from rsotrain.config.samplers import (
     RandomizedSvdConfig,
     SvdConfig,
     SvdSolver,
+    SwitchingConfig,
     TopkNormConfig,
 )
 from rsotrain.subspace.gram import Gram
@@ -160,6 +161,26 @@ def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
     return align_signs(basis, request.previous)
 
 
+def switching(request: SampleRequest, leading: int) -> Tensor:
+    """Leading directions of one power iteration, then random ones (Alice, arXiv 2502.07752, algorithm 2).
+
+    U is the eigenbasis of AᵀA in the subspace orth(AᵀA Q_old). Its ``leading`` first columns stay, and random
+    orthonormal vectors outside U replace the others, as many as there are. The first refresh is svd.
+    """
+    assert request.gram is not None
+    if request.previous is None:
+        return svd(request)
+    block = orthonormalised(request.gram.matmul(request.previous.float()))
+    _, rotation = torch.linalg.eigh(block.T @ request.gram.matmul(block))
+    subspace = block @ rotation.flip(1)
+    drawn = min(request.rank - min(leading, request.rank), request.size - request.rank)
+    if drawn > 0:
+        # orthonormalising leaves the first columns unchanged
+        more = orthonormalised(torch.cat([subspace, normal(request)[:, :drawn]], dim=1))[:, request.rank :]
+        subspace = torch.cat([subspace[:, : request.rank - drawn], more], dim=1)
+    return align_signs(subspace, request.previous)
+
+
 def golore(request: SampleRequest) -> Tensor:
     """svd, but haar after the switch, in the last share of training (GoLore, arXiv 2410.11289)."""
     return haar(request) if request.switched else svd(request)
@@ -191,6 +212,16 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         partial(mixture, principal_fraction=fraction),
         informed=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
+    )
+
+
+def switching_sampler(config: SwitchingConfig) -> Sampler:
+    return Sampler(
+        config.name,
+        partial(switching, leading=config.leading),
+        informed=True,
+        by_products=True,
+        informed_columns=partial(min, config.leading),
     )
 
 

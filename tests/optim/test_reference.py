@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rsotrain.config.methods import (
     AdamConfig,
+    AliceConfig,
     ApolloConfig,
     FiraConfig,
     FrugalConfig,
@@ -19,6 +20,7 @@ from rsotrain.config.methods import (
     OptimizerConfig,
     SNConfig,
     SNSMConfig,
+    SumoConfig,
 )
 from rsotrain.config.samplers import (
     CoordinateConfig,
@@ -103,6 +105,24 @@ def _apollo(per_tensor: bool) -> Case:
     )
 
 
+def _alice(tracking: float, on_refresh: str) -> Case:
+    own = {"tracking": tracking, "compensation": 0.4}
+    return (
+        AliceConfig(name="alice", on_refresh=OnRefresh(on_refresh), subspace_betas=BETAS, **own, **LOW),
+        SVD,
+        lambda w, g: reference.alice(w, g, on_refresh=on_refresh, **own, **LOW_REFERENCE),
+    )
+
+
+def _sumo(on_refresh: str) -> Case:
+    low = {key: value for key, value in LOW_REFERENCE.items() if key not in ("betas", "eps")}
+    return (
+        SumoConfig(name="sumo", momentum=0.9, on_refresh=OnRefresh(on_refresh), **LOW),
+        SVD,
+        lambda w, g: reference.sumo(w, g, momentum=0.9, on_refresh=on_refresh, **low),
+    )
+
+
 LDADAM = LOW | {"update_proj_gap": 1, "on_refresh": OnRefresh.transport}
 OSD = LOW | {"update_proj_gap": 1, "weight_decay": 0.0}
 OSD_REFERENCE = {"lr": LR, "betas": BETAS, "eps": EPS, "rank": RANK, "basis_lr": 0.02, "penalty": 0.1}
@@ -157,6 +177,12 @@ CASES: dict[str, Case] = {
         RandomizedSvdConfig(name="randomized_svd", rounds=1),
         lambda w, g: reference.ldadam(w, g, rank=RANK, rho=0.908, sample=same_start_then_power, **REFERENCE),
     ),
+    "alice": _alice(0.99, "keep"),
+    "alice-transport": _alice(0.9, "transport"),
+    "alice_0": _alice(0.0, "keep"),
+    "sumo": _sumo("transport"),
+    "sumo-keep": _sumo("keep"),
+    "sumo-reset": _sumo("reset"),
     "apollo": _apollo(per_tensor=False),
     "apollo_mini": _apollo(per_tensor=True),
     "sn": _sn(0.99),

@@ -137,6 +137,17 @@ def test_racs_sums_its_column_scales_by_few_reductions(traffic: tuple[Strategy, 
     assert racs[1]["allreduce"] - adam[1]["allreduce"] == 4 * numbers
 
 
+def test_moments_in_the_subspace_are_orthogonalised_and_tracked_by_sums_of_their_rank(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    adam, matrices = found["adam"]["quiet"], len(found["adam"]["shapes"])
+    # RᵀR in float32, and the norm of the residual; MᵀM in float64; without tracking the norm alone
+    for name, each in (("alice", 4 * 16**2 + 4), ("sumo", 8 * 16**2), ("alice_0", 4)):
+        extra = found[name]["quiet"][1].get("allreduce", 0) - adam[1].get("allreduce", 0)
+        assert extra == (each * matrices if strategy is Strategy.fsdp else 0), name
+
+
 def test_scale_sums_the_columns_of_the_embedding_alone(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     strategy, found = traffic
     adam, scale = found["adam"]["quiet"], found["scale"]["quiet"]
