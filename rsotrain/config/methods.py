@@ -179,6 +179,31 @@ class MuonConfig(OptimizerConfig):
     ns_steps: int = number(5, at_least=1, at_most=99)
 
 
+@optimizer("normuon", "rsotrain.optim.normuon:NorMuon")
+@dataclass
+class NorMuonConfig(MuonConfig):
+    """Muon with rows of one mean square over time (NorMuon, arXiv 2510.05491).
+
+    ``row_decay``: β₂ of the average of each row's mean square.
+    """
+
+    row_decay: float = number(0.95, at_least=0, below=1)
+
+
+@optimizer("dion2", "rsotrain.optim.dion2:Dion2")
+@dataclass
+class Dion2Config(OptimizerConfig):
+    """A part of the momentum orthogonalised at a time (Dion2, arXiv 2512.16928).
+
+    ``fraction``: of the rows, or columns if there are fewer. ``momentum``: the share that is kept of what
+    has been used. ``betas`` and ``eps`` are for AdamW on the rest.
+    """
+
+    fraction: float = number(0.25, above=0, at_most=1)
+    momentum: float = number(0.95, at_least=0, at_most=1)
+    ns_steps: int = number(5, at_least=1, at_most=99)
+
+
 class BasisStorage(Enum):
     """stored: bases are optimizer state. regenerated: each use samples the basis again from its seed."""
 

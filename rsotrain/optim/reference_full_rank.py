@@ -3,6 +3,7 @@
 Each function takes W (m×n) and the gradients of steps t = 1, 2, … and returns W after all, in float64.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,3 +85,46 @@ def racs(
         previous = eta * norm
         W = (1 - lr * weight_decay) * W - lr * eta * update
     return W
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The quintic iteration X ← aX + (bA + cA²)X with A = XXᵀ, from X of norm 1; Muon's coefficients."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    X = matrix / matrix.norm()
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def normuon(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, momentum: float = 0.95,
+    row_decay: float = 0.95, nesterov: bool = True, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    W = weight.double().clone()
+    M, v = torch.zeros_like(W), torch.zeros(W.shape[0], dtype=W.dtype)
+    for gradient in gradients:
+        G = gradient.double()
+        M = momentum * M + (1 - momentum) * G
+        O = newton_schulz(momentum * M + (1 - momentum) * G if nesterov else M)  # noqa: E741
+        v = row_decay * v + (1 - row_decay) * (O**2).mean(1)
+        U = torch.diag(v**-0.5) @ O
+        U = U * O.norm() / U.norm()
+        W = (1 - lr * weight_decay) * W - lr * 0.2 * max(W.shape) ** 0.5 * U
+    return W
+
+
+def dion2(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, fraction: float, momentum: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    turned = weight.shape[0] > weight.shape[1]
+    W = (weight.T if turned else weight).double().clone()
+    M = torch.zeros_like(W)
+    for gradient in gradients:
+        M = M + (gradient.T if turned else gradient).double()
+        K = M.abs().sum(1).argsort(descending=True)[: math.ceil(fraction * W.shape[0])]
+        W = (1 - lr * weight_decay) * W
+        W[K] = W[K] - lr * 0.2 * W.shape[1] ** 0.5 * newton_schulz(M[K])
+        M[K] = momentum * M[K]
+    return W.T if turned else W

@@ -17,6 +17,8 @@ from rsotrain.config.samplers import SamplerConfig
 from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import method_of
 
+# Newton-Schulz has three significant digits.
+ORTHOGONALISED_IN_BFLOAT16 = ("muon", "normuon", "dion2")
 SAMPLERS = sorted(path.stem for path in (ROOT / "conf" / "sampler").glob("*.yaml"))
 
 
