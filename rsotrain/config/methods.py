@@ -310,3 +310,17 @@ class SumoConfig(SubspaceConfig):
     """
 
     momentum: float = number(0.95, at_least=0, below=1)
+
+
+@optimizer("adam_mini", "rsotrain.optim.adam_mini:AdamMini")
+@dataclass
+class AdamMiniConfig(OptimizerConfig):
+    """Adam with one second moment for each row, or head (Adam-mini, arXiv 2406.16793).
+
+    ``head_parameters``: regular expressions that find the matrices, those of queries and keys, whose rows
+    share a second moment with the others of their head. ``num_heads``: of the queries; a head has the
+    ``num_heads``-th part of the matrix's columns for its rows.
+    """
+
+    head_parameters: list[str] = field(default_factory=lambda: [r"\.self_attn\.[qk]_proj\.weight$"])
+    num_heads: int = number(1, above=0, at_most=SIZE)

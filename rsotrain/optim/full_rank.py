@@ -15,6 +15,7 @@ from rsotrain.parallel.sharding import local
 
 # Elements that a CPU updates at a time, so that temporaries stay in its cache. Others take whole matrices.
 CACHE_ELEMENTS = 1 << 18
+ROW_UNIT = 64
 
 
 class FullRankOptimizer(ParamGroupOptimizer):
@@ -80,15 +81,12 @@ def row_runs(
 ) -> list[tuple[Tensor, Tensor, list[Moment]]]:
     """Split a parameter, its gradient and its moments into runs of rows of about ``limit`` elements.
 
-    All moments have the same shape, with as many rows as the parameter has.
+    Each moment has as many rows as the parameter. The runs have a multiple of 64 rows, so that kernels round
+    them as they round the whole.
     """
     if weight.numel() <= limit:
         return [(weight, gradient, list(moments))]
-    if not moments:
-        rows = max(1, limit // max(1, weight[:1].numel()))
-        return [(w, g, []) for w, g in zip(weight.split(rows), gradient.split(rows), strict=True)]
-    share = moments[0].values.numel() / weight.numel()
-    runs = [moment.rows(max(1, int(limit * share))) for moment in moments]
-    counts = [run.values.shape[0] for run in runs[0]]
-    pieces = zip(weight.split(counts), gradient.split(counts), *runs, strict=True)
+    rows = max(1, limit // max(1, weight[:1].numel()) // ROW_UNIT) * ROW_UNIT
+    runs = [moment.rows(rows * moment.values[:1].numel()) for moment in moments]
+    pieces = zip(weight.split(rows), gradient.split(rows), *runs, strict=True)
     return [(w, g, list(own)) for w, g, *own in pieces]

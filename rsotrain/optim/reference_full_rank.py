@@ -128,3 +128,19 @@ def dion2(
         W[K] = W[K] - lr * 0.2 * W.shape[1] ** 0.5 * newton_schulz(M[K])
         M[K] = momentum * M[K]
     return W.T if turned else W
+
+
+def adam_mini(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, block: int, betas: Betas, eps: float,
+    weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Adam-mini with one second moment for ``block`` rows."""
+    W = weight.double().clone()
+    M, v = torch.zeros_like(W), torch.zeros(W.shape[0] // block, dtype=W.dtype)
+    for t, gradient in enumerate(gradients, start=1):
+        G = gradient.double()
+        M = betas[0] * M + (1 - betas[0]) * G
+        v = betas[1] * v + (1 - betas[1]) * torch.stack([(g**2).mean() for g in G.split(block)])
+        roots = ((v / (1 - betas[1] ** t)).sqrt() + eps).repeat_interleave(block)
+        W = (1 - lr * weight_decay) * W - lr * (M / (1 - betas[0] ** t)) / roots[:, None]
+    return W

@@ -7,6 +7,7 @@ from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
 from rsotrain.config.methods import (
+    AdamMiniConfig,
     InnerSolver,
     OptimizerConfig,
     ScaleConfig,
@@ -42,6 +43,8 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
         }  # fmt: skip
     if isinstance(optimizer, ScaleConfig):  # these matrices are neither head nor embedding
         settings |= {"momentum_parameters": [], "column_parameters": []}
+    if isinstance(optimizer, AdamMiniConfig):  # nor those of queries and keys
+        settings |= {"head_parameters": []}
     return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
 
 

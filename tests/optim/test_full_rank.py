@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import (
     AdamConfig,
+    AdamMiniConfig,
     FoamConfig,
     LionConfig,
     OptimizerConfig,
@@ -16,6 +17,7 @@ from rsotrain.config.methods import (
     ScaleConfig,
 )
 from rsotrain.config.samplers import NoSamplerConfig
+from rsotrain.errors import UserError
 from rsotrain.optim import full_rank
 from rsotrain.optim import reference_full_rank as reference
 from rsotrain.optim.racs import row_and_column_scales
@@ -32,7 +34,18 @@ def _foam(level: int) -> tuple[OptimizerConfig, Transcription]:
     )
 
 
+def _adam_mini(block: int) -> tuple[OptimizerConfig, Transcription]:
+    """``block``: rows of a head; 1: no heads."""
+    heads = {"head_parameters": ["^w$"] if block > 1 else []}
+    return (
+        AdamMiniConfig(name="adam_mini", num_heads=block, **heads, **BASE),  # set by the test for the shape
+        lambda w, g: reference.adam_mini(w, g, block=block, betas=BETAS, eps=EPS, **DECAY),
+    )
+
+
 CASES: dict[str, tuple[OptimizerConfig, Transcription]] = {
+    "adam_mini": _adam_mini(1),
+    "adam_mini-heads": _adam_mini(2),
     "foam-0": _foam(0),
     "foam-1": _foam(1),
     "foam-2": _foam(2),  # 10 columns in blocks of four: the last is not full
@@ -64,6 +77,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16_mixed": 1e-4, "bf16": 0.12}
 @pytest.mark.parametrize("method", CASES)
 def test_twenty_steps_equal_the_reference(method: str, side: str, precision: str) -> None:
     config, transcription = CASES[method]
+    if isinstance(config, AdamMiniConfig) and config.head_parameters:  # of two rows each
+        config = replace(config, num_heads=SHAPES[side][1] // 2)
     assert error_of(config, NONE, transcription, SHAPES[side], precision) < TOLERANCE[precision]
 
 
@@ -71,6 +86,8 @@ def test_twenty_steps_equal_the_reference(method: str, side: str, precision: str
 def test_runs_of_rows_are_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU takes as many rows at a time as its cache holds."""
     config, _ = CASES[method]
+    if isinstance(config, AdamMiniConfig) and config.head_parameters:
+        config = replace(config, num_heads=5)
     weights = []
     for limit in (1 << 18, 64 * 10):
         monkeypatch.setattr(full_rank, "CACHE_ELEMENTS", limit)
@@ -111,6 +128,23 @@ def test_foam_of_equal_neighbours_is_adam() -> None:
     foam = moved(FoamConfig(name="foam", level=2, **BASE), grads)
     adam = moved(AdamConfig(name="adam", **BASE), grads)
     assert torch.allclose(foam, adam, rtol=1e-5, atol=1e-7)
+
+
+def test_adam_mini_of_rows_with_one_size_is_adam() -> None:
+    """Where all entries of a row have one square, their mean is each of them."""
+    signs = [noise(12, 10, seed=i).sign() * noise(12, 1, seed=100 + i).abs() for i in range(15)]
+    mini = moved(CASES["adam_mini"][0], signs)
+    adam = moved(AdamConfig(name="adam", **BASE), signs)
+    assert torch.allclose(mini, adam, rtol=1e-4, atol=1e-7)
+
+
+def test_adam_mini_refuses_heads_that_do_not_fit() -> None:
+    for own, message in (
+        ({"head_parameters": ["^q$"]}, "matches none of the matrices"),
+        ({"head_parameters": ["^w$"], "num_heads": 3}, r"num_heads=3 does not divide w \(12 x 10\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            moved(replace(CASES["adam_mini"][0], **own), [noise(12, 10)])  # type: ignore[arg-type]
 
 
 def test_scale_is_row_normalised_gradient_descent_of_any_scale() -> None:
