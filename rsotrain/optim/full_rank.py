@@ -14,7 +14,7 @@ from rsotrain.optim.state_size import MatrixSize, Shape, StateSize
 from rsotrain.parallel.sharding import local
 
 # Elements that a CPU updates at a time, so that temporaries stay in its cache. Others take whole matrices.
-CACHE_ELEMENTS = 1 << 18
+CACHE_ELEMENTS = 1 << 19
 ROW_UNIT = 64
 
 
