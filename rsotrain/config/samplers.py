@@ -6,6 +6,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
 from rsotrain.config.ranges import SIZE, number
 from rsotrain.config.registry import Settings, registering
 
@@ -63,9 +64,14 @@ class RandomizedSvdConfig(SamplerConfig):
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
 @dataclass
 class MixtureConfig(SamplerConfig):
-    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
+    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others.
+
+    ``unbiased``: where bases are scaled (``optimizer.basis_scale``), multiply the random columns alone, by
+    √((k−r₁)/r₂), which gives E[PPᵀ] = I (PRAC, arXiv 2602.23111); false: all columns by √(k/r).
+    """
 
     principal_fraction: float = number(0.5, at_least=0, at_most=1)
+    unbiased: bool = later(False)
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -90,6 +96,20 @@ class CoordinateConfig(SamplerConfig):
 @dataclass
 class TopkNormConfig(SamplerConfig):
     """The coordinate axes along which the gradient has the largest norm."""
+
+
+@sampler("row_norm", "rsotrain.subspace.spectral:row_norm_sampler")
+@dataclass
+class RowNormConfig(SamplerConfig):
+    """Coordinate axes drawn by the gradient's norm along them, ** ``power`` (Grass, arXiv 2406.17660)."""
+
+    power: float = number(1.0, above=0, at_most=100)
+
+
+@sampler("dct", "rsotrain.subspace.spectral:dct_sampler")
+@dataclass
+class DctConfig(SamplerConfig):
+    """The columns of a cosine transform along which the gradient has the largest norm (DCT-AdamW)."""
 
 
 @sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")

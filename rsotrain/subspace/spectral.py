@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.samplers import (
+    DctConfig,
     GoLoreConfig,
     ImportanceConfig,
     MixtureConfig,
     RandomizedSvdConfig,
+    RowNormConfig,
     SvdConfig,
     SvdSolver,
     SwitchingConfig,
@@ -94,6 +96,15 @@ def full_svd(request: SampleRequest) -> Tensor:
     return torch.linalg.svd(factor.float(), full_matrices=False)[2][: request.rank].T
 
 
+def weighted_sample(logarithms: Tensor, request: SampleRequest) -> Tensor:
+    """Ascending indices of r of k items, drawn without replacement with weights exp(``logarithms``) (k)."""
+    # the indices of the r largest log w + Gumbel noise are such a sample
+    uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
+    gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+    keys = logarithms.to(gumbel.device) + gumbel
+    return keys.argsort(descending=True, stable=True)[: request.rank].sort().values
+
+
 def importance(request: SampleRequest, power: float) -> Tensor:
     """r singular vectors, sampled without replacement with weights σ^power (I3S, arXiv 2502.05790).
 
@@ -109,11 +120,7 @@ def importance(request: SampleRequest, power: float) -> Tensor:
         return values.dtype is torch.float64 or bound <= 0.01 * float(shares.sum())
 
     values, vectors = eigenbasis(request.gram, resolved)
-    # the indices of the r largest log w + Gumbel noise are a sample without replacement
-    uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
-    gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-    keys = 0.5 * power * values.double().log().to(gumbel.device) + gumbel
-    picked = keys.argsort(descending=True, stable=True)[: request.rank].sort().values
+    picked = weighted_sample(0.5 * power * values.double().log(), request)
     return align_signs(vectors[:, picked.to(vectors.device)].float(), request.previous)
 
 
@@ -140,6 +147,30 @@ def randomized_svd(request: SampleRequest, rounds: int) -> Tensor:
     return block
 
 
+def row_norm(request: SampleRequest, power: float) -> Tensor:
+    """r axes sampled without replacement with weights ‖A e_i‖^power, ascending (Grass, arXiv 2406.17660)."""
+    assert request.gram is not None
+    logarithms = 0.5 * power * request.gram.diagonal().double().log()
+    picked = weighted_sample(logarithms, request)
+    return one_hot(picked.to(request.device), request.size)
+
+
+def cosine_basis(size: int, device: torch.device) -> Tensor:
+    """The orthonormal cosine transform (DCT-II), k×k in float32: column j is √(2/k)·cos(π(i + ½)j/k)."""
+    i, j = (torch.arange(size, dtype=torch.float64, device=device) for _ in range(2))
+    basis = torch.cos(torch.pi / size * (i[:, None] + 0.5) * j) * (2 / size) ** 0.5
+    basis[:, 0] = size**-0.5
+    return basis.float()
+
+
+def dct(request: SampleRequest) -> Tensor:
+    """The r columns D_j of the cosine transform with the largest ‖A D_j‖, in ascending order."""
+    assert request.gram is not None
+    basis = cosine_basis(request.size, request.device)
+    energies = (request.gram.matrix(torch.float32) @ basis).mul_(basis).sum(0)
+    return basis[:, energies.topk(request.rank).indices.sort().values]
+
+
 def topk_norm(request: SampleRequest) -> Tensor:
     """The r axes with the largest column norms of A, in ascending order."""
     assert request.gram is not None
@@ -159,6 +190,14 @@ def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
     # orthonormalising leaves the first columns, which are orthonormal already, unchanged
     basis = orthonormalised(torch.cat([dominant, normal(request)[:, principal:]], dim=1))
     return align_signs(basis, request.previous)
+
+
+def mixture_scales(size: int, rank: int, principal_fraction: float) -> Tensor:
+    """1 for the r₁ principal columns, √((k−r₁)/r₂) for the r₂ random ones (PRAC, arXiv 2602.23111)."""
+    principal = num_principal(rank, principal_fraction)
+    scales = torch.ones(rank)
+    scales[principal:] = ((size - principal) / max(1, rank - principal)) ** 0.5
+    return scales
 
 
 def switching(request: SampleRequest, leading: int) -> Tensor:
@@ -205,6 +244,14 @@ def topk_norm_sampler(config: TopkNormConfig) -> Sampler:
     return Sampler(config.name, topk_norm, Columns.axes, informed=True, by_products=True)
 
 
+def row_norm_sampler(config: RowNormConfig) -> Sampler:
+    return Sampler(config.name, partial(row_norm, power=config.power), Columns.axes, informed=True)
+
+
+def dct_sampler(config: DctConfig) -> Sampler:
+    return Sampler(config.name, dct, informed=True)
+
+
 def mixture_sampler(config: MixtureConfig) -> Sampler:
     fraction = config.principal_fraction
     return Sampler(
@@ -212,6 +259,7 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         partial(mixture, principal_fraction=fraction),
         informed=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
+        column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
     )
 
 
