@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsotrain.config.keys import flatten, later_defaults, plain
+from rsotrain.config.keys import flatten, later_defaults, later_defaults_of, plain
 from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Config
 
@@ -41,7 +41,7 @@ def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of what a ``config.yaml`` holds, with the fields that it is too old for."""
     flat = dict(flatten(settings))
-    return flat | {key: value for key, value in later_defaults().items() if key not in flat}
+    return flat | {key: value for key, value in later_defaults_of(flat).items() if key not in flat}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -28,8 +28,28 @@ def later_defaults(config: Config | None = None) -> dict[str, Any]:
 
     Of the schemas that ``config`` has chosen; None: of all.
     """
+    return _defaults(_leaves(config))
+
+
+def later_defaults_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``later_defaults`` of the schemas that flat ``settings`` are of: those that have the same older keys.
+
+    Of all schemas of a group where none fits.
+    """
     found: dict[str, Any] = {}
-    for key, f, marked in _leaves(config):
+    for f in dataclasses.fields(Config):
+        every = [list(_leaves_of(f, kind, "", False)) for kind in SCHEMAS.get(f.name, {"": f.type}).values()]
+        later_keys = {key for leaves in every for key, _, marked in leaves if marked}
+        given = {key for key in settings if key.split(".")[0] == f.name} - later_keys
+        fitting = [leaves for leaves in every if {key for key, _, _ in leaves} - later_keys == given]
+        for leaves in fitting or every:
+            found |= _defaults(leaves)
+    return found
+
+
+def _defaults(leaves: Iterable[tuple[str, "dataclasses.Field[Any]", bool]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, f, marked in leaves:
         if marked:
             factory = f.default_factory
             default = plain(f.default if factory is dataclasses.MISSING else factory())

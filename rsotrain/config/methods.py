@@ -44,7 +44,8 @@ class OptimizerConfig:
 
     ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
     and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
-    the attention and MLP weights. ``state_dtype``: dtype of the moments.
+    the attention and MLP weights. ``state_dtype``: dtype of the moments. ``decay_at_lr``: attention and MLP
+    weights decay at the rate ``lr``, as in the code of GaLore, Fira, APOLLO and SN-SM, not at ``lr * scale``.
     """
 
     name: str = MISSING
@@ -56,6 +57,7 @@ class OptimizerConfig:
     eps: float = number(1e-8, at_least=SMALL, at_most=1)
     weight_decay: float = number(0.0, at_least=0, at_most=1000)
     state_dtype: StateDtype = StateDtype.float32
+    decay_at_lr: bool = later(False)
     block_parameters: list[str] = field(
         default_factory=lambda: [
             r"\.self_attn\.[qkvo]_proj\.weight$",
@@ -107,6 +109,13 @@ class GaLoreConfig(SolverConfig):
     """Adam in the subspace, no update outside (GaLore, arXiv 2403.03507; I3S and OSD by their samplers)."""
 
 
+class BiasCorrection(Enum):
+    """adam_form: none for AdaGrad (``betas[1]`` = 1) and RMSProp (``betas[0]`` = 0), as in SN-SM's code."""
+
+    all_forms = "all_forms"
+    adam_form = "adam_form"
+
+
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
@@ -117,6 +126,7 @@ class SNConfig(OptimizerConfig):
     """
 
     subset_size: int | None = number(None, above=0, at_most=SIZE)
+    bias_correction: BiasCorrection = later(BiasCorrection.all_forms)
 
 
 @optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
@@ -125,6 +135,7 @@ class SNSMConfig(SubspaceConfig):
     """Momentum in the subspace, the plain gradient outside. ``subset_size``: as in SNConfig; 1 is Adam's."""
 
     subset_size: int | None = number(None, above=0, at_most=SIZE)
+    bias_correction: BiasCorrection = later(BiasCorrection.all_forms)
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
@@ -133,9 +144,12 @@ class FiraConfig(SolverConfig):
     """GaLore plus the scaled residual (arXiv 2410.01623).
 
     ``max_growth``: the largest factor by which the residual's norm may grow in one step.
+    ``residual_at_lr``: the residual moves weights at the rate ``lr``, as in the authors' code, whose α is a
+    factor of the subspace alone, not at ``lr * scale``.
     """
 
     max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    residual_at_lr: bool = later(False)
 
 
 @optimizer("frugal", "rsotrain.optim.residuals:Frugal")

@@ -56,9 +56,13 @@ class ImportanceConfig(SamplerConfig):
 @sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
 @dataclass
 class RandomizedSvdConfig(SamplerConfig):
-    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
+    """``rounds`` block power iterations from the basis in use.
+
+    The first refresh has two more, from a random basis, or with ``svd_first`` is svd, as in LDAdam's code.
+    """
 
     rounds: int = number(2, at_least=1, at_most=100)
+    svd_first: bool = later(False)
 
 
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
@@ -130,12 +134,14 @@ class OnlinePCAConfig(SamplerConfig):
 
     ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
     ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
+    ``weight_decay``: of P, decoupled, at the rate of P.
     """
 
     lr: float = number(0.005, at_least=0, at_most=1000)
     penalty: float = number(0.1, at_least=0, at_most=10**6)
     solver: PCASolver = PCASolver.adam
     orthonormalize: bool = False
+    weight_decay: float = later(number(0.0, at_least=0, at_most=1000))
 
 
 @sampler("switching", "rsotrain.subspace.spectral:switching_sampler")

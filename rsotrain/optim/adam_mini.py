@@ -97,6 +97,13 @@ class AdamMini(FullRankOptimizer):
         squares = mean_squares(gradient)
         if name in self.head_sizes:
             squares = means_of_heads(squares, self.shards[name], self.head_sizes[name])
+        exp_avg, block_sq = moments
         return adam_mini_negative_update(
-            gradient, *moments, squares, step=step, betas=self.settings.betas, eps=self.settings.eps
+            gradient,
+            exp_avg,
+            block_sq,
+            squares,
+            step=step,
+            betas=self.settings.betas,
+            eps=self.settings.eps,
         )

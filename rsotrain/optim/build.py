@@ -86,6 +86,10 @@ def build_optimizer(
         assert isinstance(model, nn.Module)
         place(model, groups.blocks.values() if method.by_rows else ())
         groups = groups.renewed(model)
+    require(
+        config.scale > 0 or not config.decay_at_lr,
+        "optimizer.decay_at_lr is for optimizer.scale > 0; with scale 0 these weights do not move",
+    )
     reduced = config.state_dtype is StateDtype.bfloat16
     settings = Settings(
         keeper=StateKeeper(torch.bfloat16 if reduced else torch.float32, seed),
@@ -95,8 +99,10 @@ def build_optimizer(
     )
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:
+        decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
+        own_settings = replace(settings, weight_decay=decay)
         optimizers.append(
-            method(config.name, groups.blocks, config.lr * config.scale, settings, config, **own)
+            method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
         )
     if groups.rest:
         if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam

@@ -66,11 +66,12 @@ def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
     eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", sample: Sample = dominant,
     outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01, rounding: float = 0.0,
+    residual_lr: float | None = None,
 ) -> Tensor:  # fmt: skip
     """GaLore, or Fira and FRUGAL by ``outside="fira"`` or ``"frugal"``, which differ in the residual only.
 
     ``rounding``: relative rounding error of the arithmetic under test, below which FRUGAL's residual counts
-    as 0.
+    as 0. ``residual_lr``: of Fira's residual; None: ``lr``.
     """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
@@ -98,7 +99,7 @@ def galore(
             residual = residual * (N.norm(dim=1) / R.norm(dim=1))[:, None]
             residual = _limited(residual, residual_norm, max_growth)
             residual_norm = float(residual.norm())
-            W = W - lr * residual
+            W = W - (lr if residual_lr is None else residual_lr) * residual
         if outside == "frugal" and rank < W.shape[1]:
             noise = 4 * W.shape[1] ** 0.5 * rounding * A.norm(dim=1, keepdim=True)
             W = W - lr * free_scale * torch.sign(residual) * (residual.abs() > noise)
@@ -130,7 +131,7 @@ def apollo(
 
 def osd(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
-    basis_lr: float, penalty: float, use_adam: bool = True,
+    basis_lr: float, penalty: float, use_adam: bool = True, basis_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Online subspace descent: Q starts at the first gradient's SVD and takes a step after each update of W.
 
@@ -139,9 +140,9 @@ def osd(
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
     Q = dominant(1, gradients[0], rank, None).requires_grad_()
-    solver: torch.optim.Optimizer = torch.optim.Adam([Q], lr=basis_lr)
+    solver: torch.optim.Optimizer = torch.optim.AdamW([Q], lr=basis_lr, weight_decay=basis_decay)
     if not use_adam:
-        solver = torch.optim.SGD([Q], lr=basis_lr)
+        solver = torch.optim.SGD([Q], lr=basis_lr, weight_decay=basis_decay)
     for t, A in enumerate(gradients, start=1):
         with torch.no_grad():
             R = A @ Q
@@ -162,7 +163,7 @@ def osd(
 def sn_sm(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int | None, gap: int, betas: Betas,
     eps: float, subset_size: int, on_refresh: str = "reset", sample: Sample = dominant,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.0, corrected: bool = True,
 ) -> Tensor:  # fmt: skip
     """Subset norm with subspace momentum; with momentum of full size (SN alone) if ``rank`` is None."""
     W, gradients, turned = _orient(weight, gradients)
@@ -189,7 +190,7 @@ def sn_sm(
         V = V + sums if betas[1] == 1 else betas[1] * V + (1 - betas[1]) * sums
         correction2 = 1.0 if betas[1] == 1 else 1 - betas[1] ** t
         denominator = (V.sqrt() + eps).repeat_interleave(subset_size, dim=1)
-        step_size = lr * correction2**0.5 / (1 - betas[0] ** t)
+        step_size = lr * correction2**0.5 / (1 - betas[0] ** t) if corrected else lr
         W = (1 - lr * weight_decay) * W - step_size * numerator / denominator
     return W.T if turned else W
 

@@ -124,13 +124,16 @@ def importance(request: SampleRequest, power: float) -> Tensor:
     return align_signs(vectors[:, picked.to(vectors.device)].float(), request.previous)
 
 
-def randomized_svd(request: SampleRequest, rounds: int) -> Tensor:
+def randomized_svd(request: SampleRequest, rounds: int, svd_first: bool = False) -> Tensor:
     """``rounds`` block power iterations Q ← orth(AᵀA Q), starting from the basis in use.
 
-    The first refresh starts from a random basis and runs two more iterations. Columns for which AᵀA Q is only
-    rounding errors restart from random vectors, because they cannot return to the gradient's row space.
+    The first refresh starts from a random basis and runs two more iterations, or is svd (``svd_first``).
+    Columns for which AᵀA Q is only rounding errors restart from random vectors, because they cannot return to
+    the gradient's row space.
     """
     assert request.gram is not None
+    if svd_first and request.previous is None:
+        return svd(request)
     block = haar(request) if request.previous is None else request.previous.float()
     rounds = rounds + 2 if request.previous is None else rounds
     multiply: Callable[[Tensor], Tensor] = request.gram.matmul
@@ -236,7 +239,7 @@ def importance_sampler(config: ImportanceConfig) -> Sampler:
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
-    sample = partial(randomized_svd, rounds=config.rounds)
+    sample = partial(randomized_svd, rounds=config.rounds, svd_first=config.svd_first)
     return Sampler(config.name, sample, informed=True, by_products=True)
 
 

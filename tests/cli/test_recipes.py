@@ -59,7 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "apollo": APOLLO | {"sampler.name": "gaussian", "optimizer.rank": 0.25},
     "apollo_mini": APOLLO | {"optimizer.rank": 1, "optimizer.per_tensor": True},
-    "fira": GALORE | {"sampler.name": "svd", "optimizer.max_growth": 1.01},
+    "fira": GALORE
+    | {"sampler.name": "svd", "optimizer.max_growth": 1.01, "optimizer.residual_at_lr": True},
     "foam": {
         "optimizer.lr": 0.01, "optimizer.scale": 0.25, "optimizer.betas": [0.9, 0.95], "optimizer.level": 2,
     },
@@ -78,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "adam_60m": {"optimizer.lr": 0.005},
+    "fira_1b": {"optimizer.scale": 0.0625},
     "galore_7b": {"optimizer.lr": 0.005, "optimizer.update_proj_gap": 500},
     "osd_60m": {"optimizer.lr": 0.01, "sampler.solver": "adam"},
     "osd_350m": {"optimizer.lr": 0.001},
