@@ -34,17 +34,18 @@ def memory_metrics(parts: dict[str, int], peak_bytes: int, device_kind: str) -> 
 
 @contextmanager
 def saved_activation_bytes(
-    model: nn.Module, note: Callable[[torch.Tensor], None] = lambda _: None
+    live: Iterable[torch.Tensor], note: Callable[[torch.Tensor], None] = lambda _: None
 ) -> Iterator[SavedBytes]:
     """Count what autograd keeps for the backward pass of the forward pass inside the block.
 
-    Each storage is counted once however many views of it are saved; parameters are not counted,
-    casts of parameters are. ``note`` gets each tensor that is kept and is no parameter.
+    Each storage is counted once however many views of it are saved. ``live``: parameters and optimizer
+    state, which are there in any case and not counted; casts of parameters are. ``note`` gets each tensor
+    that is counted.
     """
     saved = SavedBytes()
     # Weak references: the hooks live until the backward pass has ended, and must not keep what it frees.
     # While there is one to a storage, its address is not used again.
-    seen = {StorageWeakRef(local(p).untyped_storage()) for p in model.parameters()}
+    seen = {StorageWeakRef(local(t).untyped_storage()) for t in live}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, nn.Parameter):  # gathered by FSDP: its memory is not that of the shard

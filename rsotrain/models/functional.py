@@ -23,32 +23,32 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _normed(x, weight, eps)
+        return norm_output(x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        normalized, rstd = _normalized(x.reshape(-1, x.shape[-1]), ctx.eps)
-        grad_x, grad_weight = _norm_gradients(
+        normalized, rstd = normalize(x.reshape(-1, x.shape[-1]), ctx.eps)
+        grad_x, grad_weight = norm_gradients(
             normalized, rstd, weight, grad_output.reshape(-1, x.shape[-1]), ctx.needs_input_grad[1], x.dtype
         )
         return grad_x.view_as(x), grad_weight, None
 
 
-def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x̂ = x · rstd in fp32, and rstd."""
     x_float = x.float()
     rstd = _reciprocal_rms(x_float, eps)
     return x_float * rstd, rstd
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    normalized, _ = _normalized(x, eps)
+def norm_output(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normalized, _ = normalize(x, eps)
     return normalized.mul_(weight).to(x.dtype)
 
 
-def _norm_gradients(
+def norm_gradients(
     normalized: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -139,12 +139,12 @@ class _SharedInputLinear(torch.autograd.Function):
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        grad_x = _input_gradient(grads, weights, x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = input_gradient(grads, weights, x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
         inputs = x.reshape(-1, x.shape[-1])
         return grad_x, *_weight_gradients(grads, weights, inputs, ctx.needs_input_grad[1:])
 
 
-def _input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Σ dY W. addmm_ sums inside the GEMM: no buffer per weight, and one rounding less than adding them."""
     grad_x = grads[0] @ weights[0].to(dtype)
     for grad, weight in zip(grads[1:], weights[1:], strict=True):
@@ -168,7 +168,7 @@ class _NormedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps = eps
-        normed = _normed(x, norm_weight, eps)
+        normed = norm_output(x, norm_weight, eps)
         return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
@@ -176,12 +176,12 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, *weights = ctx.saved_tensors
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        normalized, rstd = _normalized(x.reshape(-1, x.shape[-1]), ctx.eps)
+        normalized, rstd = normalize(x.reshape(-1, x.shape[-1]), ctx.eps)
         normed = (normalized * norm_weight).to(x.dtype)
         grad_weights = _weight_gradients(grads, weights, normed, ctx.needs_input_grad[3:])
         del normed
-        grad_normed = _input_gradient(grads, weights, x.dtype)
-        grad_x, grad_norm = _norm_gradients(
+        grad_normed = input_gradient(grads, weights, x.dtype)
+        grad_x, grad_norm = norm_gradients(
             normalized, rstd, norm_weight, grad_normed, ctx.needs_input_grad[1], x.dtype
         )
         return grad_x.view_as(x), grad_norm, None, *grad_weights

@@ -14,12 +14,15 @@ from torch.autograd.function import once_differentiable
 from rsotrain.data.targets import IGNORE_INDEX
 
 # Tokens whose logits exist at a time. On two CPU cores (vocabulary 32000, width 512, bf16) the GEMMs
-# reach their full rate at 512 tokens (380 GFLOP/s; 350 at 256) and gain nothing beyond.
+# reach their full rate at 512 tokens (380 GFLOP/s; 350 at 256) and gain nothing beyond. A GPU takes more at
+# a time, to launch fewer kernels, as far as their logits have ``_GPU_LOGITS_BYTES``.
 CHUNK_TOKENS = 512
-# fp32 working buffers of a CPU hold this many bytes, so that they stay in its cache between the passes
-# over them; 8 MiB are no faster, and 30 MiB more at the peak. A GPU works on everything at once, to launch
-# fewer kernels.
+_GPU_CHUNK_TOKENS = 4096
+_GPU_LOGITS_BYTES = 2**28
+# Bytes of an fp32 working buffer. That of a CPU stays in its cache between the passes over it; 8 MiB are no
+# faster, and 30 MiB more at the peak.
 _CPU_BLOCK_BYTES = 2 * 2**20
+_GPU_BLOCK_BYTES = 2**26
 
 
 def linear_cross_entropy(
@@ -66,95 +69,99 @@ def _loss_and_gradients(
     """The summed loss and its gradients with respect to hidden and weight (None where not needed)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype)
-    chunk_size = min(CHUNK_TOKENS, num_tokens)
+    chunk_size = max(1, min(num_tokens, chunk_tokens(vocab_size, hidden.dtype, kind)))
     logits = hidden.new_empty(chunk_size, vocab_size)
-    softmax = _Softmax(chunk_size, vocab_size, hidden.device, kind)
     valid = (targets != IGNORE_INDEX).unsqueeze(1)
     loss = hidden.new_zeros((), dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    weight_sum = _WeightGradient(weight, hidden.dtype, kind) if need_weight else None
-    for start in range(0, num_tokens, CHUNK_TOKENS):
-        chunk = hidden[start : start + CHUNK_TOKENS]
+    weight_sum = _WeightGradient(weight, hidden.dtype, kind, chunk_size < num_tokens) if need_weight else None
+    for start in range(0, num_tokens, chunk_size):
+        rows = slice(start, start + chunk_size)
+        chunk = hidden[rows]
         chunk_logits = logits[: chunk.shape[0]]
         torch.mm(chunk, head.t(), out=chunk_logits)
-        loss += softmax.loss_(chunk_logits, targets[start : start + CHUNK_TOKENS], need_hidden or need_weight)
+        loss += _softmax_loss_(chunk_logits, targets[rows], kind, need_hidden or need_weight)
         if grad_hidden is not None:
-            torch.mm(chunk_logits, head, out=grad_hidden[start : start + CHUNK_TOKENS])
+            torch.mm(chunk_logits, head, out=grad_hidden[rows])
         if weight_sum is not None:
             # Ignored tokens are masked here and below: cheaper than over the whole vocabulary.
-            weight_sum.add_(chunk_logits, chunk * valid[start : start + CHUNK_TOKENS])
+            weight_sum.add_(chunk_logits, chunk * valid[rows])
     if grad_hidden is not None:
         grad_hidden.mul_(valid)
-    return loss, grad_hidden, weight_sum.sum().to(weight.dtype) if weight_sum is not None else None
+    return loss, grad_hidden, weight_sum.sum() if weight_sum is not None else None
+
+
+def chunk_tokens(vocab_size: int, dtype: torch.dtype, kind: str) -> int:
+    """The most tokens whose logits, in ``dtype``, exist at a time."""
+    if kind == "cpu":
+        return CHUNK_TOKENS
+    return max(1, min(_GPU_CHUNK_TOKENS, _GPU_LOGITS_BYTES // (vocab_size * dtype.itemsize)))
 
 
 def _block_rows(num_rows: int, row_elements: int, kind: str) -> int:
     """How many rows of an fp32 working buffer to work on at a time."""
-    if kind != "cpu":
-        return num_rows
-    return max(1, min(num_rows, _CPU_BLOCK_BYTES // (4 * row_elements)))
+    block_bytes = _CPU_BLOCK_BYTES if kind == "cpu" else _GPU_BLOCK_BYTES
+    return max(1, min(num_rows, block_bytes // (4 * row_elements)))
 
 
-class _Softmax:
-    """Cross-entropy of logits and its gradient, in fp32 through a reused block of rows."""
+def _softmax_loss_(logits: Tensor, targets: Tensor, kind: str, with_gradient: bool) -> Tensor:
+    """The summed loss; ``with_gradient`` overwrites logits with the gradient of each token's loss.
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, kind: str) -> None:
-        rows = _block_rows(num_rows, vocab_size, kind)
-        self.logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
-        self.probabilities = torch.empty_like(self.logits)
-
-    def loss_(self, logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-        """The summed loss; ``with_gradient`` overwrites logits with the gradient of each token's loss.
-
-        That gradient is not zero for ignored tokens: the caller masks what it computes from it.
-        """
-        loss = logits.new_zeros((), dtype=torch.float32)
-        step = self.logits.shape[0]
-        for rows, target in zip(logits.split(step), targets.split(step), strict=True):
-            valid = (target != IGNORE_INDEX).unsqueeze(1)
-            # Of other negative targets gather makes an error: no mistake counts as token 0.
-            target = target.unsqueeze(1).masked_fill(~valid, 0)
-            logit = self.logits[: rows.shape[0]].copy_(rows)
-            probability = self.probabilities[: rows.shape[0]]
-            torch.softmax(logit, dim=1, out=probability)
-            # The most likely token has probability 1 / Σ exp(logit − max): no pass for log-sum-exp.
-            log_sum = logit.amax(1, keepdim=True) - probability.amax(1, keepdim=True).log_()
-            loss += (log_sum - logit.gather(1, target)).masked_fill_(~valid, 0.0).sum()
-            if with_gradient:
-                minus_one = logit.new_full((), -1.0).expand_as(target)
-                rows.copy_(probability.scatter_add_(1, target, minus_one))
-        return loss
+    That gradient is not zero for ignored tokens: the caller masks what it computes from it.
+    """
+    loss = logits.new_zeros((), dtype=torch.float32)
+    step = _block_rows(logits.shape[0], logits.shape[1], kind)
+    block = logits.new_empty(step, logits.shape[1], dtype=torch.float32)
+    for rows, target in zip(logits.split(step), targets.split(step), strict=True):
+        valid = (target != IGNORE_INDEX).unsqueeze(1)
+        # Of other negative targets gather makes an error: no mistake counts as token 0.
+        target = target.unsqueeze(1).masked_fill(~valid, 0)
+        probability = block[: rows.shape[0]]
+        torch.softmax(rows, dim=1, dtype=torch.float32, out=probability)
+        # The most likely token has probability 1 / Σ exp(logit − max): no pass for log-sum-exp.
+        log_sum = rows.amax(1, keepdim=True).float() - probability.amax(1, keepdim=True).log_()
+        loss += (log_sum - rows.gather(1, target)).masked_fill_(~valid, 0.0).sum()
+        if with_gradient:
+            minus_one = probability.new_full((), -1.0).expand_as(target)
+            rows.copy_(probability.scatter_add_(1, target, minus_one))
+    return loss
 
 
 class _WeightGradient:
-    """Σ over chunks of grad_logitsᵀ hidden, accumulated in fp32.
+    """Σ over chunks of grad_logitsᵀ hidden, accumulated in fp32 where there are several.
 
     A sum in bf16 would round once more per chunk: with 64 chunks its error was four times as large.
     """
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, kind: str) -> None:
-        self.total = torch.empty_like(weight, dtype=torch.float32)
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, kind: str, several: bool) -> None:
+        self.dtype, self.kind = weight.dtype, kind
+        rounded = not several and weight.dtype == compute_dtype  # by the only product
+        self.total = torch.empty_like(weight, dtype=compute_dtype if rounded else torch.float32)
         self.begun = False  # the first summand is written, not added to zeros
-        self.direct = compute_dtype == torch.float32
-        vocab_size, features = weight.shape
-        rows = 0 if self.direct else _block_rows(vocab_size, features, kind)
-        self.partial = self.total.new_empty(rows, features, dtype=compute_dtype)
-        self.partial_float = torch.empty_like(self.partial, dtype=torch.float32)
 
     def add_(self, grad_logits: Tensor, hidden: Tensor) -> None:
         begun, self.begun = self.begun, True
-        if self.direct:
+        if self.total.dtype == hidden.dtype:
             self.total.addmm_(grad_logits.t(), hidden, beta=float(begun))
-            return
-        step = self.partial.shape[0]
+        elif self.kind == "cpu":
+            self._add_by_blocks_(grad_logits, hidden, begun)
+        else:
+            total = self.total
+            torch.addmm(total, grad_logits.t(), hidden, beta=float(begun), out_dtype=torch.float32, out=total)
+
+    def _add_by_blocks_(self, grad_logits: Tensor, hidden: Tensor, begun: bool) -> None:
+        """A CPU has no products of bf16 matrices with fp32 results."""
+        vocab_size, features = self.total.shape
+        step = _block_rows(vocab_size, features, self.kind)
+        partial = self.total.new_empty(step, features, dtype=hidden.dtype)
+        wide = torch.empty_like(partial, dtype=torch.float32)
         for total, grad_columns in zip(self.total.split(step), grad_logits.split(step, dim=1), strict=True):
-            partial = self.partial[: total.shape[0]]
-            torch.mm(grad_columns.t(), hidden, out=partial)
+            product = torch.mm(grad_columns.t(), hidden, out=partial[: total.shape[0]])
             if begun:
                 # Adding bf16 to fp32 in one call takes torch's unvectorised path: convert, then add.
-                total.add_(self.partial_float[: total.shape[0]].copy_(partial))
+                total.add_(wide[: total.shape[0]].copy_(product))
             else:
-                total.copy_(partial)
+                total.copy_(product)
 
     def sum(self) -> Tensor:
-        return self.total if self.begun else self.total.zero_()
+        return (self.total if self.begun else self.total.zero_()).to(self.dtype)

@@ -1,9 +1,12 @@
-"""Linears under RSO: autograd saves Z = x P (tokens × r) instead of x, and computes dB instead of dW.
+"""Linears under RSO: the backward pass computes dB instead of dW, from Z = x P (tokens × r).
 
 For y = x (W + B Pᵀ)ᵀ (P: in × r, B: out × r) the gradient of B is dB = dYᵀ X P = dYᵀ Z. The optimizer adds
 each change ΔB Pᵀ to W in place, so the forward pass is one product with W and does not read B. Linears that
 read the same input form an input group and share P and Z. (RSO: arXiv 2502.07222; see
 ``rsotrain.optim.rso``.)
+
+Autograd saves Z instead of x, or neither: behind an RMSNorm or a SwiGLU the backward pass makes x again from
+the tensors that it needs in any case, and Z from x, at no more operations than before.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,18 +21,27 @@ from torch.autograd.function import once_differentiable
 
 from rsotrain.errors import UserError
 from rsotrain.models.architecture import input_groups
-from rsotrain.models.functional import Context, shared_input_linear, swiglu
+from rsotrain.models.functional import (
+    Context,
+    input_gradient,
+    norm_gradients,
+    norm_output,
+    normalize,
+    shared_input_linear,
+    swiglu,
+)
 from rsotrain.models.layers import Linear, RMSNorm
 from rsotrain.parallel.sharding import local
 from rsotrain.subspace.gram import add_gram_, mirrored_
 from rsotrain.subspace.projection import resolve_rank
 
+Basis = Tensor | Callable[[], Tensor]  # or what makes it anew for each use
+
 
 class _SubspaceLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, basis: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights = tensors[: len(tensors) // 2]
-        ctx.B_dtypes = [t.dtype for t in tensors[len(weights) :]]
+        weights, ctx.B_dtypes = _split(tensors)
         ctx.save_for_backward(x @ basis, *weights)
         return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
@@ -37,17 +49,85 @@ class _SubspaceLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         projected, *weights = ctx.saved_tensors
-        inputs = projected.reshape(-1, projected.shape[-1])
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            # addmm_ sums inside the GEMM, which needs no buffer per weight and rounds once less
-            grad_x = grads[0] @ weights[0].to(projected.dtype)
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_x.addmm_(grad, weight.to(projected.dtype))
-            grad_x = grad_x.view(*projected.shape[:-1], -1)
-        grad_B = [(grad.t() @ inputs).to(dtype) for grad, dtype in zip(grads, ctx.B_dtypes, strict=True)]
+            grad_x = input_gradient(grads, weights, projected.dtype).view(*projected.shape[:-1], -1)
+        grad_B = _coefficient_gradients(grads, projected.reshape(-1, projected.shape[-1]), ctx.B_dtypes)
         return grad_x, None, *(None for _ in weights), *grad_B
+
+
+class _SubspaceNormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, norm_weight: Tensor, eps: float, basis: Basis, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, ctx.B_dtypes = _split(tensors)
+        _save(ctx, basis, x, norm_weight, *weights)
+        ctx.eps = eps
+        normed = norm_output(x, norm_weight, eps)
+        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        basis, (x, norm_weight, *weights) = _saved(ctx)
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        normalized, rstd = normalize(x.reshape(-1, x.shape[-1]), ctx.eps)
+        projected = (normalized * norm_weight).to(x.dtype) @ basis
+        del basis
+        grad_B = _coefficient_gradients(grads, projected, ctx.B_dtypes)
+        grad_normed = input_gradient(grads, weights, x.dtype)
+        grad_x, grad_norm = norm_gradients(
+            normalized, rstd, norm_weight, grad_normed, ctx.needs_input_grad[1], x.dtype
+        )
+        return grad_x.view_as(x), grad_norm, None, None, *(None for _ in weights), *grad_B
+
+
+class _SubspaceSwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, gate: Tensor, up: Tensor, basis: Basis, weight: Tensor, B: Tensor) -> Tensor:
+        _save(ctx, basis, gate, up, weight)
+        ctx.B_dtype = B.dtype
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        basis, (gate, up, weight) = _saved(ctx)
+        grad_product = grad_output @ weight.to(gate.dtype)
+        activated = F.silu(gate)
+        projected = (activated * up).flatten(0, -2) @ basis
+        del basis
+        (grad_B,) = _coefficient_gradients([grad_output.flatten(0, -2)], projected, [ctx.B_dtype])
+        grad_up = activated.mul_(grad_product)
+        return torch.ops.aten.silu_backward(grad_product.mul_(up), gate), grad_up, None, None, grad_B
+
+
+def _save(ctx: Context, basis: Basis, *tensors: Tensor) -> None:
+    """A basis that is made for each use is made for the backward pass, and not kept until then."""
+    ctx.regenerate, kept = (None, [basis]) if isinstance(basis, Tensor) else (basis, [])
+    ctx.save_for_backward(*tensors, *kept)
+
+
+def _saved(ctx: Context) -> tuple[Tensor, Sequence[Tensor]]:
+    if ctx.regenerate is not None:
+        return ctx.regenerate(), ctx.saved_tensors
+    *tensors, basis = ctx.saved_tensors
+    return basis, tensors
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[torch.dtype]]:
+    """The weights, and the dtypes of their B, which follow them."""
+    count = len(tensors) // 2
+    return tensors[:count], [B.dtype for B in tensors[count:]]
+
+
+def _coefficient_gradients(
+    grads: Sequence[Tensor], projected: Tensor, dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """dB = dYᵀ Z of each linear; dY: (tokens, out), Z: (tokens, r)."""
+    return [(grad.t() @ projected).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def subspace_linear(
@@ -89,6 +169,12 @@ class InputGroup:
             return self.basis
         assert self.regenerate is not None, "the input group has no basis yet"
         return self.regenerate()
+
+    def basis_for_backward(self) -> Basis | None:
+        """P, or what makes it. None where it exists for the forward pass alone (``sampled_bases``)."""
+        if self.basis is None:
+            return self.regenerate
+        return self.basis if self.regenerate is None else None
 
     def start_observing(self, valid_mask: Tensor | None) -> None:
         assert self.basis is not None, "only random bases are regenerated, and they need no data"
@@ -148,10 +234,25 @@ class SubspaceLinear(Linear):
 
     @staticmethod
     def products_of_normed(layers: Sequence[Linear], x: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
-        return SubspaceLinear.products(layers, norm(x))  # saves Z, not the norm's output
+        projected = cast(Sequence[SubspaceLinear], layers)
+        input_group = projected[0].input_group
+        basis = input_group.basis_for_backward()
+        if basis is None or not torch.is_grad_enabled():
+            return SubspaceLinear.products(layers, norm(x))
+        if input_group.observing:
+            with torch.no_grad():
+                input_group.observe(norm(x))
+        weights, B = [layer.weight for layer in layers], [layer.B for layer in projected]
+        return _SubspaceNormedLinear.apply(x, norm.weight, norm.eps, basis, *weights, *B)
 
     def product_of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.products([self], swiglu(gate, up))[0]
+        basis = self.input_group.basis_for_backward()
+        if basis is None or not torch.is_grad_enabled():
+            return self.products([self], swiglu(gate, up))[0]
+        if self.input_group.observing:
+            with torch.no_grad():
+                self.input_group.observe(swiglu(gate, up))
+        return _SubspaceSwiGLULinear.apply(gate, up, basis, self.weight, self.B)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -194,6 +194,10 @@ class ParamGroupOptimizer(ABC):
 
     def reduce_gradients(self) -> None:  # noqa: B027, FSDP reduces the gradients of parameters
         """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
+
+    def partial_gradients(self) -> Iterator[Tensor]:
+        """What there is of the gradients after the backward pass of a micro-batch."""
+        return (holder.grad for holder in self.gradient_holders().values() if holder.grad is not None)
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""

@@ -49,6 +49,10 @@ class CompositeOptimizer:
         """The leaf tensors whose gradients ``step`` reads, each once."""
         return [holder for group in self.groups for holder in group.gradient_holders().values()]
 
+    def partial_gradients(self) -> list[Tensor]:
+        """What there is of the gradients after the backward pass of a micro-batch."""
+        return [gradient for group in self.groups for gradient in group.partial_gradients()]
+
     def reduce_gradients(self) -> None:
         """Sum over ranks the gradients that FSDP does not reduce, after the last micro-batch."""
         for group in self.groups:
@@ -116,6 +120,12 @@ class CompositeOptimizer:
     def state_bytes(self) -> int:
         """Bytes of all optimizer state but the shared ``step``, on this rank."""
         return sum(group.state_bytes() for group in self.groups)
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """All tensors of the optimizer state on this rank."""
+        for group in self.groups:
+            for state in group.state.values():
+                yield from state.values()
 
     def block_state_bytes(self) -> int:
         """Bytes of the state of attention and MLP weights; the rest has the same state for all methods."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config.methods import BasisStorage, RSOConfig
 from rsotrain.errors import require
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
-from rsotrain.optim.base import Settings, buckets, gradient_of
+from rsotrain.optim.base import Settings, buckets
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
@@ -29,7 +29,8 @@ from rsotrain.optim.with_bases import (
     require_orthonormal,
     require_sampler,
 )
-from rsotrain.parallel.sharding import local, reduce_rows
+from rsotrain.parallel.row_sums import RowSums
+from rsotrain.parallel.sharding import local
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import add_lifted_, resolve_rank
 from rsotrain.subspace.random_bases import haar
@@ -98,7 +99,6 @@ class RSO(OptimizerWithBases):
             stored=config.projection is BasisStorage.stored,
             mesh=self.shards[input_groups[0].name].mesh,
         )
-        self.reduced: dict[str, Tensor] = {}  # this rank's rows of the reduced dB, where weights are sharded
         for group in input_groups:
             self._place_first_basis(group)
             for key, tensor in self.bases.state[group.name].items():
@@ -107,6 +107,13 @@ class RSO(OptimizerWithBases):
                 layer.place_leaf()
                 self._add_state(name, layer.B)
         self.buckets = buckets(input_groups, lambda group: sum(x.B.numel() for x in group.layers.values()))
+        self.row_sums: RowSums | None = None
+        self.reduced: dict[str, Tensor] = {}  # this rank's rows of the summed dB
+        if self.bases.mesh is not None:
+            leaves = [
+                {n: x.B for group in bucket for n, x in group.layers.items()} for bucket in self.buckets
+            ]
+            self.row_sums = RowSums(leaves, self.shards, self.bases.mesh)
 
     @property
     def solver(self) -> Solver:
@@ -208,18 +215,15 @@ class RSO(OptimizerWithBases):
         return {name: layer.B for group in self.input_groups for name, layer in group.layers.items()}
 
     def reduce_gradients(self) -> None:
-        """Sum dB over ranks: for each bucket one reduce-scatter, and one all-reduce between replicas."""
-        if self.bases.mesh is None:
-            return
-        for bucket in self.buckets:
-            layers = {name: layer for group in bucket for name, layer in group.layers.items()}
-            gradients = {name: gradient_of(name, layer.B) for name, layer in layers.items()}
-            self.reduced |= reduce_rows(gradients, self.shards, self.bases.mesh)
-            for layer in layers.values():
-                layer.B.grad = None
+        """Sum dB over ranks: a reduce-scatter for each bucket and micro-batch, within its backward pass."""
+        if self.row_sums is not None:
+            self.reduced = self.row_sums.finish()
 
     def gradients(self) -> dict[str, Tensor]:
-        return super().gradients() if self.bases.mesh is None else self.reduced
+        return super().gradients() if self.row_sums is None else self.reduced
+
+    def partial_gradients(self) -> Iterator[Tensor]:
+        return super().partial_gradients() if self.row_sums is None else self.row_sums.tensors()
 
     def gradient_norms(self, step: int) -> list[Tensor]:
         """Norms that estimate the norm of the full gradient dW from dB.
@@ -263,6 +267,8 @@ class RSO(OptimizerWithBases):
     def zero_grad(self) -> None:
         super().zero_grad()
         self.reduced = {}
+        if self.row_sums is not None:
+            self.row_sums.clear()
         for group in self.input_groups:
             group.gram = None
 
@@ -331,12 +337,12 @@ class RSO(OptimizerWithBases):
             group.name: SumSource(group.take_gram, group.size, shared=self.bases.mesh is not None)
             for group in due
         }
-        indices = {group.name: index for group, index in due.items()}
-        changes = self.bases.refresh_all(sources, step + 1, lr_factor, indices.__getitem__)
-        for group in due:
-            if group.name in changes:
-                for name in group.layers:
-                    self._basis_changed(name, changes[group.name], step)
+        groups = {group.name: group for group in due}
+        for name, change in self.bases.refreshed(
+            sources, step + 1, lr_factor, lambda name: due[groups[name]]
+        ):
+            for layer in groups[name].layers:
+                self._basis_changed(layer, change, step)
 
     def _basis_changed(self, name: str, change: BasisChange, step: int) -> None:
         state = self.state[name]

@@ -160,7 +160,7 @@ class SubspaceOptimizer(OptimizerWithBases):
         """Refresh the bases that are due before (or after) the update of ``step``."""
         due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
         sources = {m.name: self.source(m, gradients[m.name], step) for m in due}
-        for name, change in self.bases.refresh_all(sources, step, lr_factor).items():
+        for name, change in self.bases.refreshed(sources, step, lr_factor):
             self.basis_changed(self.by_name[name], change, step)
 
     def ranks(self) -> list[int]:

@@ -52,27 +52,39 @@ def all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup) -> Exchange
     return Exchange(works)
 
 
-def reduce_scatter(out: Tensor, pieces: Tensor, group: dist.ProcessGroup) -> None:
-    """``out``: this rank's part of the sum over ranks of ``pieces``, which has one part for each rank.
+class _Summing(Exchange):
+    """``summands`` arrive by the first of ``works``, in this order, and are added to ``out`` in it."""
 
-    Summands are added as they arrive, one at a time and always in the same order.
+    def __init__(self, works: Sequence[dist.Work | None], out: Tensor, summands: Sequence[Tensor]) -> None:
+        super().__init__(works)
+        self.out, self.summands = out, summands
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        super().wait(timeout)
+        for summand in self.summands:
+            self.out.add_(summand)
+        self.works, self.summands = [], []  # what was sent and received is no longer needed
+        return True
+
+
+def reduce_scatter(out: Tensor, pieces: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to make ``out`` this rank's part of the sum over ranks of ``pieces``, one part for each rank.
+
+    ``out`` is right after ``wait``. Summands are always added in the same order.
     """
     if not is_direct(group):
-        dist.reduce_scatter_single(out, pieces, group=group)
-        return
+        work = dist.reduce_scatter_single(out, pieces, group=group, async_op=True)
+        assert work is not None  # this rank is of the group
+        return work
     rank, size = group.rank(), group.size()
     parts = pieces.chunk(size)
-    out.copy_(parts[rank])
-    arriving = torch.empty_like(out)
+    summands = [torch.empty_like(out) for _ in range(1, size)]
+    arriving, leaving = [], []
     for shift in range(1, size):
         to, source = (rank + shift) % size, (rank - shift) % size
-        Exchange(
-            [
-                dist.isend(parts[to], group=group, group_dst=to),
-                dist.irecv(arriving, group=group, group_src=source),
-            ]
-        ).wait()
-        out.add_(arriving)
+        leaving.append(dist.isend(parts[to], group=group, group_dst=to))
+        arriving.append(dist.irecv(summands[shift - 1], group=group, group_src=source))
+    return _Summing([*arriving, *leaving], out.copy_(parts[rank]), summands)
 
 
 class _Allocating:
@@ -99,7 +111,7 @@ class _ReduceScatter(_Allocating):
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM, "sums are all that FSDP is set to"
-        reduce_scatter(output_tensor, input_tensor, group)
+        reduce_scatter(output_tensor, input_tensor, group).wait()
 
 
 def use_in(modules: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -187,8 +188,21 @@ def disconnect() -> None:
     """
     if _Connections.parted and dist.is_initialized():
         gc.collect()  # models in cycles hold on to their groups
-        dist.destroy_process_group()
+        destroy_groups()
         _Connections.store, _Connections.parted = None, False
+
+
+def destroy_groups() -> None:
+    """Destroy all process groups, and what torch keeps of their meshes.
+
+    DTensor keeps the results of its operations by shape and mesh. The groups of a later world have the same
+    names, so its meshes count as equal, and its tensors would be given the mesh of a group that is gone.
+    """
+    dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def start(parallelism: ParallelismConfig, device: Device) -> World:

@@ -180,39 +180,6 @@ def sums_of_rows(partials: list[Tensor], shards: list[Shard]) -> list[Tensor]:
     return [piece.view_as(partial) for piece, partial in zip(pieces, partials, strict=True)]
 
 
-def reduce_rows(
-    gradients: dict[str, Tensor], shards: dict[str, Shard], mesh: "DeviceMesh"
-) -> dict[str, Tensor]:
-    """This rank's rows of the sums over ranks of these matrices (out × r), in float32 at least.
-
-    ``shards``: of the weights (out × in) with these names, split by rows. One reduce-scatter for all, and
-    one all-reduce between replicas.
-    """
-    pieces = mesh["shard"].size()
-    chunks = {name: -(-gradient.shape[0] // pieces) for name, gradient in gradients.items()}
-    first = next(iter(gradients.values()))
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    sizes = [chunks[name] * gradient.shape[1] for name, gradient in gradients.items()]
-    send = first.new_zeros((pieces, sum(sizes)), dtype=dtype)
-    for (name, gradient), columns in zip(gradients.items(), send.split(sizes, dim=1), strict=True):
-        rows = columns.unflatten(1, (chunks[name], gradient.shape[1]))
-        for piece in range(pieces):
-            start, stop = chunk_bounds(gradient.shape[0], pieces, piece)
-            rows[piece, : stop - start] = gradient[start:stop]
-    received = send[0]
-    if pieces > 1:
-        received = torch.empty_like(send[0])
-        exchange.reduce_scatter(received, send.flatten(), mesh.get_group("shard"))
-    if mesh.ndim > 1:
-        dist.all_reduce(received, group=mesh.get_group("replicate"))
-    result = {}
-    for (name, gradient), flat in zip(gradients.items(), received.split(sizes), strict=True):
-        start, stop = shards[name].start, shards[name].stop
-        num_rows = gradient.shape[0] if shards[name].dim is None else stop - start
-        result[name] = flat.view(chunks[name], gradient.shape[1])[:num_rows]
-    return result
-
-
 def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
     """The dimension to shard a weight in: the one that is not projected.
 

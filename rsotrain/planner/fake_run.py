@@ -22,7 +22,7 @@ from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
-from rsotrain.parallel.ranks import World, build_mesh
+from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.training.trainer import Trainer, model_without_memory
 
@@ -123,7 +123,7 @@ def fake_world(config: Config) -> Iterator[World]:
         mesh = build_mesh(config.parallelism, device.type)
         yield World(device, rank=0, size=size, mesh=mesh, cpu_mesh=mesh)
     finally:
-        dist.destroy_process_group()
+        destroy_groups()
 
 
 class FakeRun:
@@ -203,13 +203,15 @@ class FakeRun:
                 raise _PassesDone
             with tracker.phase(name):
                 if name is Phase.forward:
-                    with saved_activation_bytes(model, keep) as saved:
+                    with saved_activation_bytes(
+                        [*model.parameters(), *optimizer.state_tensors()], keep
+                    ) as saved:
                         yield
                     self.saved_activations_bytes = saved.total
                     return
                 yield
                 if name is Phase.backward:
-                    tracker.mark((holder.grad for holder in optimizer.gradient_holders()), Kind.gradients)
+                    tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 elif name is Phase.optimizer_step:  # gradients that the optimizer itself has reduced
                     tracker.mark(optimizer.gradients(), Kind.gradients)
                     self.gradients_bytes = [

@@ -45,17 +45,22 @@ class Fit:
     micro_batch: int
 
 
-def fits(peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: int) -> list[Fit]:
+def fits(
+    peak_of: Callable[[int], int], fixed: int, seq_len: int, micro_batch: int, chunk_tokens: int
+) -> list[Fit]:
     """The fit of each GPU. ``peak_of(n)``: the peak of forward and backward passes with n sequences in a
     micro-batch; a call takes time. ``fixed``: the peak of the optimizer's step, which does not depend on n.
 
-    A peak is a maximum of linear functions of n, hence convex. The chord between two planned sizes therefore
-    lies above the true peak, and a size that it says fits does fit. The planned sizes are one sequence, the
-    run's own size, and those that the largest and the smallest GPU should hold. If the size for the largest
+    A peak is a maximum of linear functions of n, hence convex, but where the loss begins to divide the tokens
+    into chunks of ``chunk_tokens``. The chord between two planned sizes on one side of that therefore lies
+    above the true peak, and a size that it says fits does fit. The planned sizes are one sequence, the run's
+    own size, the last without chunks and the first with them, and those that the largest and the smallest
+    GPU should hold. If the size for the largest
     GPU exceeds 32768 tokens (and 32 sequences), this limit and half of it are planned instead, and the line
     through them is extrapolated.
     """
-    sizes = {1, micro_batch} if micro_batch > 1 else {1, 2}
+    undivided = chunk_tokens // seq_len
+    sizes = ({1, micro_batch} if micro_batch > 1 else {1, 2}) | {max(1, undivided), undivided + 1}
     curve = _Peaks({size: peak_of(size) for size in sizes}, fixed)
     limit = max(_MIN_LIMIT, _MAX_TOKENS // seq_len)
     largest = curve.largest(max(gpu.usable for gpu in GPUS))

@@ -8,8 +8,11 @@ from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config, Device
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
+from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.models.loss import chunk_tokens
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, world_size
+from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
@@ -40,6 +43,7 @@ class Plan:
     saved_activations: int
     phases: dict[str, dict[str, int]]
     peak: int
+    floor: Floor
     flops_per_token: int
     traffic: dict[str, dict[str, int]]
     gpus: list[Fit] = field(default_factory=list)
@@ -76,29 +80,45 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
+        parameters = Share(
+            tensors_bytes(trainer.model.parameters()),
+            tensors_bytes(optimizer.parameter_groups.blocks.values()),
+        )
+        gradients = Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0)
+        state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
+        phases = {
+            phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
+            | {"peak": peaks[phase].total}
+            for phase in Phase
+            if phase in peaks
+        }
+        is_sharded = trainer.world.mesh is not None and trainer.world.mesh["shard"].size() > 1
         return Plan(
             settings=_settings(config, micro),
-            parameters=Share(
-                tensors_bytes(trainer.model.parameters()),
-                tensors_bytes(optimizer.parameter_groups.blocks.values()),
-            ),
-            gradients=Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0),
-            optimizer_state=Share(
-                optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0
-            ),
+            parameters=parameters,
+            gradients=gradients,
+            optimizer_state=state,
             formula_state=Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
-            phases={
-                phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
-                | {"peak": peaks[phase].total}
-                for phase in Phase
-                if phase in peaks
-            },
+            phases=phases,
+            floor=floor_of(
+                parameters=parameters.total,
+                gradients=gradients.total,
+                optimizer_state=state.total,
+                saved_activations=run.saved_activations_bytes,
+                gathered_block=gathered_block_bytes(config, trainer.model) if is_sharded else 0,
+                phases=phases,
+            ),
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
             traffic=_traffic(config, micro, trackers, of_steps),
-            gpus=fits(*_peak_of(run, of_steps, micro), config.seq_len, micro) if gpus else [],
+            gpus=_fits(run, of_steps, micro) if gpus else [],
         )
+
+
+def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int) -> list[Fit]:
+    chunk = chunk_tokens(run.trainer.vocab_size, COMPUTE_DTYPE[run.config.precision], run.kind)
+    return fits(*_peak_of(run, of_steps, micro_batch), run.config.seq_len, micro_batch, chunk)
 
 
 def _steps(run: FakeRun) -> list[int]:

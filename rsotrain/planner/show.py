@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 _HEADINGS = {
     Kind.parameters: "weights",
     Kind.gradients: "grads",
-    Kind.optimizer_state: "optim.\nstate",
+    Kind.optimizer_state: "state",
     Kind.activations: "activ.",
     Kind.gathered: "gather",
     Kind.temporaries: "temp.",
+}
+_FLOOR_NAMES = {
+    Kind.parameters: "weights",
+    Kind.gradients: "gradients",
+    Kind.optimizer_state: "optimizer state",
+    Kind.activations: "kept activations",
+    Kind.gathered: "one gathered block",
 }
 _MIB = 2**20
 PLANS = "plans.json"
@@ -29,7 +36,9 @@ PLANS = "plans.json"
 
 def print_plan(plan: Plan) -> None:
     """Print a plan in tables of at most 80 columns."""
-    tables = [_phases(plan), _parts(plan), _gpus(plan)]
+    print_table(_phases(plan))
+    print(_floor(plan))
+    tables = [_parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
     if plan.formula_state != plan.optimizer_state:
@@ -58,6 +67,15 @@ def _phases(plan: Plan) -> "Table":
         style = "bold" if kinds["peak"] == plan.peak else ""
         table.add_row(phase, *cells, Text(f"{kinds['peak'] / size:.2f}", style=style))
     return table
+
+
+def _floor(plan: Plan) -> str:
+    """The least memory of this configuration, and what the planned peak has beyond it."""
+    names = [_FLOOR_NAMES[kind] for kind in Kind if plan.floor.kinds.get(kind.value)]
+    kind, nbytes = plan.floor.excess
+    above = plan.peak / plan.floor.total - 1
+    said = f"floor: {format_bytes(plan.floor.total)} ({' + '.join(names)}); the peak is {above:.1%} above it"
+    return f"{said}, of which {kind} {format_bytes(nbytes)}" if nbytes > 0 else said
 
 
 def _parts(plan: Plan) -> "Table":

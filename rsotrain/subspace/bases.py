@@ -70,8 +70,8 @@ class Bases:
     ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
     which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
     sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones, or
-    by the sampler's ``column_scales``.
-    ``mesh``: the ranks that have the same bases; they call ``refresh_all`` together.
+    by the sampler's ``column_scales``. ``mesh``: the ranks that have the same bases; they call ``refreshed``
+    together.
     """
 
     def __init__(
@@ -188,42 +188,35 @@ class Bases:
         return index is not None and after_update == (self.sampler.post_update and index > 0)
 
     @torch.no_grad()
-    def refresh_all(
+    def refreshed(
         self,
         sources: Mapping[str, Source],
         step: int,
         lr_factor: float,
         index: Callable[[str], int] | None = None,
-    ) -> dict[str, BasisChange]:
-        """Refresh the bases of ``sources``; return the changes by name. Ranks of a mesh divide the work.
+    ) -> Iterator[tuple[str, BasisChange]]:
+        """Refresh the bases of ``sources``; yield the name and the change of each that has changed.
 
-        ``index``: the refresh index of each basis; None: the index of the refresh that is due at ``step``.
+        Only one old basis at a time is in memory, or those of one round where the ranks of a mesh divide the
+        work, if the caller keeps none. ``index``: the refresh index of each basis; None: the index of the
+        refresh that is due at ``step``.
         """
-        if not sources:
-            return {}
-        with phase(Phase.refresh):
-            return self._refresh_all(sources, step, lr_factor, index)
-
-    def _refresh_all(
-        self,
-        sources: Mapping[str, Source],
-        step: int,
-        lr_factor: float,
-        index: Callable[[str], int] | None,
-    ) -> dict[str, BasisChange]:
-        changes: dict[str, BasisChange | None] = {}
         alone: list[str] = []
         number = index or (lambda name: self.schedule.latest(self.positions[name], step)[0])
         for name, source in sources.items():
             first = number(name) == 0 or name in self.waiting
             together = self.sampler.by_products and not first
-            if self.mesh is None or not self.informed(step) or together:
-                changes[name] = self.refresh(name, source.everywhere, step, lr_factor, number(name))
-            else:
+            if self.mesh is not None and self.informed(step) and not together:
                 alone.append(name)
+                continue
+            with phase(Phase.refresh):
+                change = self.refresh(name, source.everywhere, step, lr_factor, number(name))
+            if change is not None:
+                yield name, change
         for names in self._rounds(alone, sources):
-            changes |= self._share({name: sources[name] for name in names}, step, lr_factor, number)
-        return {name: change for name, change in changes.items() if change is not None}
+            with phase(Phase.refresh):
+                changes = self._share({name: sources[name] for name in names}, step, lr_factor, number)
+            yield from changes.items()
 
     def _rounds(self, names: list[str], sources: Mapping[str, Source]) -> Iterator[list[str]]:
         """Divide ``names``, in order, into rounds whose gathered matrices the ranks can hold together."""
@@ -244,7 +237,7 @@ class Bases:
 
     def _share(
         self, sources: Mapping[str, Source], step: int, lr_factor: float, number: Callable[[str], int]
-    ) -> dict[str, BasisChange | None]:
+    ) -> dict[str, BasisChange]:
         """Refresh bases: one rank gathers each matrix, samples its basis and broadcasts it."""
         assert self.mesh is not None
         names = list(sources)
@@ -275,7 +268,9 @@ class Bases:
         for name in names:
             if reason := _REASONS.get(found[name]):
                 self.record.skip(name, step, reason, name in self.waiting)
-            changes[name] = self._settle(name, self[name], sampled.get(name), step, number(name))
+            change = self._settle(name, self[name], sampled.get(name), step, number(name))
+            if change is not None:
+                changes[name] = change
         return changes
 
     def _broadcast(self, names: list[str], owner: int, sampled: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -212,10 +212,13 @@ class Trainer:
         with self.optimizer.observing(valid_mask):
             if self.saved_activations_bytes is not None:
                 return self.model(inputs, targets)
-            with saved_activation_bytes(self.model) as saved:  # once, on the first micro-batch
+            with saved_activation_bytes(self._live_tensors()) as saved:  # once, on the first micro-batch
                 loss = self.model(inputs, targets)
             self.saved_activations_bytes = saved.total
             return loss
+
+    def _live_tensors(self) -> list[torch.Tensor]:
+        return [*self.model.parameters(), *self.optimizer.state_tensors()]
 
     def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
         """``valid_positions`` of one micro-batch; a plan replaces it."""

@@ -81,7 +81,7 @@ def timed_step(trainer: Trainer, gathering: bool, max_disturbance: float) -> tup
 
 
 def trunk_bytes(trunk: torch.nn.Module, tokens: torch.Tensor) -> int:
-    with saved_activation_bytes(trunk) as saved:
+    with saved_activation_bytes(trunk.parameters()) as saved:
         trunk(tokens)
     return saved.total
 

@@ -99,7 +99,7 @@ def test_array_and_sweep_are_the_runs_of_the_multirun() -> None:
         for seed in str(swept["seed"]).split(",")
     }
     lines = read_list(ROOT / "sweeps/study.txt")
-    assert len(lines) == len(expected) == 48
+    assert len(lines) == len(expected) == 78
     assert {tuple(line) for line in lines} == expected
     sweep = yaml.safe_load((ROOT / "sweeps/study.yaml").read_text())
     assert check_sweep(Path("study.yaml"), sweep) == 78

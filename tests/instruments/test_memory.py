@@ -103,7 +103,9 @@ def test_counting_does_not_keep_what_the_backward_pass_frees() -> None:
         for layer in model.model.layers
     ]
     tokens = torch.arange(32).view(2, 16)
-    with saved_activation_bytes(model, lambda t: kept.append(StorageWeakRef(t.untyped_storage()))):
+    with saved_activation_bytes(
+        model.parameters(), lambda t: kept.append(StorageWeakRef(t.untyped_storage()))
+    ):
         loss = model(tokens, tokens)
     assert len(kept) > 8
     loss.backward()

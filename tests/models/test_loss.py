@@ -1,5 +1,7 @@
 """The chunked LM head and loss against the plain one."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ VOCAB, FEATURES = 211, 24
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, several softmax blocks in each and several blocks of the head, all with a remainder."""
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 16)
-    monkeypatch.setattr(loss_module, "_CPU_BLOCK_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr(loss_module, "_GPU_LOGITS_BYTES", 4 * VOCAB * 16)
+    for block in ("_CPU_BLOCK_BYTES", "_GPU_BLOCK_BYTES"):
+        monkeypatch.setattr(loss_module, block, 4 * VOCAB * 5)
 
 
 def problem(num_tokens: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,12 +43,13 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("factor", [1.0, 0.037])
-def test_equals_plain_loss_in_fp32(factor: float) -> None:
+def test_equals_plain_loss_in_fp32(factor: float, kind: str) -> None:
     hidden, weight, targets = problem()
     # Same numbers in another order of summation: fp32 rounding of sums of about 30 to 200 terms.
     for ours, theirs in zip(
-        gradients(linear_cross_entropy, hidden, weight, targets, factor),
+        gradients(partial(linear_cross_entropy, device_kind=kind), hidden, weight, targets, factor),
         gradients(plain, hidden, weight, targets, factor),
         strict=True,
     ):

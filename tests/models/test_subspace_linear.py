@@ -13,7 +13,7 @@ from rsotrain.config.samplers import HaarConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model
-from rsotrain.models.functional import rotary_tables, shared_input_linear
+from rsotrain.models.functional import rotary_tables, shared_input_linear, swiglu
 from rsotrain.models.layers import Linear
 from rsotrain.models.llama import Llama
 from rsotrain.models.subspace_linear import SubspaceLinear, subspace_linear
@@ -175,13 +175,14 @@ def test_frozen_linears_are_left_alone() -> None:
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_what_is_kept_equals_the_formula(kv_heads: int | None) -> None:
-    """Per token and block: the two norms' inputs, q k v, attention's output, gate, up and four Z."""
+    """Per token and block: the two norms' inputs, q k v, attention's output, gate, up, and Z of o_proj."""
     kept = {}
     for method in ("rso", "plain"):
         model = model_of(kv_heads, Precision.bf16_mixed)
         if method == "rso":
             rso_for(model, precision=Precision.bf16_mixed)
-        with saved_activation_bytes(model) as saved:
+        bases = [basis for x in linears(model).values() if (basis := x.input_group.basis) is not None]
+        with saved_activation_bytes([*model.parameters(), *bases]) as saved:
             model(*tokens())
         kept[method] = saved.total
     count, kv = BATCH * SEQ, HIDDEN // HEADS * (kv_heads or HEADS)
@@ -192,9 +193,9 @@ def test_what_is_kept_equals_the_formula(kv_heads: int | None) -> None:
     final = 2 * count * HIDDEN  # its norm's input
     head = 2 * count * HIDDEN + 4 * VOCAB * HIDDEN  # the loss' gradients
     rest = tables + embedding + final + head
-    projected = 2 * count * 4 * RANK
+    # The other linears' inputs, and under RSO their Z, are made again from what is kept anyway.
+    projected = 2 * count * RANK
     assert kept["rso"] == LAYERS * (block + log_sum_exp + projected) + rest
-    # without RSO the linears' inputs are made again from what is kept anyway, and there is no Z
     assert kept["plain"] == LAYERS * (block + log_sum_exp) + rest
 
 
@@ -251,8 +252,8 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     optimizer = rso_for(model, SAMPLERS["svd"])
     inputs: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
-    original: Callable[..., Any] = down.products
-    down.products = lambda layers, x: (inputs.append(x.detach()), original(layers, x))[1]
+    original: Callable[..., Any] = down.product_of_swiglu
+    down.product_of_swiglu = lambda *x: (inputs.append(swiglu(*x).detach()), original(*x))[1]
     seen = []
     for seed in range(2):
         with optimizer.observing():

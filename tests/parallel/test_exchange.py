@@ -25,7 +25,7 @@ def results(world: World) -> dict[str, bool]:
         # whole numbers: their sums are exact in bfloat16, in any order
         pieces = torch.randint(-9, 9, (SIZE * LENGTH,), generator=random).to(dtype)
         out, expected = torch.empty(LENGTH, dtype=dtype), torch.empty(LENGTH, dtype=dtype)
-        exchange.reduce_scatter(out, pieces.clone(), group)
+        exchange.reduce_scatter(out, pieces.clone(), group).wait()
         dist.reduce_scatter_single(expected, pieces.clone())
         found[f"sum of {dtype}"] = torch.equal(out, expected)
 
@@ -50,7 +50,7 @@ def order(world: World) -> list[bytes]:
     out = torch.empty(LENGTH)
     found = []
     for _ in range(3):
-        exchange.reduce_scatter(out, pieces, group)
+        exchange.reduce_scatter(out, pieces, group).wait()
         found.append(out.numpy().tobytes())
     return found
 

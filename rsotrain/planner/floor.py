@@ -1,0 +1,50 @@
+"""The least memory that a configuration can take, beside its planned peak."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from rsotrain.config.schema import Config
+from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.planner.tracker import Kind
+
+
+@dataclass(frozen=True)
+class Floor:
+    """``kinds``: bytes by kind at the moment of most memory, if no step needed a byte of working memory.
+
+    At the end of the forward pass these are weights, optimizer state, what autograd keeps, and under FSDP one
+    gathered block; before the update, weights, optimizer state and gradients. ``excess``: the kind of bytes
+    that makes most of the difference to the planned peak, and how much of it.
+    """
+
+    total: int
+    kinds: dict[str, int]
+    excess: tuple[str, int]
+
+
+def floor_of(
+    *,
+    parameters: int,
+    gradients: int,
+    optimizer_state: int,
+    saved_activations: int,
+    gathered_block: int,
+    phases: Mapping[str, Mapping[str, int]],
+) -> Floor:
+    always = {Kind.parameters.value: parameters, Kind.optimizer_state.value: optimizer_state}
+    passes = always | {Kind.activations.value: saved_activations, Kind.gathered.value: gathered_block}
+    update = always | {Kind.gradients.value: gradients}
+    kinds = max(passes, update, key=lambda kinds: sum(kinds.values()))
+    worst = max(phases.values(), key=lambda phase: phase["peak"])
+    excess = {kind.value: worst[kind.value] - kinds.get(kind.value, 0) for kind in Kind}
+    name = max(excess, key=excess.__getitem__)
+    return Floor(sum(kinds.values()), kinds, (name, excess[name]))
+
+
+def gathered_block_bytes(config: Config, model: nn.Module) -> int:
+    """Bytes of the largest block's weights in the compute dtype."""
+    itemsize = COMPUTE_DTYPE[config.precision].itemsize
+    blocks = model.get_submodule("model.layers").children()
+    return max(itemsize * sum(p.numel() for p in block.parameters()) for block in blocks)
