@@ -189,14 +189,12 @@ def test_micro_batches_equal_one_batch(name: str) -> None:
 MATRICES = [(HIDDEN, IN), (HIDDEN, HIDDEN), (IN, HIDDEN)]
 FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 bytes an element
     "adam": lambda M, k: 4 * 2 * M * k,
-    "muon": lambda M, k: 4 * M * k,
-    "dion2": lambda M, k: 4 * M * k,
+    **dict.fromkeys(("muon", "dion2", "lion"), lambda M, k: 4 * M * k),
     "sumo": lambda M, k: 4 * (k * RANK + M * RANK),
     "alice": lambda M, k: 4 * (k * RANK + 2 * M * RANK + RANK**2 + M + 2),
     "alice_0": lambda M, k: 4 * (k * RANK + 2 * M * RANK + M + 2),
     "sn": lambda M, k: 4 * (M * k + M),
     "foam": lambda M, k: 4 * 2 * M * k // 4,  # these sizes have no remainder
-    "lion": lambda M, k: 4 * M * k,
     "scale": lambda M, k: 0,
     "racs": lambda M, k: 4 * (M + k + 1),
     "galore": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
