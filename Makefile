@@ -1,5 +1,5 @@
 # make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. make benchmark:
-# the README's table, an hour on an idle machine. All install into .venv on first use.
+# the table of tests/benchmark/README.md, an hour on an idle machine. All install into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

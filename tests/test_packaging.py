@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_carries_conf_and_corpus_and_nothing_twice(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert set(FILES) <= set(names)
-    groups = {p.relative_to(ROOT / "conf").as_posix() for p in (ROOT / "conf").rglob("*.yaml")}
+    groups = {p.relative_to(ROOT / "conf").as_posix() for p in (ROOT / "conf").rglob("*.*")}
     assert {n.removeprefix("rsotrain/conf/") for n in names if n.startswith("rsotrain/conf/")} == groups
     assert {n.split("/")[0] for n in names} == {"rsotrain", f"rsotrain-{wheel.name.split('-')[1]}.dist-info"}
 

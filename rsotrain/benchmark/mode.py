@@ -26,9 +26,10 @@ from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
 from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
+from rsotrain.training.composition import check_composition
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
-from rsotrain.training.trainer import Trainer, check_composition
+from rsotrain.training.trainer import Trainer
 
 RESULT = "benchmark.json"
 MIN_REFRESHES = 2

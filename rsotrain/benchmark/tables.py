@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rsotrain.benchmark import PHASES
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds, titled_table
+from rsotrain.tracking.display import titled_table
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 
 Result = Mapping[str, Any]
 

@@ -125,6 +125,9 @@ def _save_pieces(folder: Path, tensors: Tensors, shards: Mapping[str, Shard], wo
 
     # safetensors and their JSON headers; DCP's own format has a pickle for its metadata
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    # The tensors are on the CPU. Where there are GPUs, torch would copy "ahead" all the same, in a thread
+    # whose current device is the first GPU, on every rank.
+    writer.per_thread_copy_ahead = 0
     try:
         dcp.save(_placed(tensors, shards, world), storage_writer=writer, process_group=world.patient)
     except CheckpointException as error:
@@ -336,7 +339,6 @@ def read_checkpoint(
     run = record["run"]
     state: dict[str, Any] = {kind: load_tensors(path, kind, shards, world) for kind in kinds}
     check_finite(state)
-    trainer = {"step": record["step"], "tokens": record["tokens"]}
-    # older checkpoints lack these
-    trainer |= {key: record[key] for key in ("sequences", "order", "data") if key in record}
+    # older checkpoints have less of it
+    trainer = {key: value for key, value in record.items() if key not in ("run", "score")}
     return state | {"trainer": trainer}, run

@@ -39,16 +39,22 @@ def load_record(path: Path) -> dict[str, Any]:
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raises DamagedError where what a run needs to go on is missing or of another type."""
-    run, number = record.get("run"), int | float
+    run, number, norms = record.get("run"), int | float, record.get("gradient_norms", [])
     right = (
         _is_count(record.get("step"))
         and _is_count(record.get("tokens"))
         and isinstance(record.get("data", {}), dict)
+        and (record.get("lr") is None or _is_number(record["lr"]))
+        and _is_count(record.get("bad_steps", 0))
+        and isinstance(norms, list)
+        and all(map(_is_number, norms))
         and isinstance(run, dict)
         and isinstance(run.get("data"), str)
         and isinstance(run.get("settings", {}), dict)
         and _is_number(run.get("seconds"))
         and _is_number(run.get("best_loss", 0.0))
+        and _is_number(run.get("patience_best", 0.0))
+        and _is_count(run.get("patience_waited", 0))
         and _holds(run.get("validation"), number | None)
         and _holds(run.get("record"), number | str | None)
     )

@@ -7,10 +7,13 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.text_keys import keep_text_of_config_files
-from rsotrain.config.keys import did_you_mean, flatten, known_keys, plain
+from rsotrain.config.keys import flatten, known_keys, plain
+from rsotrain.config.methods import WeightRounding
+from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
-from rsotrain.config.schema import FIELDS_OF_THE_RUN, SCHEMAS, Config, ModelConfig
+from rsotrain.config.schema import SCHEMAS, Config, Precision
 from rsotrain.config.text import check_path
 from rsotrain.errors import UserError
 
@@ -37,6 +40,7 @@ def register_schemas() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     store.store(group="schema/model", name="pretrained", node=_pretrained_schema())
     OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
+    OmegaConf.register_new_resolver("rsotrain.weight_rounding", weight_rounding, replace=True)
 
 
 def _pretrained_schema() -> DictConfig:
@@ -52,6 +56,13 @@ def _pretrained_schema() -> DictConfig:
             path = f"{field.name}.{inner.name}"
             schema[field.name][inner.name] = f"${{rsotrain.pretrained:${{..init_from}},{path}}}"
     return schema
+
+
+def weight_rounding(precision: str | Precision) -> str:
+    """The default of optimizer.weight_rounding, for conf/config.yaml: stochastic for bfloat16 weights."""
+    name = precision.name if isinstance(precision, Precision) else str(precision)
+    default = WeightRounding.stochastic if name == Precision.bf16.name else WeightRounding.nearest
+    return default.name
 
 
 def pretrained_value(folder: str | None, path: str) -> Any:
@@ -83,12 +94,16 @@ def to_config(composed: DictConfig) -> Config:
     known = set(known_keys())
     for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
         if key not in known:
-            raise UserError(f"unknown key {key}{did_you_mean(key, sorted(known))}")
+            raise UserError(unknown_key(key, composed))
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(f"{missing[0]} has no value; give it with {missing[0]}=…")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    for key, value in flatten(plain(config)):  # ~key deletes a key, and the dataclass has nothing for it
+    values = dict(flatten(plain(config)))
+    for key, _ in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
+        if key not in values:  # +key=, of another option: the schema would drop it without a word
+            raise UserError(unknown_key(key, OmegaConf.structured(config)))
+    for key, value in values.items():  # ~key deletes a key, and the dataclass has nothing for it
         if value == MISSING:
             raise UserError(f"{key} has no value; give it with {key}=…")
     return config

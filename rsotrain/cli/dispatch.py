@@ -7,7 +7,10 @@ from rsotrain.config.identity import cache_dir
 from rsotrain.config.schema import Config, Mode
 from rsotrain.inference import modes
 from rsotrain.planner.out_of_memory import explaining_out_of_memory
+from rsotrain.running.epochs import settle_epochs
 from rsotrain.running.mode import train
+
+__all__ = ["run_mode", "settle_epochs"]
 
 
 def run_mode(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir, register_schemas, to_config
 from rsotrain.cli.flags import split_flags
-from rsotrain.cli.help import list_groups, skip_hydras_list_of_groups
+from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
-from rsotrain.cli.multirun import keep_outcomes, print_comparison
-from rsotrain.cli.overrides import check_overrides, check_tuned, normalise
+from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
+from rsotrain.cli.overrides import check_length, check_overrides, check_tuned, key_of, normalise
 from rsotrain.config.identity import run_folder_path
+from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.validation import check_files
@@ -54,19 +57,25 @@ def run(composed: DictConfig) -> dict[str, Any]:
     outcome: dict[str, Any] = {"status": 0}
     try:
         adopt_slurm_step()
-        config = to_config(composed)
         hydras = HydraConfig.get()
+        if hydras.mode is RunMode.MULTIRUN:
+            announce(hydras.job.num)
+        config = to_config(composed)
         tuned = hydras.runtime.choices.get("tuned")
         if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
             check_tuned(tuned, config.optimizer.name, hydras.overrides.task)
+        check_read(config, map(key_of, hydras.overrides.task))
         validate(config)
         check_files(config.data)
-        if config.mode is Mode.train:
-            outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
+        check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
         with leaving_on_warning():
-            from rsotrain.cli.dispatch import run_mode  # torch is imported from here on
+            from rsotrain.cli.dispatch import run_mode, settle_epochs  # torch is imported from here on
 
+            if config.epochs is not None:
+                config = settle_epochs(config)
+            if config.mode is Mode.train:
+                outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
             result = run_mode(config)
         if config.mode is Mode.plan:
             outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}
@@ -94,6 +103,7 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
+    OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
     if not {"--help", "-h"}.isdisjoint(sys.argv):
         skip_hydras_list_of_groups()
     if not _wants_traceback:
@@ -101,6 +111,9 @@ def main() -> None:
     outcomes = keep_outcomes()
     application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
     try:
+        if "--version" in sys.argv[1:]:
+            print(f"rsotrain {version('rsotrain')}")
+            sys.exit(0)
         flags, given = split_flags(sys.argv[1:])
         overrides = normalise(given)
         check_overrides(overrides)

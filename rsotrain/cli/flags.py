@@ -1,11 +1,17 @@
 """The flags of the command line, which are Hydra's: they come first, and there are no others."""
 
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
+from rsotrain.cli.hints import other_tools_name
+from rsotrain.config.keys import known_keys
 from rsotrain.errors import UserError, require
+
+_COMPLETION = 'eval "$(rsotrain --shell-completion install=bash)" (or zsh, fish) installs it'
+_WITHOUT_VALUE = {"--shell-completion": _COMPLETION, "-sc": _COMPLETION}
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -13,6 +19,9 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Raises UserError for a flag that does not exist, lacks its value, or has no effect.
     """
+    for flag, advice in _WITHOUT_VALUE.items():
+        if flag in arguments[-1:]:
+            raise UserError(f"{flag} needs to know what to do; {advice}")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     given = parser.parse_intermixed_args(list(arguments))
@@ -37,4 +46,11 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _refuse(message: str) -> NoReturn:
+    unrecognized = re.match(r"unrecognized arguments: --([\w.-]+)", message)
+    if unrecognized:
+        name = unrecognized[1].replace("-", "_")
+        key = next((k for k in (name, unrecognized[1]) if k in known_keys()), None)
+        hint = f"; say {key}=…" if key else other_tools_name(name, known_keys())
+        if hint:
+            raise UserError(f"--{unrecognized[1]} is no flag: settings are written as key=value{hint}")
     raise UserError(f"{message}; rsotrain --hydra-help lists the flags")

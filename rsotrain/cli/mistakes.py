@@ -1,17 +1,21 @@
 """One sentence for whatever is wrong with a command line, a YAML file or a run."""
 
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import conf_dir
+from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import chosen_options
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS
@@ -46,11 +50,25 @@ def say(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank.isdecimal() and int(rank) > 0 and not isinstance(error, LostRankError):
         time.sleep(_PATIENCE_SECONDS)
-    print_line(f"rsotrain: {one_line(explain(error))}", sys.stderr)
+    sentence = one_line(explain(error))
+    print_line(f"rsotrain: {sentence}", sys.stderr)
+    _tell_torchrun(sentence)
 
 
-def explain(error: Exception) -> str:
-    """One sentence for a mistake in the command line or in a YAML file."""
+def _tell_torchrun(sentence: str) -> None:
+    """torchrun ends with a report of its own, whose last lines say what this file says."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            said = {"message": f"rsotrain: {sentence}", "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps(said))
+
+
+def explain(error: Exception, given: Sequence[str] | None = None) -> str:
+    """One sentence for a mistake in the command line or in a YAML file.
+
+    ``given``: the overrides; None: those of this process.
+    """
+    arguments = sys.argv[1:] if given is None else given
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -77,7 +95,7 @@ def explain(error: Exception) -> str:
         source, kind, text, key, schema = misfit.groups()
         experiments = [path.stem for path in (conf_dir() / "experiment").glob("*.yaml")]
         reason = "" if kind == "ConfigKeyError" else text
-        return explain_misfit(source, key, reason, schema, sys.argv[1:], experiments)
+        return explain_misfit(source, key, reason, schema, arguments, experiments)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return _of_another_kind(error)
@@ -86,9 +104,13 @@ def explain(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     if unknown := re.match(r"(?:Key '(.+?)' (?:is )?not in|Could not override '(.+?)')", text):
         key = key or unknown[1] or unknown[2]
-        return f"unknown key {key}{did_you_mean(key, known_keys())}"
+        node = getattr(cause, "parent_node", None)
+        composed = None if node is None else node._get_root()
+        return unknown_key(key, composed, chosen_options(arguments))
+    if several := re.match(r"Ambiguous value for argument '(.+?)'", text):
+        return f"{several[1]} is several runs; start them with rsotrain -m …"
     if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
-        key = next((given.partition("=")[0] for given in sys.argv[1:] if unresolved[1] in given), None)
+        key = next((word.partition("=")[0] for word in arguments if unresolved[1] in word), None)
     return f"{key}: {text}" if key else " ".join(text.split())
 
 

@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
 from rsotrain.cli.mistakes import say
 from rsotrain.config.schema import Mode, ReportConfig
 from rsotrain.errors import UserError
+from rsotrain.tracking.escaping import print_line
+
+_members: list[list[str]] = []  # of the multirun in this process: the overrides in which each differs
 
 
 def keep_outcomes() -> list[dict[str, Any]]:
@@ -22,6 +30,7 @@ def keep_outcomes() -> list[dict[str, Any]]:
     from hydra._internal.hydra import Hydra
     from hydra.types import RunMode
 
+    _members.clear()
     outcomes: list[dict[str, Any]] = []
     multirun = inspect.unwrap(Hydra.multirun)  # of an earlier command in this process
 
@@ -35,12 +44,32 @@ def keep_outcomes() -> list[dict[str, Any]]:
                 import_matplotlib()
             except UserError as error:  # now, not after the last run
                 raise UserError(f"{error}, or go without: report.path=null report.claims=false") from error
+        _members[:] = _members_of(shared, call["overrides"])
         returned = multirun(self, **call)
         outcomes.extend(job.return_value for batch in returned for job in batch)
         return returned
 
     Hydra.multirun = kept  # type: ignore[method-assign, assignment]
     return outcomes
+
+
+def _members_of(shared: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+    """Of each member of a multirun the overrides in which it differs; empty where Hydra refuses them."""
+    params = shared.hydra.sweeper.get("params") or {}
+    given = [f"{key}={value}" for key, value in params.items()]
+    try:
+        parsed = OverridesParser.create().parse_overrides([*given, *overrides])
+        (runs,) = BasicSweeper.split_arguments(parsed, None)
+    except HydraException:  # the sweeper says so
+        return []
+    return [[word for i, word in enumerate(run) if len({r[i] for r in runs}) > 1] for run in runs]
+
+
+def announce(number: int) -> None:
+    """Say which member of a multirun begins, counted from 0; nothing where there is one run alone."""
+    if len(_members) > 1 and os.environ.get("RANK", "0") == "0":
+        own = " ".join(_members[number]) if number < len(_members) else ""
+        print_line(f"run {number + 1} of {len(_members)}: {own}".rstrip(": "))
 
 
 def print_comparison(outcomes: Sequence[dict[str, Any]]) -> None:

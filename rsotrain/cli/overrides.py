@@ -28,6 +28,11 @@ def chosen_options(arguments: Sequence[str]) -> dict[str, str]:
     return {key: value for key, value in chosen.items() if key in groups or key.startswith("hydra/")}
 
 
+def key_of(argument: str) -> str:
+    """The key or group that an override is for."""
+    return argument.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 def check_overrides(arguments: Sequence[str]) -> None:
     """Raise UserError for what Hydra takes without a word, or has a traceback only for.
 
@@ -106,6 +111,15 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
         raise UserError(
             f"conf/tuned/{tuned}.yaml has {tuned}'s rates, but the optimizer is {optimizer}; {advice}"
         )
+
+
+def check_length(epochs: float | None, arguments: Sequence[str]) -> None:
+    """Raise UserError where both ``steps`` and ``epochs`` are given; a default of steps gives way."""
+    steps = next((argument for argument in arguments if argument.lstrip("+").startswith("steps=")), None)
+    require(
+        epochs is None or steps is None,
+        f"{steps} and epochs={epochs} both say how long the run is; give one of them",
+    )
 
 
 def _normalise_value(value: str, integer: bool) -> str:

@@ -17,6 +17,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from rsotrain.cli.hints import other_tools_name
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text
 from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys
 from rsotrain.errors import UserError
@@ -38,31 +39,52 @@ def read_list(path: Path) -> list[list[str]]:
     Empty lines and comments do not count. Raises UserError for a file that cannot be read, is empty, sets a
     key that does not exist, or several values of one.
     """
+    configurations = numbered(path)
+    faults = [
+        f"{place}: {fault}" for place, overrides in configurations if (fault := _fault_of_keys(overrides))
+    ]
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    return [overrides for _, overrides in configurations]
+
+
+def numbered(path: Path) -> list[tuple[str, list[str]]]:
+    """The configurations, unchecked, each with its place in the file: line 3, or item 0 of a YAML list."""
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
         content = _parse(path, text)
         if not isinstance(content, list):
             raise UserError(f"{path} must be a YAML list, one configuration an item")
-        configurations = [_item(path, number, item) for number, item in enumerate(content)]
+        configurations = [
+            (f"item {number}", _item(path, number, item)) for number, item in enumerate(content)
+        ]
     else:
-        configurations = []
         lines = enumerate(text.splitlines(), start=1)
         configurations = [
-            overrides for number, line in lines if (overrides := _split(f"{path}, line {number}", line))
+            (f"line {number}", overrides)
+            for number, line in lines
+            if (overrides := _split(f"{path}, line {number}", line))
         ]
     if not configurations:
         raise UserError(
             f"{path} holds no configuration; write overrides such as optimizer=galore seed=1 in it"
         )
-    for overrides in configurations:
-        for override in overrides:
-            match = _KEY.match(override)
-            if match is None:
-                raise UserError(f"{path}: {override!r} is not of the form key=value")
-            _check_key(path, match["key"])
-            if _is_sweep(override):
-                raise UserError(f"{path}: {override} is several runs; write a configuration for each")
     return configurations
+
+
+def _fault_of_keys(overrides: Sequence[str]) -> str | None:
+    """What is wrong with the first override that cannot be right whatever the others choose."""
+    known = known_keys()
+    for override in overrides:
+        match = _KEY.match(override)
+        if match is None:
+            return f"{override!r} is not of the form key=value"
+        key = match["key"]
+        if key not in known and not key.startswith("hydra"):
+            return f"unknown key {key}{other_tools_name(key, known) or did_you_mean(key, known)}"
+        if _is_sweep(override):
+            return f"{override} is several runs; write a configuration for each"
+    return None
 
 
 def configuration(path: Path, index: int) -> list[str]:
@@ -212,13 +234,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.index is not None:
             sys.stdout.write("".join(f"{override}\0" for override in configuration(given.file, given.index)))
             return
+        from rsotrain.cli.check_runs import faults_of, members_of_sweep
+
         content = _parse(given.file, _read(given.file)) if given.file.suffix in (".yaml", ".yml") else None
         if isinstance(content, Mapping):
-            number = check_sweep(given.file, content)
+            number, whole = check_sweep(given.file, content), "each value of which would start"
+            runs_of_it = members_of_sweep(content["parameters"])
         else:
-            number = len(read_list(given.file))
+            runs_of_it = numbered(given.file)
+            number, whole = len(runs_of_it), "all of which would start"
+        faults = {place: fault for place, run in runs_of_it if (fault := _fault_of_keys(run))}
+        faults |= faults_of([(place, run) for place, run in runs_of_it if place not in faults])
+        for place, _ in runs_of_it:
+            if place in faults:
+                print_line(f"{given.file}, {one_line(f'{place}: {faults[place]}')}", sys.stderr)
+        if faults:
+            raise UserError(f"{given.file}: {len(faults)} of {len(runs_of_it)} would be refused")
         runs = "runs without end" if number is None else f"{number} runs"
-        print_line(f"{given.file}: {runs}, all keys exist")
+        print_line(f"{given.file}: {runs}, {whole}")
     except UserError as error:
         print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)
         sys.exit(2)

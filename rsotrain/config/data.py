@@ -5,6 +5,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, SIZE, number
 from rsotrain.config.text import file_path
 
@@ -28,25 +30,35 @@ class SampleBy(Enum):
 
 @dataclass
 class DataConfig:
-    """What every data set has.
+    """What every data set has."""
 
-    ``document_mask``: in packed sequences a token attends to its own document only. ``shuffle``: false is
-    the order of the files. ``streaming``: tokenise in background processes while training, instead of
-    once into the cache; ``lanes`` streams of documents then supply fixed places of each batch, whatever
-    the number of processes, and ``shuffle_buffer`` documents of a lane are shuffled together.
-    ``workers``: tokenising processes a rank (streaming) or threads; null: by the number of cores.
-    ``max_bad_rows``: malformed rows that are skipped before a run stops (streaming: in each lane).
-    """
-
-    name: str = MISSING
-    packing: Packing = Packing.packed
-    document_mask: bool = False
-    shuffle: bool = True
-    streaming: bool = False
-    lanes: int = number(8, above=0, at_most=10**6)
-    shuffle_buffer: int = number(1000, above=0, at_most=10**9)
-    workers: int | None = number(None, above=0, at_most=1024)
-    max_bad_rows: int = number(0, at_least=0, at_most=COUNT)
+    name: str = means("name of the data set", MISSING)
+    packing: Packing = means("how documents become sequences", Packing.packed)
+    document_mask: bool = means("in packed sequences a token attends to its own document only", False)
+    shuffle: bool = means("false: the order of the files", True)
+    streaming: bool = means(
+        "tokenise in background processes while training, instead of once into the cache", False
+    )
+    lanes: int = means(
+        "streams of documents that supply fixed places of each batch (streaming)",
+        number(8, above=0, at_most=10**6),
+        unit="streams",
+    )
+    shuffle_buffer: int = means(
+        "documents of a lane that are shuffled together (streaming)",
+        number(1000, above=0, at_most=10**9),
+        unit="documents",
+    )
+    workers: int | None = means(
+        "tokenising processes of a rank (streaming), or threads; null: by the number of cores",
+        number(None, above=0, at_most=1024),
+        unit="processes",
+    )
+    max_bad_rows: int = means(
+        "malformed rows that are skipped before a run stops (streaming: in each lane)",
+        number(0, at_least=0, at_most=COUNT),
+        unit="rows",
+    )
 
 
 @dataclass
@@ -58,68 +70,73 @@ class EmbeddedDataConfig(DataConfig):
 class SyntheticDataConfig(DataConfig):
     """Documents of invented words drawn by Zipf's law from a seed, for tests and benchmarks."""
 
-    num_documents: int = number(2000, above=0, at_most=10**9)
-    num_validation_documents: int = number(100, above=0, at_most=10**9)
-    words_per_document: int = number(200, above=0, at_most=10**6)
-    num_words: int = number(5000, above=0, at_most=10**6)
-    corpus_seed: int = number(0, at_least=0, at_most=COUNT)
+    num_documents: int = means(
+        "documents of the training set", number(2000, above=0, at_most=10**9), unit="documents"
+    )
+    num_validation_documents: int = means(
+        "documents of the validation set", number(100, above=0, at_most=10**9), unit="documents"
+    )
+    words_per_document: int = means("length of a document", number(200, above=0, at_most=10**6), unit="words")
+    num_words: int = means("different words", number(5000, above=0, at_most=10**6), unit="words")
+    corpus_seed: int = means("of the text, whatever the run's seed", number(0, at_least=0, at_most=COUNT))
 
 
 @dataclass
 class FilesDataConfig(DataConfig):
-    """JSON lines, Parquet, Arrow and text, plain or compressed (gz, xz, zst).
+    """JSON lines, Parquet, Arrow and text, plain or compressed (gz, xz, zst)."""
 
-    ``path``: a file, a folder, or a glob such as ``'data/{a,b}/*.jsonl.gz'``. Validation is
-    ``validation_path``, or the ``validation_fraction`` of the documents that a hash of their text picks.
-    ``text_field``: a field of each row, or ``outer.inner`` for one inside another. ``sample_by`` is for text
-    files; null: a file is a document.
-    """
-
-    path: str = file_path()
-    validation_path: str | None = file_path(None)
-    validation_fraction: float | None = number(None, above=0, below=1)
-    text_field: str = "text"
-    sample_by: SampleBy | None = None
+    path: str = means("a file, a folder, or a glob such as 'data/{a,b}/*.jsonl.gz'", file_path())
+    validation_path: str | None = means("the same for validation; null: validation_fraction", file_path(None))
+    validation_fraction: float | None = means(
+        "share of the documents, by a hash of their text, to validate on; null: validation_path",
+        number(None, above=0, below=1),
+    )
+    text_field: str = means("field of a row that holds the text; outer.inner for one inside another", "text")
+    sample_by: SampleBy | None = means("what one document of a text file is; null: the file", None)
 
 
 @dataclass
 class InstructionsDataConfig(DataConfig):
-    """Prompts and responses for fine-tuning; the loss is that of the responses.
+    """Prompts and responses for fine-tuning; the loss is that of the responses."""
 
-    ``prompt_template`` takes the fields of a row in braces; the response follows it at once. A field inside
-    another is ``outer.inner``.
-    """
-
-    path: str = file_path()
-    validation_path: str | None = file_path(None)
-    validation_fraction: float | None = number(None, above=0, below=1)
-    prompt_template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
-    response_field: str = "output"
+    path: str = means("a file, a folder, or a glob of rows with prompt and response", file_path())
+    validation_path: str | None = means("the same for validation; null: validation_fraction", file_path(None))
+    validation_fraction: float | None = means(
+        "share of the rows, by a hash of their text, to validate on; null: validation_path",
+        number(None, above=0, below=1),
+    )
+    prompt_template: str = means(
+        "the prompt, with fields of a row in braces; the response follows at once",
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+    )
+    response_field: str = means("field of a row that holds the response", "output")
 
 
 @dataclass
 class HubDataConfig(DataConfig):
     """A data set of the Hugging Face hub, or a local folder laid out like one, through ``datasets``.
 
-    ``name``: of the repository. ``config``: one of its configurations. Validation is
-    ``validation_split``, or the ``validation_fraction`` of the training documents by a hash of their text.
+    ``name`` is that of the repository.
     """
 
-    config: str | None = None
-    revision: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = "validation"
-    validation_fraction: float | None = number(None, above=0, below=1)
-    text_field: str = "text"
+    config: str | None = means("configuration of the data set; null: its only one", None)
+    revision: str | None = means("branch, tag or commit; null: the newest", None)
+    train_split: str = means("split to train on", "train")
+    validation_split: str | None = means("split to validate on; null: validation_fraction", "validation")
+    validation_fraction: float | None = means(
+        "share of the training documents, by a hash of their text, to validate on; null: validation_split",
+        number(None, above=0, below=1),
+    )
+    text_field: str = means("field of a row that holds the text", "text")
 
 
 @dataclass
 class C4DataConfig(DataConfig):
     """C4 (English): from the hub, or from its ``c4-train.*.json.gz`` shards where ``path`` says."""
 
-    path: str | None = file_path(None)
-    validation_path: str | None = file_path(None)
-    revision: str | None = None
+    path: str | None = means("its shards on disk, c4-train.*.json.gz; null: the hub", file_path(None))
+    validation_path: str | None = means("its validation shards on disk; null: the hub", file_path(None))
+    revision: str | None = means("branch, tag or commit on the hub; null: the newest", None)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -132,40 +149,49 @@ class ModelType(Enum):
 
 @dataclass
 class TokenizerConfig:
-    name: str = MISSING
+    name: str = means("name of the tokenizer", MISSING)
 
 
 @dataclass
 class TrainedTokenizerConfig(TokenizerConfig):
     """A SentencePiece model with byte fallback, trained once on the training documents."""
 
-    vocab_size: int = number(4096, at_least=260, at_most=SIZE)  # 3 special, 256 bytes, one character
-    model_type: ModelType = ModelType.bpe
-    character_coverage: float = number(0.9995, at_least=0.98, at_most=1)  # SentencePiece's own range
-    max_training_bytes: int = number(20_000_000, above=0, at_most=COUNT)
+    vocab_size: int = means(
+        "pieces: 3 special ones, 256 bytes, and the rest",
+        number(4096, at_least=260, at_most=SIZE),
+        unit="pieces",
+    )
+    model_type: ModelType = means("kind of SentencePiece model", ModelType.bpe)
+    character_coverage: float = means(
+        "share of the text's characters that become pieces; the others are bytes",
+        number(0.9995, at_least=0.98, at_most=1),
+    )  # SentencePiece's own range
+    max_training_bytes: int = means(
+        "text that the tokenizer is trained on", number(20_000_000, above=0, at_most=COUNT), unit="bytes"
+    )
 
 
 @dataclass
 class SentencePieceTokenizerConfig(TokenizerConfig):
     """A SentencePiece model in a file, as LLaMA, T5 and Mistral have them."""
 
-    path: str = file_path()
+    path: str = means("file of the model", file_path())
 
 
 @dataclass
 class HubTokenizerConfig(TokenizerConfig):
     """The SentencePiece model ``file`` of a repository on the Hugging Face hub."""
 
-    repository: str = MISSING
-    file: str = MISSING
-    revision: str | None = None
+    repository: str = means("repository on the Hugging Face hub", MISSING)
+    file: str = means("file in it", MISSING)
+    revision: str | None = means("branch, tag or commit; null: the newest", None)
 
 
 @dataclass
 class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer of a Hugging Face folder: its tokenizer.json, else its tokenizer.model."""
 
-    path: str = file_path()
+    path: str = means("folder with tokenizer.json or tokenizer.model", file_path())
 
 
 # --- what the modes read -----------------------------------------------------------------------
@@ -173,15 +199,20 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
 
 @dataclass
 class GenerateConfig:
-    """``temperature`` 0 takes the likeliest token; ``top_k`` null draws from the whole vocabulary.
+    """What mode=generate writes, and the samples of a training run."""
 
-    An empty prompt starts a document.
-    """
-
-    prompts: list[str] = field(default_factory=lambda: ["", "The "])
-    max_new_tokens: int = number(48, above=0, at_most=10**6)
-    temperature: float = number(0.8, at_least=0, at_most=1000)
-    top_k: int | None = number(50, above=0, at_most=SIZE)
+    prompts: list[str] = means(
+        "texts to continue; an empty one starts a document", field(default_factory=lambda: ["", "The "])
+    )
+    max_new_tokens: int = means("length of a continuation", number(48, above=0, at_most=10**6), unit="tokens")
+    temperature: float = means(
+        "of the draw; 0 takes the likeliest token", number(0.8, at_least=0, at_most=1000)
+    )
+    top_k: int | None = means(
+        "draw from so many of the likeliest tokens; null: from all",
+        number(50, above=0, at_most=SIZE),
+        unit="tokens",
+    )
 
 
 class ExportDtype(Enum):
@@ -191,38 +222,65 @@ class ExportDtype(Enum):
 
 @dataclass
 class ExportConfig:
-    """``path``: the Hugging Face folder to write; ``dtype`` null: that of the checkpoint."""
+    """What mode=export writes."""
 
-    path: str | None = file_path(None)
-    dtype: ExportDtype | None = None
+    path: str | None = means(
+        "Hugging Face folder to write; null: beside the checkpoint's run", file_path(None)
+    )
+    dtype: ExportDtype | None = means("of the exported weights; null: that of the checkpoint", None)
 
 
 @dataclass
 class EvaluationConfig:
-    """``max_tokens``: predicted tokens per evaluation, in file order; null: all of validation.
+    """Evaluation, in training and in mode=evaluate; the tasks of lm-eval are for the latter."""
 
-    ``samples``: log ``generate.prompts`` continued by the model to W&B at each evaluation.
-    ``legacy_divisor``: also log, as ``val/legacy_loss`` and ``val/legacy_perplexity``, the biased number of
-    the published tables, which depends on ``micro_batch_size``; ``rsotrain.training.evaluation`` says how.
-    The rest is for mode=evaluate: ``tasks`` of lm-eval, also those defined in ``tasks_path``, with
-    ``num_fewshot`` examples, the first ``task_limit`` questions of each.
-    """
-
-    max_tokens: int | None = number(10_000_000, above=0, at_most=COUNT)
-    micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # null: the training micro-batch
-    samples: bool = True
-    legacy_divisor: bool = False
-    tasks: list[str] = field(default_factory=list)
-    tasks_path: str | None = file_path(None)
-    num_fewshot: int | None = number(None, at_least=0, at_most=10**4)
-    task_limit: int | None = number(None, above=0, at_most=COUNT)
+    max_tokens: int | None = means(
+        "predicted tokens of an evaluation, in file order; null: all of validation",
+        number(10_000_000, above=0, at_most=COUNT),
+        unit="tokens",
+    )
+    micro_batch_size: int | None = means(
+        "sequences of one pass; null: the training's", number(None, above=0, at_most=10**6), unit="sequences"
+    )
+    at_start: bool = means("evaluate before the first step, too", later(False))
+    patience: int | None = means(
+        "end after so many evaluations in a row without a better one; null: at the last step",
+        later(number(None, above=0, at_most=COUNT)),
+        unit="evaluations",
+    )
+    min_delta: float = means(
+        "by how much an evaluation must be better to count",
+        later(number(0.0, at_least=0, at_most=1000)),
+        unit="nats per token",
+    )
+    samples: bool = means("log generate.prompts, continued by the model, to Weights & Biases", True)
+    legacy_divisor: bool = means(
+        "also log val/legacy_loss and val/legacy_perplexity, the biased numbers of the published tables",
+        False,
+    )
+    tasks: list[str] = means("tasks of lm-eval (mode=evaluate)", field(default_factory=list))
+    tasks_path: str | None = means("folder with tasks of your own; null: none", file_path(None))
+    num_fewshot: int | None = means(
+        "examples in a task's prompt; null: the task's own number",
+        number(None, at_least=0, at_most=10**4),
+        unit="examples",
+    )
+    task_limit: int | None = means(
+        "first questions of each task; null: all", number(None, above=0, at_most=COUNT), unit="questions"
+    )
 
 
 @dataclass
 class BenchmarkConfig:
-    """``steps`` are timed after ``warmup_steps``. ``profile``: write a trace of ``profile_steps`` more."""
+    """What mode=benchmark does."""
 
-    warmup_steps: int = number(3, above=0, at_most=10**6)
-    steps: int = number(10, above=0, at_most=10**6)
-    profile: bool = False
-    profile_steps: int = number(2, above=0, at_most=1000)  # a trace of them is held in memory
+    warmup_steps: int = means(
+        "steps before the timed ones", number(3, above=0, at_most=10**6), unit="optimizer steps"
+    )
+    steps: int = means("timed steps", number(10, above=0, at_most=10**6), unit="optimizer steps")
+    profile: bool = means("write a Chrome trace, too", False)
+    profile_steps: int = means(
+        "steps in the trace, which is held in memory",
+        number(2, above=0, at_most=1000),
+        unit="optimizer steps",
+    )

@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsotrain.config.keys import flatten, later_defaults, later_defaults_of, plain
+from rsotrain.config.keys import flatten, later_fields, later_fields_of, plain
+from rsotrain.config.later import Later
 from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Config
 
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "logger", "parallelism", "micro_batch_size", "generate", "export", "benchmark",
-    "report", "data.workers", "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path",
-    "evaluation.num_fewshot", "evaluation.task_limit", "evaluation.micro_batch_size",
-    "evaluation.legacy_divisor",
+    "save_every", "log_every", "max_bad_steps", "logger", "parallelism", "micro_batch_size", "generate",
+    "export", "benchmark", "report", "data.workers", "evaluation.samples", "evaluation.tasks",
+    "evaluation.tasks_path", "evaluation.num_fewshot", "evaluation.task_limit",
+    "evaluation.micro_batch_size", "evaluation.legacy_divisor",
 )  # fmt: skip
+# The same, but they take part in the names that are made from settings, as they always did. With the run_name
+# of a run they may change in its folder.
+FREE_KEYS = ("eval_every", "evaluation.max_tokens", "activation_checkpointing")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -27,28 +31,65 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
-    """``identity`` of what a ``config.yaml`` holds, be it older than some of the fields of ``config``."""
-    defaults = later_defaults(config)
+    """``identity`` of what a ``config.yaml`` holds, be it older than some of the fields of ``config``.
+
+    A field that is as it was before it existed is left out.
+    """
+    return _identity(settings, {key: field.before for key, field in later_fields(config).items()}, config)
+
+
+def _identity(settings: dict[str, Any], left_out: dict[str, Any], config: Config) -> dict[str, Any]:
+    flat, later = dict(flatten(settings)), later_fields(config)
     return {
         key: value
-        for key, value in flatten(settings)
+        for key, value in flat.items()
         if key not in OPERATIONAL_KEYS
         and key.split(".")[0] not in OPERATIONAL_KEYS
-        and not (key in defaults and value == defaults[key])
+        and not (key in later and (value == left_out[key] or not _matters(later[key], flat)))
     }
+
+
+def _matters(field: Later, flat: Mapping[str, Any]) -> bool:
+    return not field.matters_with or bool(flat.get(field.matters_with))
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of what a ``config.yaml`` holds, with the fields that it is too old for."""
     flat = dict(flatten(settings))
-    return flat | {key: value for key, value in later_defaults_of(flat).items() if key not in flat}
+    missing = {key: field for key, field in later_fields_of(flat).items() if key not in flat}
+    return flat | {
+        key: field.before if _matters(field, flat) else field.default for key, field in missing.items()
+    }
+
+
+def as_before(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Dotted key -> value of the fields in which the run that left ``settings`` must differ from ``config``.
+
+    It is older than these fields, did something else than is the default now, and ``config`` has the default:
+    the run is to go on as it began.
+    """
+    old, now = dict(flatten(settings)), dict(flatten(plain(config)))
+    return {
+        key: field.before
+        for key, field in later_fields(config).items()
+        if key not in old
+        and field.before != field.default
+        and now[key] == field.default
+        and _matters(field, now)
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first three settings that differ between two identities, in words; empty where none does."""
+    differing = sorted(differing_settings(old, new).items())
+    return ", ".join(f"{key}: {there} there, {here} here" for key, (there, here) in differing[:3])
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new value) of the settings that weights depend on in which two identities differ."""
     there, here = (json.loads(json.dumps(dict(settings), default=str)) for settings in (old, new))
-    differing = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
-    return ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in differing[:3])
+    keys = (there.keys() | here.keys()) - set(FREE_KEYS)
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
 
 
 def run_folder_path(config: Config) -> Path:
@@ -69,7 +110,9 @@ def run_name(config: Config) -> str:
 def _name_of_settings(config: Config) -> str:
     if config.run_name is not None:
         return config.run_name
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    defaults = {key: field.default for key, field in later_fields(config).items()}
+    named = _identity(plain(config), defaults, config)
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     parts = [config.model.name, config.optimizer.name]
     if not isinstance(config.sampler, NoSamplerConfig):
         parts.append(config.sampler.name)

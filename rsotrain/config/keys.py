@@ -5,11 +5,11 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from rsotrain.config.later import is_later
+from rsotrain.config.later import Later, later_of
 from rsotrain.config.schema import SCHEMAS, Config
 
 T = TypeVar("T")
@@ -23,37 +23,49 @@ def field_types() -> dict[str, set[Any]]:
     return found
 
 
-def later_defaults(config: Config | None = None) -> dict[str, Any]:
-    """Dotted key -> the default, as plain data, of each field that is marked by ``later``.
+def later_fields(config: Config | None = None) -> dict[str, Later]:
+    """Dotted key -> what ``later`` said of each field that it marks, values as plain data.
 
-    Of the schemas that ``config`` has chosen; None: of all.
+    ``matters_with`` is a dotted key here, too. Of the schemas that ``config`` has chosen; None: of all.
     """
-    return _defaults(_leaves(config))
+    return _later(_leaves(config))
 
 
-def later_defaults_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``later_defaults`` of the schemas that flat ``settings`` are of: those that have the same older keys.
+def later_fields_of(settings: Mapping[str, Any]) -> dict[str, Later]:
+    """``later_fields`` of the schemas that flat ``settings``, which may be older than some fields, are of.
 
-    Of all schemas of a group where none fits.
+    Files of ``conf/`` mostly have the name of their schema. Where one has not, its schema is one of those
+    with the same older keys; where there is none either, it may be any of the group.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Later] = {}
     for f in dataclasses.fields(Config):
-        every = [list(_leaves_of(f, kind, "", False)) for kind in SCHEMAS.get(f.name, {"": f.type}).values()]
-        later_keys = {key for leaves in every for key, _, marked in leaves if marked}
+        schemas = SCHEMAS.get(f.name, {"": f.type})
+        every = {name: list(_leaves_of(f, kind, "", False)) for name, kind in schemas.items()}
+        later_keys = {key for leaves in every.values() for key, _, marked in leaves if marked}
         given = {key for key in settings if key.split(".")[0] == f.name} - later_keys
-        fitting = [leaves for leaves in every if {key for key, _, _ in leaves} - later_keys == given]
-        for leaves in fitting or every:
-            found |= _defaults(leaves)
+        fitting = {
+            name: leaves
+            for name, leaves in every.items()
+            if {key for key, _, _ in leaves} - later_keys == given
+        }
+        called = settings.get(f"{f.name}.name")
+        chosen = [fitting[called]] if called in fitting else list((fitting or every).values())
+        for leaves in chosen:
+            found |= _later(leaves)
     return found
 
 
-def _defaults(leaves: Iterable[tuple[str, "dataclasses.Field[Any]", bool]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _later(leaves: Iterable[tuple[str, "dataclasses.Field[Any]", bool]]) -> dict[str, Later]:
+    found: dict[str, Later] = {}
     for key, f, marked in leaves:
         if marked:
-            factory = f.default_factory
+            factory, own = f.default_factory, later_of(f)
             default = plain(f.default if factory is dataclasses.MISSING else factory())
-            assert found.setdefault(key, default) == default, f"{key} has two defaults, but later() needs one"
+            said = Later(default, default)
+            if own is not None and factory is dataclasses.MISSING:
+                sibling = own.matters_with and key.removesuffix(f.name) + own.matters_with
+                said = Later(default, plain(own.before), sibling)
+            assert found.setdefault(key, said) == said, f"{key} has two defaults, but later() needs one"
     return found
 
 
@@ -70,7 +82,7 @@ def _leaves(config: Config | None = None) -> Iterator[tuple[str, "dataclasses.Fi
 def _leaves_of(
     f: "dataclasses.Field[Any]", kind: Any, prefix: str, marked: bool
 ) -> Iterator[tuple[str, "dataclasses.Field[Any]", bool]]:
-    marked = marked or is_later(f)
+    marked = marked or later_of(f) is not None
     if not dataclasses.is_dataclass(kind):
         yield f"{prefix}{f.name}", f, marked
         return
@@ -126,6 +138,34 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def with_values(config: T, values: Mapping[str, Any]) -> T:
+    """A dataclass with other values, in plain form, under some dotted keys."""
+    if not values:
+        return config
+    parts: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        parts.setdefault(name, {})[rest] = value
+    changed = {}
+    for name, inner in parts.items():
+        old = getattr(config, name)
+        if "" not in inner:
+            changed[name] = with_values(old, inner)
+            continue
+        annotation = next(f.type for f in dataclasses.fields(config) if f.name == name)  # type: ignore[arg-type]
+        changed[name] = _typed(annotation, inner[""], name)
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def without_keys(mapping: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping without the leaves of some dotted keys."""
+    return {
+        key: without_keys(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in mapping.items()
+        if f"{prefix}{key}" not in keys
+    }
 
 
 def from_plain(kind: type[T], values: Any, prefix: str = "") -> T:

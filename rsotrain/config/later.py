@@ -1,24 +1,44 @@
 """Fields that were added to the configuration after runs had been made without them."""
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 _LATER = "later"  # of a field's metadata
 
 
-def later(default: Any) -> Any:
+@dataclass(frozen=True)
+class Later:
+    """``before``: what runs did before the field existed. ``matters_with``: the name of a neighbouring field
+    without which, where that is null, 0, false or empty, the field has no effect; empty: it always has."""
+
+    default: Any
+    before: Any
+    matters_with: str = ""
+
+
+_SAME = object()
+
+
+def later(default: Any, *, before: Any = _SAME, matters_with: str = "") -> Any:
     """A dataclass field whose default stands for what runs did before the field existed.
 
-    At its default it takes no part in the identity of a run: a folder whose ``config.yaml`` lacks the field
-    goes on, and the name that is made from the settings stays the same. ``default``: a value, or a field
-    that another function has made. Of a nested dataclass all the fields are marked.
+    At its default it takes no part in the name that is made from the settings, and a folder whose
+    ``config.yaml`` lacks the field goes on. ``before``: what runs did before, where the default is something
+    else: a folder without the field goes on with that, a new run has the default. ``matters_with``: as in
+    ``Later``. ``default``: a value, or a field that another function has made. Of a nested dataclass all the
+    fields are marked.
     """
     field = default if isinstance(default, dataclasses.Field) else dataclasses.field(default=default)
-    metadata = dict(field.metadata) | {_LATER: True}
-    if field.default_factory is not dataclasses.MISSING:
+    has_factory = field.default_factory is not dataclasses.MISSING
+    assert before is _SAME or not has_factory, "a nested dataclass has no single value of its own"
+    old = field.default if before is _SAME else before
+    metadata = dict(field.metadata) | {_LATER: Later(field.default, old, matters_with)}
+    if has_factory:
         return dataclasses.field(default_factory=field.default_factory, metadata=metadata)
     return dataclasses.field(default=field.default, metadata=metadata)
 
 
-def is_later(field: "dataclasses.Field[Any]") -> bool:
-    return bool(field.metadata.get(_LATER))
+def later_of(field: "dataclasses.Field[Any]") -> Later | None:
+    """What ``later`` said of a field; None for the others."""
+    return field.metadata.get(_LATER)

@@ -12,6 +12,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 from rsotrain.config.registry import Settings, registering
 
@@ -25,8 +26,20 @@ class OnRefresh(Enum):
 
 
 class StateDtype(Enum):
+    """int8: 8 bits an element and a float32 scale a block (``rsotrain.optim.blocks``)."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+class WeightRounding(Enum):
+    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is
+    lost on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as
+    in the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
+
+    stochastic = "stochastic"
+    nearest = "nearest"
 
 
 # Name of the schema -> settings.
@@ -40,29 +53,44 @@ def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
 
 @dataclass
 class OptimizerConfig:
-    """The settings of all optimizers.
+    """The settings of all optimizers."""
 
-    ``lr``: peak learning rate of the parameters that AdamW trains: embedding, head and norms. The attention
-    and MLP weights get ``lr * scale``. ``block_parameters``: regular expressions that find the names of
-    the attention and MLP weights. ``state_dtype``: dtype of the moments. ``decay_at_lr``: attention and MLP
-    weights decay at the rate ``lr``, as in the code of GaLore, Fira, APOLLO and SN-SM, not at ``lr * scale``.
-    """
-
-    name: str = MISSING
-    lr: float = number(at_least=0, at_most=1000)
-    scale: float = number(1.0, at_least=0, at_most=10**6)
-    betas: tuple[float, float] = numbers(
-        (0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)
+    name: str = means("name of the method", MISSING)
+    lr: float = means(
+        "peak rate of embedding, head and norms; attention and MLP weights get lr × scale",
+        number(at_least=0, at_most=1000),
     )
-    eps: float = number(1e-8, at_least=SMALL, at_most=1)
-    weight_decay: float = number(0.0, at_least=0, at_most=1000)
-    state_dtype: StateDtype = StateDtype.float32
-    decay_at_lr: bool = later(False)
-    block_parameters: list[str] = field(
-        default_factory=lambda: [
-            r"\.self_attn\.[qkvo]_proj\.weight$",
-            r"\.mlp\.(gate|up|down)_proj\.weight$",
-        ]
+    scale: float = means(
+        "factor on lr for the attention and MLP weights", number(1.0, at_least=0, at_most=10**6)
+    )
+    betas: tuple[float, float] = means(
+        "decay of the first and the second moment",
+        numbers((0.9, 0.999), Range(at_least=0, below=1), Range(at_least=0, at_most=1)),
+    )
+    eps: float = means("added to the root of the second moment", number(1e-8, at_least=SMALL, at_most=1))
+    weight_decay: float = means(
+        "decoupled weight decay, as AdamW has it", number(0.0, at_least=0, at_most=1000)
+    )
+    decay_norms_and_embeddings: bool = means(
+        "weight decay also of norms, biases, embedding and head, not of matrices alone",
+        later(False, before=True, matters_with="weight_decay"),
+    )
+    decay_at_lr: bool = means(
+        "decay attention and MLP weights at lr, as GaLore's and its successors' code, not at lr × scale",
+        later(False, matters_with="weight_decay"),
+    )
+    state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
+    weight_rounding: WeightRounding = means(
+        "stochastic by default with precision=bf16", later(WeightRounding.nearest)
+    )
+    block_parameters: list[str] = means(
+        "regular expressions that find the names of the attention and MLP weights",
+        field(
+            default_factory=lambda: [
+                r"\.self_attn\.[qkvo]_proj\.weight$",
+                r"\.mlp\.(gate|up|down)_proj\.weight$",
+            ]
+        ),
     )
 
 
@@ -74,18 +102,19 @@ class AdamConfig(OptimizerConfig):
 
 @dataclass
 class SubspaceConfig(OptimizerConfig):
-    """The settings of all optimizers with low-rank bases.
+    """The settings of all optimizers with low-rank bases."""
 
-    ``rank``: an integer, or a fraction (0 < rank ≤ 1.0, written with a point) of the projected dimension of
-    each matrix. ``update_proj_gap``: T, the number of optimizer steps between two refreshes of a basis.
-    ``staggered``: spread the refreshes of the matrices over these T steps instead of doing all at once, so
-    that RSO need not hold all Gram matrices at the same time.
-    """
-
-    rank: int | float = number(0.25, above=0, at_most=SIZE)
-    update_proj_gap: int = number(200, above=0, at_most=COUNT)
-    on_refresh: OnRefresh = OnRefresh.keep
-    staggered: bool = False
+    rank: int | float = means(
+        "rank of the basis: a number, or with a point a fraction of the projected dimension",
+        number(0.25, above=0, at_most=SIZE),
+    )
+    update_proj_gap: int = means(
+        "T: how often the basis is drawn again", number(200, above=0, at_most=COUNT), unit="optimizer steps"
+    )
+    on_refresh: OnRefresh = means("what a new basis does to the moments", OnRefresh.keep)
+    staggered: bool = means(
+        "spread the draws of all matrices over these steps instead of making all at once", False
+    )
 
 
 class InnerSolver(Enum):
@@ -100,7 +129,7 @@ class InnerSolver(Enum):
 class SolverConfig(SubspaceConfig):
     """The settings of optimizers with a choice of the rule in the subspace; all were published with Adam."""
 
-    solver: InnerSolver = later(InnerSolver.adam)
+    solver: InnerSolver = means("update rule in the subspace", later(InnerSolver.adam))
 
 
 @optimizer("galore", "rsotrain.optim.galore:GaLore")
@@ -119,37 +148,46 @@ class BiasCorrection(Enum):
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
-    """Momentum of full size with subset-norm second moments (arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad.
+    """Momentum, subset-norm second moments (SN, arXiv 2411.07120). ``betas[1]`` = 1 is AdaGrad."""
 
-    ``subset_size``: number of neighbours in the smaller dimension that share one second moment; it must
-    divide that dimension. null: whole rows (or columns, if there are fewer rows than columns).
-    """
-
-    subset_size: int | None = number(None, above=0, at_most=SIZE)
-    bias_correction: BiasCorrection = later(BiasCorrection.all_forms)
+    subset_size: int | None = means(
+        "neighbours in the smaller dimension, a divisor of it, that share a second moment; null: all",
+        number(None, above=0, at_most=SIZE),
+        unit="weights",
+    )
+    bias_correction: BiasCorrection = means(
+        "which forms of the update have one", later(BiasCorrection.adam_form, before=BiasCorrection.all_forms)
+    )
 
 
 @optimizer("sn_sm", "rsotrain.optim.sn_sm:SubspaceMomentum")
 @dataclass
 class SNSMConfig(SubspaceConfig):
-    """Momentum in the subspace, the plain gradient outside. ``subset_size``: as in SNConfig; 1 is Adam's."""
+    """Momentum in the subspace, the gradient outside, subset-norm second moments (arXiv 2411.07120)."""
 
-    subset_size: int | None = number(None, above=0, at_most=SIZE)
-    bias_correction: BiasCorrection = later(BiasCorrection.all_forms)
+    subset_size: int | None = means(
+        "neighbours that share a second moment, a divisor of the smaller dimension; null: all; 1: as Adam",
+        number(None, above=0, at_most=SIZE),
+        unit="weights",
+    )
+    bias_correction: BiasCorrection = means(
+        "which forms of the update have one", later(BiasCorrection.adam_form, before=BiasCorrection.all_forms)
+    )
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
 @dataclass
 class FiraConfig(SolverConfig):
-    """GaLore plus the scaled residual (arXiv 2410.01623).
+    """GaLore plus the scaled residual (Fira, arXiv 2410.01623)."""
 
-    ``max_growth``: the largest factor by which the residual's norm may grow in one step.
-    ``residual_at_lr``: the residual moves weights at the rate ``lr``, as in the authors' code, whose α is a
-    factor of the subspace alone, not at ``lr * scale``.
-    """
-
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
-    residual_at_lr: bool = later(False)
+    max_growth: float = means(
+        "largest factor by which the residual's norm grows in a step",
+        number(1.01, at_least=1, at_most=FACTOR),
+    )
+    residual_at_lr: bool = means(
+        "move weights by the residual at lr, as the authors' code does, not at lr × scale",
+        later(True, before=False),
+    )
 
 
 @optimizer("frugal", "rsotrain.optim.residuals:Frugal")
@@ -157,30 +195,31 @@ class FiraConfig(SolverConfig):
 class FrugalConfig(SolverConfig):
     """Adam in the subspace, signSGD at ``free_scale`` times the rate outside (FRUGAL, arXiv 2411.07837)."""
 
-    free_scale: float = number(1.0, at_least=0, at_most=10**6)
+    free_scale: float = means(
+        "factor on the rate for the signs outside the subspace", number(1.0, at_least=0, at_most=10**6)
+    )
 
 
 @optimizer("apollo", "rsotrain.optim.residuals:Apollo")
 @dataclass
 class ApolloConfig(SolverConfig):
-    """The gradient scaled per channel, or by one factor with ``per_tensor`` (APOLLO, arXiv 2412.05270).
+    """The gradient scaled per channel, or by one factor with ``per_tensor`` (APOLLO, arXiv 2412.05270)."""
 
-    ``max_growth``: the largest factor by which the norm of the update may grow in one step.
-    """
-
-    per_tensor: bool = False
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    per_tensor: bool = means("one factor for the whole matrix instead of one for each channel", False)
+    max_growth: float = means(
+        "largest factor by which the update's norm grows in a step", number(1.01, at_least=1, at_most=FACTOR)
+    )
 
 
 @optimizer("ldadam", "rsotrain.optim.residuals:LDAdam")
 @dataclass
 class LDAdamConfig(SubspaceConfig):
-    """Low-rank Adam with a new basis every step, transported moments and error feedback (arXiv 2410.16103).
+    """Low-rank Adam, a new basis every step, error feedback (LDAdam, arXiv 2410.16103)."""
 
-    ``rho``: the weight of the momentum, next to that of the gradient, in the matrix that the sampler uses.
-    """
-
-    rho: float = number(0.908, at_least=0, at_most=1)
+    rho: float = means(
+        "weight of the momentum, beside the gradient's, in the matrix that the sampler sees",
+        number(0.908, at_least=0, at_most=1),
+    )
 
 
 @optimizer("muon", "rsotrain.optim.muon:Muon")
@@ -188,20 +227,17 @@ class LDAdamConfig(SubspaceConfig):
 class MuonConfig(OptimizerConfig):
     """torch's Muon, with learning rates on AdamW's scale. ``betas`` and ``eps`` are for AdamW on the rest."""
 
-    momentum: float = number(0.95, at_least=0, at_most=1)
-    nesterov: bool = True
-    ns_steps: int = number(5, at_least=1, at_most=99)
+    momentum: float = means("decay of the momentum", number(0.95, at_least=0, at_most=1))
+    nesterov: bool = means("Nesterov's momentum", True)
+    ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
 @optimizer("normuon", "rsotrain.optim.normuon:NorMuon")
 @dataclass
 class NorMuonConfig(MuonConfig):
-    """Muon with rows of one mean square over time (NorMuon, arXiv 2510.05491).
+    """Muon with rows of one mean square over time (NorMuon, arXiv 2510.05491)."""
 
-    ``row_decay``: β₂ of the average of each row's mean square.
-    """
-
-    row_decay: float = number(0.95, at_least=0, below=1)
+    row_decay: float = means("decay of each row's mean square", number(0.95, at_least=0, below=1))
 
 
 @optimizer("dion2", "rsotrain.optim.dion2:Dion2")
@@ -209,13 +245,17 @@ class NorMuonConfig(MuonConfig):
 class Dion2Config(OptimizerConfig):
     """A part of the momentum orthogonalised at a time (Dion2, arXiv 2512.16928).
 
-    ``fraction``: of the rows, or columns if there are fewer. ``momentum``: the share that is kept of what
-    has been used. ``betas`` and ``eps`` are for AdamW on the rest.
+    ``betas`` and ``eps`` are for AdamW on the rest.
     """
 
-    fraction: float = number(0.25, above=0, at_most=1)
-    momentum: float = number(0.95, at_least=0, at_most=1)
-    ns_steps: int = number(5, at_least=1, at_most=99)
+    fraction: float = means(
+        "share of the rows, or of the columns if there are fewer, in one step",
+        number(0.25, above=0, at_most=1),
+    )
+    momentum: float = means(
+        "share that is kept of the momentum that has been used", number(0.95, at_least=0, at_most=1)
+    )
+    ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
 class BasisStorage(Enum):
@@ -230,26 +270,29 @@ class BasisStorage(Enum):
 class RSOConfig(SubspaceConfig):
     """Trains B in W + B Pᵀ; P is random and projects the input of the linear (RSO, arXiv 2502.07222).
 
-    ``rank``: an integer, or a fraction of the largest min(in, out) of the linears that share an input, which
-    makes 0.25 hidden/4 everywhere. ``basis_scale``: multiply orthonormal bases by √(in/rank), for
-    E[PPᵀ] = I. ``proximal_eta``: η of the proximal term ‖B‖²/(2η); null: no such term.
-    ``refresh_warmup_steps``: after each refresh the learning rate rises linearly over so many steps.
-    ``projection``: how the bases are kept.
+    A fraction as ``rank`` is one of the largest min(in, out) of the linears that share an input, which makes
+    0.25 hidden/4 everywhere.
     """
 
-    solver: InnerSolver = InnerSolver.adam
-    basis_scale: bool = True
-    proximal_eta: float | None = number(None, above=0, at_most=FACTOR)
-    refresh_warmup_steps: int = number(0, at_least=0, at_most=COUNT)
-    projection: BasisStorage = BasisStorage.stored
+    solver: InnerSolver = means("update rule of B", InnerSolver.adam)
+    basis_scale: bool = means("multiply orthonormal bases by √(in/rank), for E[PPᵀ] = I", True)
+    proximal_eta: float | None = means(
+        "η of the proximal term ‖B‖²/(2η); null: no such term", number(None, above=0, at_most=FACTOR)
+    )
+    refresh_warmup_steps: int = means(
+        "steps over which the rate rises again after each draw",
+        number(0, at_least=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
+    projection: BasisStorage = means("how the bases are kept", BasisStorage.stored)
 
 
 @optimizer("foam", "rsotrain.optim.foam:Foam")
 @dataclass
 class FoamConfig(OptimizerConfig):
-    """Adam on blocks of 2^``level`` neighbours in a row, plus the residual (FOAM, arXiv 2512.07112)."""
+    """Adam on blocks of neighbours in a row, plus the residual (FOAM, arXiv 2512.07112)."""
 
-    level: int = number(2, at_least=0, at_most=10)
+    level: int = means("log2 of the neighbours in a block; 0 is Adam", number(2, at_least=0, at_most=10))
 
 
 @optimizer("lion", "rsotrain.optim.lion:Lion")
@@ -257,11 +300,12 @@ class FoamConfig(OptimizerConfig):
 class LionConfig(OptimizerConfig):
     """The sign of an interpolated momentum (Lion, arXiv 2302.06675).
 
-    ``momentum``: β₁ of the sign and β₂ of the average. ``betas`` and ``eps`` are for AdamW on the rest.
+    ``betas`` and ``eps`` are for AdamW on the rest.
     """
 
-    momentum: tuple[float, float] = numbers(
-        (0.9, 0.99), Range(at_least=0, at_most=1), Range(at_least=0, below=1)
+    momentum: tuple[float, float] = means(
+        "β₁ of the sign and β₂ of the momentum's average",
+        numbers((0.9, 0.99), Range(at_least=0, at_most=1), Range(at_least=0, below=1)),
     )
 
 
@@ -270,15 +314,18 @@ class LionConfig(OptimizerConfig):
 class ScaleConfig(OptimizerConfig):
     """Rows of the gradient divided by their RMS, with momentum in the head alone (SCALE, arXiv 2506.16659).
 
-    ``momentum_parameters``, ``column_parameters``: regular expressions that find, among the matrices of
-    ``block_parameters``, those with momentum (the head) and those whose columns are normalised instead of
-    their rows (the embedding); a tied head goes by the embedding's name. ``momentum``: the share that a step
-    keeps. ``eps``: the least RMS.
+    A tied head goes by the embedding's name. ``eps``: the least RMS.
     """
 
-    momentum: float = number(0.9, at_least=0, below=1)
-    momentum_parameters: list[str] = field(default_factory=list)
-    column_parameters: list[str] = field(default_factory=list)
+    momentum: float = means("decay of the momentum", number(0.9, at_least=0, below=1))
+    momentum_parameters: list[str] = means(
+        "regular expressions that find, of block_parameters, those with momentum: the head",
+        field(default_factory=list),
+    )
+    column_parameters: list[str] = means(
+        "regular expressions that find those normalised by columns, not by rows: the embedding",
+        field(default_factory=list),
+    )
 
 
 @optimizer("racs", "rsotrain.optim.racs:Racs")
@@ -286,14 +333,16 @@ class ScaleConfig(OptimizerConfig):
 class RacsConfig(OptimizerConfig):
     """The gradient divided by the roots of row and column scales (RACS, arXiv 2502.07752).
 
-    ``scale_decay``: β of the averages of the scales. ``iterations``: of the fixed point that gives them.
-    ``max_growth``: the largest factor by which the norm of the update may grow in one step. ``betas`` and
-    ``eps`` are for AdamW on the rest.
+    ``betas`` and ``eps`` are for AdamW on the rest.
     """
 
-    scale_decay: float = number(0.9, at_least=0, below=1)
-    iterations: int = number(5, at_least=1, at_most=99)
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    scale_decay: float = means("decay of the averages of the scales", number(0.9, at_least=0, below=1))
+    iterations: int = means(
+        "of the fixed point that gives the scales", number(5, at_least=1, at_most=99), unit="iterations"
+    )
+    max_growth: float = means(
+        "largest factor by which the update's norm grows in a step", number(1.01, at_least=1, at_most=FACTOR)
+    )
 
 
 @optimizer("alice", "rsotrain.optim.alice:Alice")
@@ -301,18 +350,22 @@ class RacsConfig(OptimizerConfig):
 class AliceConfig(SubspaceConfig):
     """Adam in a tracked subspace that is switched, with the residual scaled by columns (arXiv 2502.07752).
 
-    ``subspace_betas``: β₁ and β₂ of the moments in the subspace, β₁ of the residual's scale, too; ``betas``
-    are for AdamW on the rest. ``tracking``: β₃ of the average of RᵀR, which the sampler sees beside the
-    gradient; 0: none (Alice-0). ``compensation``: α_c, the factor of the residual. ``max_growth``: the
-    largest factor by which the norm of the scaled residual may grow in one step.
+    ``betas`` are for AdamW on the rest.
     """
 
-    subspace_betas: tuple[float, float] = numbers(
-        (0.9, 0.9), Range(at_least=0, below=1), Range(at_least=0, below=1)
+    subspace_betas: tuple[float, float] = means(
+        "decay of the moments in the subspace, the first that of the residual's scale, too",
+        numbers((0.9, 0.9), Range(at_least=0, below=1), Range(at_least=0, below=1)),
     )
-    tracking: float = number(0.999, at_least=0, below=1)
-    compensation: float = number(0.4, at_least=0, at_most=10**6)
-    max_growth: float = number(1.01, at_least=1, at_most=FACTOR)
+    tracking: float = means(
+        "decay of the average of RᵀR, which the sampler sees beside the gradient; 0: none (Alice-0)",
+        number(0.999, at_least=0, below=1),
+    )
+    compensation: float = means("factor of the residual", number(0.4, at_least=0, at_most=10**6))
+    max_growth: float = means(
+        "largest factor by which the residual's norm grows in a step",
+        number(1.01, at_least=1, at_most=FACTOR),
+    )
 
 
 @optimizer("sumo", "rsotrain.optim.sumo:Sumo")
@@ -323,18 +376,16 @@ class SumoConfig(SubspaceConfig):
     ``betas`` and ``eps`` are for AdamW on the rest.
     """
 
-    momentum: float = number(0.95, at_least=0, below=1)
+    momentum: float = means("decay of the momentum", number(0.95, at_least=0, below=1))
 
 
 @optimizer("adam_mini", "rsotrain.optim.adam_mini:AdamMini")
 @dataclass
 class AdamMiniConfig(OptimizerConfig):
-    """Adam with one second moment for each row, or head (Adam-mini, arXiv 2406.16793).
+    """Adam with one second moment for each row, or head (Adam-mini, arXiv 2406.16793)."""
 
-    ``head_parameters``: regular expressions that find the matrices, those of queries and keys, whose rows
-    share a second moment with the others of their head. ``num_heads``: of the queries; a head has the
-    ``num_heads``-th part of the matrix's columns for its rows.
-    """
-
-    head_parameters: list[str] = field(default_factory=lambda: [r"\.self_attn\.[qk]_proj\.weight$"])
-    num_heads: int = number(1, above=0, at_most=SIZE)
+    head_parameters: list[str] = means(
+        "regular expressions that find the matrices, of queries and keys, with one second moment a head",
+        field(default_factory=lambda: [r"\.self_attn\.[qk]_proj\.weight$"]),
+    )
+    num_heads: int = means("heads of the queries", number(1, above=0, at_most=SIZE), unit="heads")

@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.processes import check_rendezvous
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schedules import LRSchedulerConfig
-from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Strategy
+from rsotrain.config.schema import Config, LoadWhat, Mode, ModelConfig, Precision, Strategy
 from rsotrain.errors import require
 
 
@@ -59,6 +60,17 @@ def validate_parallelism(config: Config, started: int) -> None:
     )
 
 
+def validate_weight_rounding(config: Config) -> None:
+    rounding, precision = config.optimizer.weight_rounding, config.precision
+    require(
+        rounding is WeightRounding.nearest
+        or precision is Precision.bf16
+        or config.mode in (Mode.evaluate, Mode.generate, Mode.export),  # no weight is written
+        "optimizer.weight_rounding=stochastic rounds bfloat16 weights, and those of"
+        f" precision={precision.name} are float32; leave it out, or take precision=bf16",
+    )
+
+
 def validate_model(model: ModelConfig) -> None:
     """Raise UserError for sizes out of range, or that do not fit together."""
     check_ranges(model, "model.")
@@ -98,6 +110,40 @@ def validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
     require(
         fraction + decay <= 1,
         f"warm-up ({fraction:.3g}) and lr_scheduler.decay_fraction={decay} take more than all the steps",
+    )
+
+
+def validate_training(config: Config) -> None:
+    """What the training loop demands of its settings."""
+    evaluation, optimizer = config.evaluation, config.optimizer
+    require(
+        config.spike_factor is None or config.max_bad_steps > 0,
+        f"spike_factor={config.spike_factor} says which batches to skip, but max_bad_steps=0 skips none;"
+        " give max_bad_steps=…, or leave spike_factor out",
+    )
+    require(
+        evaluation.patience is None or config.eval_every is not None,
+        f"evaluation.patience={evaluation.patience} counts evaluations, but eval_every=null makes none before"
+        " the end; give eval_every=…",
+    )
+    require(
+        evaluation.min_delta == 0 or evaluation.patience is not None,
+        f"evaluation.min_delta={evaluation.min_delta} has no effect without evaluation.patience=…; give both,"
+        " or leave it out",
+    )
+    require(
+        optimizer.weight_decay > 0 or not optimizer.decay_norms_and_embeddings,
+        "optimizer.decay_norms_and_embeddings=true has no effect without optimizer.weight_decay=…; give both,"
+        " or leave it out",
+    )
+    require(
+        config.epochs is None or config.mode is Mode.train,
+        f"epochs={config.epochs} is for mode=train, where the data say how many steps that is; give steps=…",
+    )
+    require(
+        config.epochs is None or not config.data.streaming,
+        "data.streaming=true tokenises while training, so how many sequences an epoch has is not known;"
+        " give steps=… instead of epochs=…, or use data.streaming=false",
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import string
+from dataclasses import replace
 from pathlib import Path
 
 from rsotrain.config.data import (
@@ -16,7 +17,8 @@ from rsotrain.config.data import (
     TokenizerConfig,
     TrainedTokenizerConfig,
 )
-from rsotrain.config.schema import Config, ModelConfig
+from rsotrain.config.model import ModelConfig
+from rsotrain.config.schema import Config, Mode
 from rsotrain.errors import UserError, require
 
 
@@ -34,7 +36,7 @@ def validate_data(config: Config) -> None:
         " leave it out",
     )
     if isinstance(data, FilesDataConfig | InstructionsDataConfig | HubDataConfig):
-        _validate_held_out(data)
+        _validate_held_out(data, config.mode)
     if isinstance(data, InstructionsDataConfig):
         _validate_instructions(data)
     if isinstance(data, C4DataConfig):
@@ -48,10 +50,19 @@ def validate_data(config: Config) -> None:
         )
 
 
-def _validate_held_out(data: FilesDataConfig | InstructionsDataConfig | HubDataConfig) -> None:
+def evaluated_data(data: DataConfig) -> DataConfig:
+    """What mode=evaluate reads: where no part is set aside for validation, all that ``data.path`` names."""
+    if isinstance(data, FilesDataConfig | InstructionsDataConfig) and data.validation_path is None:
+        return data if data.validation_fraction is not None else replace(data, validation_path=data.path)
+    return data
+
+
+def _validate_held_out(data: FilesDataConfig | InstructionsDataConfig | HubDataConfig, mode: Mode) -> None:
     key = "validation_split" if isinstance(data, HubDataConfig) else "validation_path"
     given, fraction = getattr(data, key), data.validation_fraction
     null = f" (with data.{key}=null)" if isinstance(data, HubDataConfig) else ""
+    if mode is Mode.evaluate and not isinstance(data, HubDataConfig) and given is None and fraction is None:
+        return  # all of the files; see evaluated_data
     require(
         (given is None) != (fraction is None),
         f"give what to validate on: either data.{key}=… or data.validation_fraction=0.01{null}",

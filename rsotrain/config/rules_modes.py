@@ -1,11 +1,43 @@
 """What the modes demand of the settings that they read, and of those that they do not."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from rsotrain.config.processes import processes
 from rsotrain.config.schema import Config, LoadWhat, Mode
 from rsotrain.errors import require
+
+# Of a mode that acts on checkpoint.path: the keys and groups that it reads. The model, its tokenizer and
+# whatever else made it what it is are those of the checkpoint.
+_OPEN = ("mode", "checkpoint.path", "device", "experiment", "logger", "hydra")
+_READ = {
+    Mode.evaluate: (
+        *_OPEN, "data", "evaluation", "precision", "seq_len", "batch_size", "micro_batch_size", "cache_dir",
+    ),
+    Mode.generate: (*_OPEN, "generate", "precision", "seed"),
+    Mode.export: (*_OPEN, "export", "overwrite"),
+}  # fmt: skip
+
+
+def check_read(config: Config, given: Iterable[str]) -> None:
+    """Raise UserError for the first of the keys and groups ``given`` that the mode would not look at."""
+    keys = list(given)
+    if config.mode is not Mode.benchmark:
+        for key in keys:
+            require(
+                not key.startswith("benchmark."),
+                f"{key} is for mode=benchmark; leave it out of mode={config.mode.name}",
+            )
+    if config.checkpoint.path is None or config.mode not in _READ:
+        return
+    read = _READ[config.mode]
+    for key in keys:
+        require(
+            any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in read),
+            f"mode={config.mode.name} takes everything but what it reads from checkpoint.path, so {key} would"
+            f" do nothing; leave it out (it reads {', '.join(n for n in read if n not in _OPEN)})",
+        )
 
 
 def validate_modes(config: Config) -> None:

@@ -7,6 +7,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import SIZE, number
 from rsotrain.config.registry import Settings, registering
 
@@ -21,7 +22,7 @@ def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
 
 @dataclass
 class SamplerConfig:
-    name: str = MISSING
+    name: str = means("name of the sampler", MISSING)
 
 
 @sampler("none", "")
@@ -42,7 +43,7 @@ class SvdSolver(Enum):
 class SvdConfig(SamplerConfig):
     """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
 
-    solver: SvdSolver = SvdSolver.gram
+    solver: SvdSolver = means("how the singular vectors are computed", SvdSolver.gram)
 
 
 @sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
@@ -50,19 +51,33 @@ class SvdConfig(SamplerConfig):
 class ImportanceConfig(SamplerConfig):
     """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
 
-    power: float = number(1.0, above=0, at_most=100)
+    power: float = means(
+        "exponent of the singular values in the weights of the draw", number(1.0, above=0, at_most=100)
+    )
 
 
 @sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
 @dataclass
 class RandomizedSvdConfig(SamplerConfig):
-    """``rounds`` block power iterations from the basis in use.
+    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
 
-    The first refresh has two more, from a random basis, or with ``svd_first`` is svd, as in LDAdam's code.
-    """
+    rounds: int = means(
+        "power iterations for a draw; the first has two more",
+        number(2, at_least=1, at_most=100),
+        unit="iterations",
+    )
 
-    rounds: int = number(2, at_least=1, at_most=100)
-    svd_first: bool = later(False)
+
+@sampler("block_power", "rsotrain.subspace.spectral:block_power_sampler")
+@dataclass
+class BlockPowerConfig(RandomizedSvdConfig):
+    """``rounds`` block power iterations from the basis in use, one as in LDAdam (arXiv 2410.16103)."""
+
+    rounds: int = means("power iterations for a draw", number(1, at_least=1, at_most=100), unit="iterations")
+    svd_first: bool = means(
+        "svd for the first draw, as in LDAdam's code, not a random basis and two more iterations",
+        later(True, before=False),
+    )
 
 
 @sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
@@ -70,12 +85,14 @@ class RandomizedSvdConfig(SamplerConfig):
 class MixtureConfig(SamplerConfig):
     """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others.
 
-    ``unbiased``: where bases are scaled (``optimizer.basis_scale``), multiply the random columns alone, by
-    √((k−r₁)/r₂), which gives E[PPᵀ] = I (PRAC, arXiv 2602.23111); false: all columns by √(k/r).
+    ``unbiased``: where bases are scaled (``optimizer.basis_scale``), the random columns alone are multiplied,
+    by √((k−r₁)/r₂), which gives E[PPᵀ] = I (PRAC, arXiv 2602.23111); false: all columns by √(k/r).
     """
 
-    principal_fraction: float = number(0.5, at_least=0, at_most=1)
-    unbiased: bool = later(False)
+    principal_fraction: float = means("share of the rank that svd fills", number(0.5, at_least=0, at_most=1))
+    unbiased: bool = means(
+        "where bases are scaled, scale the random columns alone, for E[PPᵀ] = I", later(True, before=False)
+    )
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -107,7 +124,9 @@ class TopkNormConfig(SamplerConfig):
 class RowNormConfig(SamplerConfig):
     """Coordinate axes drawn by the gradient's norm along them, ** ``power`` (Grass, arXiv 2406.17660)."""
 
-    power: float = number(1.0, above=0, at_most=100)
+    power: float = means(
+        "exponent of the norms in the weights of the draw", number(1.0, above=0, at_most=100)
+    )
 
 
 @sampler("dct", "rsotrain.subspace.spectral:dct_sampler")
@@ -130,18 +149,18 @@ class PCASolver(Enum):
 @sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
 @dataclass
 class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857).
+    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857)."""
 
-    ``lr``: peak learning rate of the basis, which follows the run's schedule. ``penalty``: λ, the weight of
-    ‖PᵀP − I‖_F². ``orthonormalize``: also orthonormalise the basis after each step, unlike the paper.
-    ``weight_decay``: of P, decoupled, at the rate of P.
-    """
-
-    lr: float = number(0.005, at_least=0, at_most=1000)
-    penalty: float = number(0.1, at_least=0, at_most=10**6)
-    solver: PCASolver = PCASolver.adam
-    orthonormalize: bool = False
-    weight_decay: float = later(number(0.0, at_least=0, at_most=1000))
+    lr: float = means(
+        "peak rate of the basis, which follows the run's schedule", number(0.005, at_least=0, at_most=1000)
+    )
+    penalty: float = means("λ, weight of ‖PᵀP − I‖²", number(0.1, at_least=0, at_most=10**6))
+    solver: PCASolver = means("update rule of the basis", PCASolver.adam)
+    orthonormalize: bool = means("also orthonormalise the basis after each step, unlike the paper", False)
+    weight_decay: float | None = means(
+        "decoupled weight decay of the basis; null: optimizer.weight_decay, the paper's λᴾ = λᵂ",
+        later(number(None, at_least=0, at_most=1000), before=0.0),
+    )
 
 
 @sampler("switching", "rsotrain.subspace.spectral:switching_sampler")
@@ -149,7 +168,9 @@ class OnlinePCAConfig(SamplerConfig):
 class SwitchingConfig(SamplerConfig):
     """The ``leading`` directions by one power iteration, random ones outside the rest (arXiv 2502.07752)."""
 
-    leading: int = number(40, at_least=0, at_most=SIZE)
+    leading: int = means(
+        "leading directions that a switch keeps", number(40, at_least=0, at_most=SIZE), unit="directions"
+    )
 
 
 @sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
@@ -157,4 +178,6 @@ class SwitchingConfig(SamplerConfig):
 class GoLoreConfig(SamplerConfig):
     """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
 
-    random_fraction: float = number(0.2, at_least=0, at_most=1)
+    random_fraction: float = means(
+        "share of the training, at its end, with random bases", number(0.2, at_least=0, at_most=1)
+    )

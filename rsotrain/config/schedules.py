@@ -7,10 +7,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeVar
 
 from omegaconf import MISSING
 
+from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, number
 
 Schedule = TypeVar("Schedule", bound="type[LRSchedulerConfig]")
@@ -28,20 +31,31 @@ def schedule(schema: str) -> Callable[[Schedule], Schedule]:
     return register
 
 
+class EndOfDecay(Enum):
+    """When a straight line reaches its end. after_last_update: so that a last update with the rate 0 would
+    follow the last. at_last_update: as it was at first, where that update, of the rate 0, trains nothing."""
+
+    after_last_update = "after_last_update"
+    at_last_update = "at_last_update"
+
+
 @dataclass
 class LRSchedulerConfig:
-    """Linear warm-up over ``warmup_steps``, or over ``warmup_fraction`` of the steps when that is null."""
+    """Linear warm-up, then what ``after_warmup`` says."""
 
-    name: str = MISSING
-    warmup_fraction: float = number(0.1, at_least=0, at_most=1)
-    warmup_steps: int | None = number(None, at_least=0, at_most=COUNT)
+    name: str = means("name of the schedule", MISSING)
+    warmup_fraction: float = means(
+        "share of the steps in which the rate rises linearly to its peak", number(0.1, at_least=0, at_most=1)
+    )
+    warmup_steps: int | None = means(
+        "the same as a number of steps, which then counts; null: by warmup_fraction",
+        number(None, at_least=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
 
     @abstractmethod
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
-        """The factor of the update with 0-based index ``step``, after the warm-up.
-
-        ``progress``, in (0, 1]: the share of the way from the end of the warm-up to the last update.
-        """
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        """The factor of the update with 0-based index ``step``, of ``total_steps``; ``warmup``: the first."""
 
 
 @schedule("constant")
@@ -49,7 +63,7 @@ class LRSchedulerConfig:
 class ConstantConfig(LRSchedulerConfig):
     """The peak rate to the end."""
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         return 1.0
 
 
@@ -58,21 +72,27 @@ class ConstantConfig(LRSchedulerConfig):
 class CosineConfig(LRSchedulerConfig):
     """A half cosine down to ``min_ratio`` of the peak at the last step."""
 
-    min_ratio: float = number(0.1, at_least=0, at_most=1)
+    min_ratio: float = means("rate at the last step, of the peak", number(0.1, at_least=0, at_most=1))
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        progress = (step - warmup + 1) / (total_steps - warmup)
         return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @schedule("linear")
 @dataclass
 class LinearConfig(LRSchedulerConfig):
-    """A straight line down to ``min_ratio`` of the peak at the last step."""
+    """A straight line from the peak down to ``min_ratio`` of it, which ``end`` says when it reaches."""
 
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
-        return self.min_ratio + (1 - self.min_ratio) * (1 - progress)
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
+        done = step - warmup + (self.end is EndOfDecay.at_last_update)
+        return self.min_ratio + (1 - self.min_ratio) * (1 - done / (total_steps - warmup))
 
 
 @schedule("wsd")
@@ -80,11 +100,18 @@ class LinearConfig(LRSchedulerConfig):
 class WSDConfig(LRSchedulerConfig):
     """Warm-up, stable, then a straight line down to ``min_ratio`` over the last ``decay_fraction``."""
 
-    decay_fraction: float = number(0.2, at_least=0, at_most=1)
-    min_ratio: float = number(0.0, at_least=0, at_most=1)
+    decay_fraction: float = means(
+        "share of the steps, at the end, in which the rate falls", number(0.2, at_least=0, at_most=1)
+    )
+    min_ratio: float = means("rate at the end of the line, of the peak", number(0.0, at_least=0, at_most=1))
+    end: EndOfDecay = means(
+        "when the straight line reaches its end",
+        later(EndOfDecay.after_last_update, before=EndOfDecay.at_last_update),
+    )
 
-    def after_warmup(self, step: int, total_steps: int, progress: float) -> float:
+    def after_warmup(self, step: int, total_steps: int, warmup: int) -> float:
         decay = round(self.decay_fraction * total_steps)
         if step < total_steps - decay:
             return 1.0
-        return self.min_ratio + (1 - self.min_ratio) * (total_steps - 1 - step) / decay
+        left = total_steps - step - (self.end is EndOfDecay.at_last_update)
+        return self.min_ratio + (1 - self.min_ratio) * left / decay

@@ -30,8 +30,10 @@ from rsotrain.config.data import (
     TrainedTokenizerConfig,
 )
 from rsotrain.config.later import later
+from rsotrain.config.meanings import means
 from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
-from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, number
+from rsotrain.config.model import ModelConfig
+from rsotrain.config.ranges import COUNT, FACTOR, number
 from rsotrain.config.samplers import SAMPLERS, SamplerConfig
 from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
 from rsotrain.config.text import file_path
@@ -72,87 +74,6 @@ class ActivationCheckpointing(Enum):
     block = "block"
 
 
-# --- model -------------------------------------------------------------------------------------
-
-
-@dataclass
-class RopeScalingConfig:
-    """How rotary angles are scaled, as ``rope_scaling`` in Hugging Face's configurations.
-
-    ``rope_type``: default (not at all), linear or llama3; ``rsotrain.models.rope`` has the list, and which of
-    the other fields each of them reads.
-    """
-
-    rope_type: str = "default"
-    factor: float | None = number(None, above=0, at_most=10**6)
-    low_freq_factor: float | None = number(None, above=0, at_most=10**6)
-    high_freq_factor: float | None = number(None, above=0, at_most=10**6)
-    original_max_position_embeddings: int | None = number(None, above=0, at_most=10**8)
-
-
-@dataclass
-class ModelConfig:
-    """A LLaMA decoder and its variations. Field names are those of Hugging Face's configurations.
-
-    ``head_dim``: null: hidden_size / num_attention_heads. ``attention_bias``: on q, k, v and o;
-    ``qkv_bias``: on q, k and v only, as Qwen2; ``mlp_bias``: on gate, up and down. ``qk_norm``: RMSNorm of
-    each query and key before the rotary embedding, as Qwen3. ``block``, ``attention``, ``mlp``: names in
-    ``rsotrain.models.parts``. ``init_from``: a Hugging Face folder whose weights to start from.
-    ``pad_vocab_to_multiple_of``: rows without a token that round the vocabulary up, for the speed of the
-    matrix products.
-    """
-
-    name: str = MISSING
-    hidden_size: int = number(above=0, at_most=10**6)
-    intermediate_size: int = number(above=0, at_most=SIZE)
-    num_hidden_layers: int = number(above=0, at_most=10**4)
-    num_attention_heads: int = number(above=0, at_most=10**5)
-    num_key_value_heads: int | None = number(None, above=0, at_most=10**5)  # null: as many as attention heads
-    head_dim: int | None = later(number(None, above=0, at_most=10**5))
-    max_position_embeddings: int = number(1024, above=0, at_most=10**8)
-    vocab_size: int | None = number(None, above=0, at_most=SIZE)  # null: the tokenizer's
-    rope_theta: float = number(10000.0, above=0, at_most=FACTOR)
-    rope_scaling: RopeScalingConfig = later(field(default_factory=RopeScalingConfig))
-    rms_norm_eps: float = number(1e-6, at_least=SMALL, at_most=1)
-    initializer_range: float = number(0.02, at_least=0, at_most=100)
-    tie_word_embeddings: bool = False
-    attention_bias: bool = later(False)
-    qkv_bias: bool = later(False)
-    mlp_bias: bool = later(False)
-    qk_norm: bool = later(False)
-    block: str = later("pre_norm")
-    attention: str = later("causal")
-    mlp: str = later("swiglu")
-    pad_vocab_to_multiple_of: int | None = number(None, above=0, at_most=10**5)
-    init_from: str | None = file_path(None)
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        """Features of one head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def query_size(self) -> int:
-        """Rows of q_proj, and columns of o_proj."""
-        return self.head_size * self.num_attention_heads
-
-    @property
-    def kv_size(self) -> int:
-        """Rows of k_proj and of v_proj."""
-        return self.head_size * self.kv_heads
-
-
-# Fields of ModelConfig that a Hugging Face folder does not tell; model=pretrained takes all others from it.
-FIELDS_OF_THE_RUN = ("name", "initializer_range", "pad_vocab_to_multiple_of", "init_from")
-
-
-# --- the rest ----------------------------------------------------------------------------------
-
-
 class Strategy(Enum):
     """single: one process. ddp: a whole copy on each rank. fsdp: one copy, sharded over all ranks.
     hsdp: sharded inside groups of ranks, replicated between them."""
@@ -165,15 +86,24 @@ class Strategy(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """``world_size``: processes the run must have; null: as many as were started; of mode=plan, how many to
-    plan for; null: one. ``shard_size``: hsdp's
-    ranks that share one copy; null: those of one node. ``timeout_seconds``: how long a rank waits for the
-    others in one collective before it gives them up."""
+    """How a run is divided among processes."""
 
-    strategy: Strategy = Strategy.single
-    world_size: int | None = number(None, above=0, at_most=10**5)
-    shard_size: int | None = number(None, above=0, at_most=10**5)
-    timeout_seconds: float = number(300.0, at_least=1, at_most=10**6)
+    strategy: Strategy = means("how the processes divide the work", Strategy.single)
+    world_size: int | None = means(
+        "processes that there must be, or that mode=plan plans for; null: those that were started, or one",
+        number(None, above=0, at_most=10**5),
+        unit="processes",
+    )
+    shard_size: int | None = means(
+        "processes that share one copy with hsdp; null: those of a node",
+        number(None, above=0, at_most=10**5),
+        unit="processes",
+    )
+    timeout_seconds: float = means(
+        "how long a process waits for the others in one collective before it gives them up",
+        number(300.0, at_least=1, at_most=10**6),
+        unit="seconds",
+    )
 
 
 class LoadWhat(Enum):
@@ -185,12 +115,13 @@ class LoadWhat(Enum):
 
 @dataclass
 class CheckpointConfig:
-    """``path``: a checkpoint, or a run's folder with some, that a run without own checkpoints begins from.
-    ``load``: what is taken from it. mode=evaluate, generate and export act on ``path``, which may be a
-    Hugging Face folder then; null: this run's newest."""
+    """What a run begins from that has no checkpoints of its own, and what the other modes act on."""
 
-    path: str | None = file_path(None)
-    load: LoadWhat = LoadWhat.all
+    path: str | None = means(
+        "run or checkpoint to begin from or act on (not training: or Hugging Face folder); null: this run's",
+        file_path(None),
+    )
+    load: LoadWhat = means("what a training takes from it", LoadWhat.all)
 
 
 class WandbMode(Enum):
@@ -216,31 +147,37 @@ class Progress(Enum):
 class LoggerConfig:
     """``metrics.jsonl`` and ``train.log`` are always written; this adds Weights & Biases and a display.
 
-    Of what is null W&B's own variables decide (``WANDB_PROJECT``, ``WANDB_MODE``, ``WANDB_RUN_GROUP``, …);
-    without one the mode is auto, the project rsotrain, and the server has 30 seconds to answer."""
+    Of what is null W&B's own variables decide."""
 
-    name: str = MISSING
-    wandb: bool = False
-    wandb_mode: WandbMode | None = None
-    wandb_project: str | None = None
-    wandb_entity: str | None = None
-    wandb_group: str | None = None
-    wandb_tags: list[str] | None = None
-    wandb_init_timeout_seconds: float | None = number(None, above=0, at_most=10**5)
-    progress: Progress = Progress.auto
+    name: str = means("name of the option", MISSING)
+    wandb: bool = means(
+        "log to Weights & Biases, beside metrics.jsonl and train.log, which are always written", False
+    )
+    wandb_mode: WandbMode | None = means("null: $WANDB_MODE, or auto", None)
+    wandb_project: str | None = means("project of Weights & Biases; null: $WANDB_PROJECT, or rsotrain", None)
+    wandb_entity: str | None = means("user or team; null: $WANDB_ENTITY, or your own", None)
+    wandb_group: str | None = means("group of the run; null: $WANDB_RUN_GROUP, or none", None)
+    wandb_tags: list[str] | None = means("tags of the run; null: $WANDB_TAGS, or none", None)
+    wandb_init_timeout_seconds: float | None = means(
+        "how long the server has to answer at the start; null: $WANDB_INIT_TIMEOUT, or 30",
+        number(None, above=0, at_most=10**5),
+        unit="seconds",
+    )
+    progress: Progress = means("what a run shows on the screen", Progress.auto)
 
 
 @dataclass
 class ReportConfig:
     """What a multirun of trainings leaves beside its table on the screen, like ``rsotrain-report``.
 
-    ``path``: the folder for page, tables and pictures; null: none. ``claims``: hold the papers' claims
-    against the runs, too. It is about all runs in the folder of the multirun's own. A run that is not started
-    by a multirun writes none.
+    It is about all runs in the folder of the multirun's own. A run that is not started by a multirun writes
+    none.
     """
 
-    path: str | None = file_path(None)
-    claims: bool = False
+    path: str | None = means(
+        "folder for the report of a multirun: page, tables and pictures; null: none", file_path(None)
+    )
+    claims: bool = means("hold the papers' claims against the runs in that report", False)
 
 
 @dataclass
@@ -250,26 +187,78 @@ class Config:
     The groups' defaults are the base classes: Hydra lets a file replace a schema by a subclass only.
     """
 
-    mode: Mode = Mode.train
-    steps: int = number(above=0, at_most=COUNT)
-    batch_size: int = number(above=0, at_most=10**6)  # sequences per optimizer step, all ranks
-    micro_batch_size: int | None = number(None, above=0, at_most=10**6)  # per pass and rank; null: all
-    seq_len: int = number(above=0, at_most=10**8)
-    seed: int = number(0, at_least=0, at_most=COUNT)
-    device: Device = Device.auto
-    precision: Precision = Precision.bf16_mixed
-    grad_clip: float | None = number(None, above=0, at_most=FACTOR)  # global norm of gradients; null: none
-    compile: bool = False
-    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    eval_every: int | None = number(None, above=0, at_most=COUNT)  # steps; null: only at the end
-    save_every: int | None = number(None, above=0, at_most=COUNT)  # steps; null: only at the end
-    log_every: int = number(10, above=0, at_most=COUNT)  # steps
-    keep_checkpoints: int = number(2, above=0, at_most=COUNT)  # newest checkpoints kept
-    max_seconds: float | None = number(None, above=0, at_most=FACTOR)
-    run_name: str | None = None  # null: made from the settings
-    output_dir: str = file_path("outputs")
-    cache_dir: str | None = file_path(None)  # null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain
-    overwrite: bool = False
+    mode: Mode = means("what to do", Mode.train)
+    steps: int = means("length of the training", number(above=0, at_most=COUNT), unit="optimizer steps")
+    epochs: float | None = means(
+        "passes over the training data, instead of steps, which follow from it; null: steps",
+        later(number(None, above=0, at_most=10**6)),
+    )
+    batch_size: int = means(
+        "sequences of one update, over all processes and micro-batches",
+        number(above=0, at_most=10**6),
+        unit="sequences",
+    )
+    micro_batch_size: int | None = means(
+        "sequences of one forward and backward pass of a process; null: its whole share of the batch",
+        number(None, above=0, at_most=10**6),
+        unit="sequences",
+    )
+    seq_len: int = means("length of a training sequence", number(above=0, at_most=10**8), unit="tokens")
+    seed: int = means(
+        "of the weights, the order of the data and random bases", number(0, at_least=0, at_most=COUNT)
+    )
+    device: Device = means("where to train; auto: a GPU if there is one", Device.auto)
+    precision: Precision = means("of weights and compute", Precision.bf16_mixed)
+    grad_clip: float | None = means(
+        "largest global norm of the gradient, to which larger ones are scaled; null: no limit",
+        number(None, above=0, at_most=FACTOR),
+    )
+    z_loss: float = means(
+        "weight of (log Z)² beside the cross-entropy, Z the softmax's denominator",
+        later(number(0.0, at_least=0, at_most=1)),
+    )
+    max_bad_steps: int = means(
+        "batches with a bad loss or gradient that are skipped before the run fails",
+        later(number(0, at_least=0, at_most=10**6)),
+        unit="batches",
+    )
+    spike_factor: float | None = means(
+        "a gradient norm of so many times the recent median is bad, too; null: never",
+        later(number(None, above=1, at_most=FACTOR)),
+    )
+    compile: bool = means("compile each block with torch.compile", False)
+    activation_checkpointing: ActivationCheckpointing = means(
+        "what the backward pass computes again instead of keeping it", ActivationCheckpointing.none
+    )
+    eval_every: int | None = means(
+        "how often to evaluate; null: only at the end",
+        number(None, above=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
+    save_every: int | None = means(
+        "how often to save a checkpoint; null: only at the end",
+        number(None, above=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
+    log_every: int = means(
+        "how often to log a line of metrics", number(10, above=0, at_most=COUNT), unit="optimizer steps"
+    )
+    keep_checkpoints: int = means(
+        "how many of the newest checkpoints to keep, beside the best",
+        number(2, above=0, at_most=COUNT),
+        unit="checkpoints",
+    )
+    max_seconds: float | None = means(
+        "save and stop after so long, with exit status 75; null: no limit",
+        number(None, above=0, at_most=FACTOR),
+        unit="seconds",
+    )
+    run_name: str | None = means("name of the run's folder; null: made from the settings", None)
+    output_dir: str = means("folder in which the run's folder is made", file_path("outputs"))
+    cache_dir: str | None = means(
+        "folder of tokenizers and tokens; null: $RSOTRAIN_CACHE_DIR or ~/.cache/rsotrain", file_path(None)
+    )
+    overwrite: bool = means("begin again in a folder that holds a run, which is lost", False)
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -10,6 +10,8 @@ from rsotrain.config.rules import (
     validate_lr_scheduler,
     validate_model,
     validate_parallelism,
+    validate_training,
+    validate_weight_rounding,
 )
 from rsotrain.config.rules_data import validate_data, validate_tokenizer
 from rsotrain.config.rules_modes import validate_modes
@@ -27,6 +29,7 @@ def validate(config: Config) -> None:
     check_text(config)
     validate_parallelism(config, processes().size)
     validate_model(config.model)
+    validate_weight_rounding(config)
     longest = config.model.max_position_embeddings
     require(
         config.seq_len <= longest
@@ -34,7 +37,9 @@ def validate(config: Config) -> None:
         f"seq_len={config.seq_len} is longer than model.max_position_embeddings={longest};"
         " shorten the sequences or raise the model's maximum",
     )
-    validate_lr_scheduler(config.lr_scheduler, config.steps)
+    if config.epochs is None:  # else the steps are not known yet
+        validate_lr_scheduler(config.lr_scheduler, config.steps)
+    validate_training(config)
     validate_data(config)
     validate_tokenizer(config.tokenizer, config.model)
     validate_modes(config)

@@ -65,16 +65,30 @@ class InstructionFields:
         for text, name, _, _ in string.Formatter().parse(self.template):
             prompt.append(text)
             if name is not None:  # which may be that of a field inside another
-                prompt.append(_string(row, name, where, "data.prompt_template"))
-        return Document(_string(row, self.response, where, "data.response_field"), "".join(prompt))
+                prompt.append(_string(row, name, where, "data.prompt_template", _example))
+        response = _string(row, self.response, where, "data.response_field", _example)
+        return Document(response, "".join(prompt))
 
 
-def _string(row: Row, name: str, where: str, key: str) -> str:
+def _example(row: Row) -> str:
+    """Settings of data=instructions that would fit the row, as far as its fields can tell; or nothing."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and name.isidentifier()]
+    if len(texts) < 2:
+        return ""
+    return f" (for example \"data.prompt_template='{{{texts[0]}}}'\" data.response_field={texts[1]})"
+
+
+def _no_example(row: Row) -> str:
+    return ""
+
+
+def _string(row: Row, name: str, where: str, key: str, example: Callable[[Row], str] = _no_example) -> str:
     try:
         text = value_of(row, name)
     except KeyError as error:
         raise BadRow(
-            f"{where} has no field {name!r} (its fields: {names(row)}); give the right one with {key}=…"
+            f"{where} has no field {name!r} (its fields: {names(row)}); give the right one with"
+            f" {key}=…{example(row)}"
         ) from error
     if not isinstance(text, str):
         raise BadRow(f"{where} has a {type(text).__name__} in the field {name!r}; make it a string")

@@ -1,8 +1,9 @@
 """Parquet and Arrow files -> rows of the columns that hold text, some rows at a time."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rsotrain.data.decompression import compression
 from rsotrain.data.finding import shown
@@ -67,14 +68,26 @@ def _arrow_batches(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[list[
 
     with path.open("rb") as file:
         is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
-    with pa.memory_map(str(path)) as source:
+    with path.open("rb") as file, pa.memory_map(str(path)) as source:
+        mapped = source.size()
         opened = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         places = _places(path, opened.schema, columns)
-        batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
-        for batch in batches:
+        batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else iter(opened)
+        while True:
+            _check_length(file, mapped)
+            if (batch := next(batches, None)) is None:
+                return
             batch.validate()  # its lengths; what lies inside is checked where it is used
             for start in range(0, batch.num_rows, BATCH_ROWS):
+                _check_length(file, mapped)
                 yield places, batch.slice(start, BATCH_ROWS)
+
+
+def _check_length(file: BinaryIO, mapped: int) -> None:
+    """Raises Damaged where a mapped file has become shorter: to touch what is gone would end the process."""
+    left = os.fstat(file.fileno()).st_size
+    if left < mapped:
+        raise Damaged(f"Arrow file (it was cut from {mapped:,} to {left:,} bytes while it was read)")
 
 
 def _places(path: Path, schema: Any, columns: tuple[str, ...]) -> list[_Place]:

@@ -9,6 +9,7 @@ import torch
 
 from rsotrain.config.data import ExportDtype
 from rsotrain.config.identity import run_folder_path
+from rsotrain.config.rules_data import evaluated_data
 from rsotrain.config.schema import Config, Precision
 from rsotrain.data.build import build_validation
 from rsotrain.errors import UserError
@@ -41,7 +42,7 @@ def evaluate_mode(config: Config, cache_dir: Path) -> dict[str, Any]:
         )
     limit = config.evaluation.max_tokens
     validation = build_validation(
-        config.data,
+        evaluated_data(config.data),
         trained.tokenizer,
         seq_len=seq_len,
         cache_dir=cache_dir,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsotrain.checkpoints.files import list_checkpoints, load_checkpoint
 from rsotrain.config.keys import from_plain
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
@@ -98,6 +99,7 @@ def _from_run(run: Path, checkpoint: Path, device: torch.device, precision: Prec
         precision=precision,
         seed=0,
         separator_id=tokenizer.eos_id if mask else None,
+        float32_gains=settings["optimizer"].get("weight_rounding") == WeightRounding.stochastic.name,
     )
     _check(tensors, build(device=torch.device("meta")), checkpoint)
     model = build(device=device)

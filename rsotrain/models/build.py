@@ -1,6 +1,8 @@
 """From the configuration to an initialised model, by way of the meta device."""
 
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,11 +37,15 @@ def build_model(
     seed: int,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     separator_id: int | None = None,
+    z_loss: float = 0.0,
+    float32_gains: bool = False,
 ) -> Llama:
     """The model on ``device``, initialised; on the meta device it has shapes and dtypes only.
 
     ``separator_id``: the token that begins a document; attention then ends at its document's beginning.
-    Raises UserError where the sizes do not fit together, or ``config.init_from`` does not fit them.
+    ``z_loss``: as in ``linear_cross_entropy``. ``float32_gains``: the gains of norms are float32 in every
+    precision. Raises UserError where the sizes do not fit together, where
+    ``config.init_from`` does not fit them, and for a pattern of ``config.freeze`` without a parameter.
     """
     validate_model(config)
     if vocab_size < 1:
@@ -51,13 +57,50 @@ def build_model(
             compute_dtype=COMPUTE_DTYPE[precision],
             activation_checkpointing=activation_checkpointing,
             separator_id=separator_id,
+            z_loss=z_loss,
         ).to(PARAMETER_DTYPE[precision])
+        if float32_gains:
+            _widen_gains(model)
         model.tie_weights()
+    freeze(model, config.freeze)
     if config.init_from is not None and config.vocab_size == vocab_size:  # known already: before any work
         check_fit(model, read_huggingface(Path(config.init_from).expanduser()))
     if device.type != "meta":
         materialize(model, device, seed)
     return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train no parameter whose name one of ``patterns`` finds, regular expressions as in block_parameters.
+
+    A tied weight goes by its first name. Raises UserError for a pattern that finds none, and where nothing is
+    left to train.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        try:
+            found = [name for name in named if re.search(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"model.freeze holds {pattern!r}, which is no regular expression ({error})"
+            ) from error
+        if not found:
+            raise UserError(
+                f"model.freeze: {pattern!r} matches no parameter (names look like {next(iter(named))!r}, and"
+                " a tied one goes by its first name); remove or correct it"
+            )
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise UserError(f"model.freeze={list(patterns)} leaves nothing to train; narrow the patterns")
+
+
+def _widen_gains(model: Llama) -> None:
+    for module in model.modules():
+        for name, kind in getattr(module, "kinds", {}).items():
+            if kind is Kind.gain:
+                own = getattr(module, name)
+                own.data = own.data.to(torch.float32)
 
 
 def model_vocab_size(config: ModelConfig, tokenizer_size: int) -> int:

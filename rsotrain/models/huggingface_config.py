@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rsotrain.config.keys import flatten, plain
-from rsotrain.config.schema import FIELDS_OF_THE_RUN, ModelConfig, RopeScalingConfig
+from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig, RopeScalingConfig
 from rsotrain.config.validation import validate_model
 from rsotrain.errors import UserError
 from rsotrain.files import read_json

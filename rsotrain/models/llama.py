@@ -63,7 +63,8 @@ class Llama(nn.Module):
     ``forward(tokens, targets)`` gives the sum of the cross-entropy over the targets (batch, seq_len) that
     are not −100, an fp32 scalar: position i is scored against ``targets[:, i]``, so targets are the
     tokens moved left by one. The caller divides by the number of scored tokens of the whole batch.
-    ``device_kind``: as of ``linear_cross_entropy``; a plan for a GPU is made with tensors on the CPU.
+    ``z_loss``, ``device_kind``: as of ``linear_cross_entropy``; a plan for a GPU is made with tensors on the
+    CPU.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Llama(nn.Module):
         compute_dtype: torch.dtype,
         activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
         separator_id: int | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.z_loss = config, z_loss
         self.device_kind: str | None = None
         self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing, separator_id)
         self.lm_head = Linear(config.hidden_size, vocab_size)
@@ -94,5 +96,9 @@ class Llama(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         return linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.device_kind
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            self.device_kind,
+            z_loss=self.z_loss,
         )

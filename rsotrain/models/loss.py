@@ -26,7 +26,12 @@ _GPU_BLOCK_BYTES = 2**26
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, device_kind: str | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    device_kind: str | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of −log softmax(hidden weightᵀ)[target], as an fp32 scalar.
 
@@ -34,6 +39,9 @@ def linear_cross_entropy(
     targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. ``device_kind``: "cpu" or "cuda",
     whose working buffers are to be used; None: that of hidden's device. Softmax, loss and the sum of
     the head's gradient over chunks are in fp32; gradients arrive in the dtype of their tensor.
+    ``z_loss``: weight c of the auxiliary loss Σ c·(log Z)², Z = Σ exp(logits), which keeps the logits from
+    drifting (PaLM, arXiv 2204.02311, section 5, with c = 1e-4). It is in the gradients only: the value that
+    is returned stays the cross-entropy, so that losses with and without it can be compared.
     The gradients are scaled in place when backward runs, so it can run only once (torch raises the
     second time).
     """
@@ -41,30 +49,38 @@ def linear_cross_entropy(
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
     kind = device_kind or hidden.device.type
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, kind)
-    return _loss_and_gradients(hidden, weight, targets, kind, False, False)[0]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, kind, z_loss)
+    return _loss_and_gradients(hidden, weight, targets, kind, z_loss, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kind: str) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss, *grads = _loss_and_gradients(hidden, weight, targets, kind, need_hidden, need_weight)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, kind: str, z_loss: float
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *grads = _loss_and_gradients(hidden, weight, targets, kind, z_loss, *needed)
         ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # Not cast to the gradient's dtype first: 1/tokens in bf16 is off by up to 0.2 %, every entry with it.
         grad_hidden, grad_weight = (
             grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kind: str, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kind: str,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The summed loss and its gradients with respect to hidden and weight (None where not needed)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
@@ -80,7 +96,7 @@ def _loss_and_gradients(
         chunk = hidden[rows]
         chunk_logits = logits[: chunk.shape[0]]
         torch.mm(chunk, head.t(), out=chunk_logits)
-        loss += _softmax_loss_(chunk_logits, targets[rows], kind, need_hidden or need_weight)
+        loss += _softmax_loss_(chunk_logits, targets[rows], kind, z_loss, need_hidden or need_weight)
         if grad_hidden is not None:
             torch.mm(chunk_logits, head, out=grad_hidden[rows])
         if weight_sum is not None:
@@ -104,8 +120,8 @@ def _block_rows(num_rows: int, row_elements: int, kind: str) -> int:
     return max(1, min(num_rows, block_bytes // (4 * row_elements)))
 
 
-def _softmax_loss_(logits: Tensor, targets: Tensor, kind: str, with_gradient: bool) -> Tensor:
-    """The summed loss; ``with_gradient`` overwrites logits with the gradient of each token's loss.
+def _softmax_loss_(logits: Tensor, targets: Tensor, kind: str, z_loss: float, with_gradient: bool) -> Tensor:
+    """The summed loss; ``with_gradient`` overwrites logits with the gradient of each token's loss and z-loss.
 
     That gradient is not zero for ignored tokens: the caller masks what it computes from it.
     """
@@ -122,6 +138,8 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, kind: str, with_gradient: bo
         log_sum = rows.amax(1, keepdim=True).float() - probability.amax(1, keepdim=True).log_()
         loss += (log_sum - rows.gather(1, target)).masked_fill_(~valid, 0.0).sum()
         if with_gradient:
+            if z_loss:  # d(log Z)²/dlogits = 2 log Z · softmax
+                probability.mul_(log_sum.mul_(2 * z_loss).add_(1.0))
             minus_one = probability.new_full((), -1.0).expand_as(target)
             rows.copy_(probability.scatter_add_(1, target, minus_one))
     return loss

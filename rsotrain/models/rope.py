@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.keys import did_you_mean
-from rsotrain.config.schema import ModelConfig, RopeScalingConfig
+from rsotrain.config.model import ModelConfig, RopeScalingConfig
 from rsotrain.errors import require
 
 Scaling = Callable[[Tensor], Tensor]  # frequencies (head_dim / 2), radians per position -> scaled ones

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
+from rsotrain.optim.base import BUCKET_ELEMENTS, ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.optim.weights import Factors, factors_by_rows, store_all
 from rsotrain.parallel.sharding import local
 
-# Elements converted to float32 at a time: 4 MiB each for weight and gradient, which stay in the cache
+# Elements converted to float32 at a time on a CPU: 4 MiB each for weight and gradient stay in its cache
 PIECE_ELEMENTS = 1 << 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,6 +24,7 @@ class _Piece:
     """A run of rows of one parameter. ``weight`` is a view: writing to it updates the parameter."""
 
     weight: Tensor
+    factors: Factors | None  # of its stochastic rounding
     gradient: Tensor
     exp_avg: Moment
     exp_avg_sq: Moment
@@ -32,8 +34,7 @@ class AdamW(ParamGroupOptimizer):
     """AdamW with decoupled weight decay; in float32 it equals ``torch.optim.AdamW(fused=True)`` bitwise.
 
     The fused kernel takes one dtype, so bfloat16 weights, their gradients and bfloat16 moments are copied
-    to float32, in pieces that fit the cache. Updated bfloat16 weights are rounded to nearest, as in the
-    papers' pure bfloat16 runs.
+    to float32, in pieces that fit the cache.
     """
 
     def __init__(
@@ -61,21 +62,23 @@ class AdamW(ParamGroupOptimizer):
             kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
         for (dtype, device), names in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
-            copies = dtype is not work_dtype(dtype) or self.keeper.dtype is torch.bfloat16
-            limit = PIECE_ELEMENTS if copies else None
-            pieces = [piece for name in names for piece in self._pieces(name, limit)]
+            copies = dtype is not work_dtype(dtype) or self.keeper.reduced
+            largest = PIECE_ELEMENTS if device.type == "cpu" else BUCKET_ELEMENTS
+            limit = largest if copies else None
+            pieces = [piece for name in names for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]
             for group in groups:
                 self._update_group(group, count, step, self.peak_lr * lr_factor)
 
-    def _pieces(self, name: str, limit: int | None) -> list[_Piece]:
+    def _pieces(self, name: str, limit: int | None, step: int) -> list[_Piece]:
         parameter, moments = self.parameters[name], [self.moments[name][key] for key in _MOMENTS]
         weight, gradient = local(parameter).detach(), gradient_of(name, parameter)
         if limit is None:
-            return [_Piece(weight, gradient, *moments)]
+            return [_Piece(weight, None, gradient, *moments)]
         exp_avgs, exp_avg_sqs = (moment.rows(limit) for moment in moments)
         counts = [run.values.shape[0] for run in exp_avgs]
-        runs = zip(weight.split(counts), gradient.split(counts), exp_avgs, exp_avg_sqs, strict=True)
+        factors = factors_by_rows(self.weights.factors(name, step), counts)
+        runs = zip(weight.split(counts), factors, gradient.split(counts), exp_avgs, exp_avg_sqs, strict=True)
         return [_Piece(*run) for run in runs]
 
     def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float) -> None:
@@ -96,5 +99,5 @@ class AdamW(ParamGroupOptimizer):
             weight_decay=self.settings.weight_decay,
         )
         if wide is not weights[0].dtype:
-            torch._foreach_copy_(weights, wide_weights)
+            store_all([(p.weight, p.factors) for p in pieces], wide_weights)
         self.keeper.write(moments, wide_moments, step)

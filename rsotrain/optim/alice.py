@@ -94,14 +94,14 @@ class Alice(GaLore):
             update.mul_(corrections.to(update.dtype))
             basis = self.basis(m)
             if m.rank == m.size:
-                add_lifted_(m.weight, update, basis, lr, self.decay_factor(lr))
+                self.apply_lifted_(m.name, update, basis, lr, step, m.side)
                 continue
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             scales = self._scales(m, residual, r, step)
             outside = residual.mul_((scales * -self.config.compensation).to(basis.dtype))
             add_lifted_(outside, update, basis, 1.0)
-            self.apply_(m.weight, outside, lr)
+            self.apply_(m.name, outside, lr, step, m.side)
 
     def _track(self, bucket: list[Matrix], projected: list[Tensor]) -> None:
         if not self.config.tracking:

@@ -8,14 +8,18 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OptimizerConfig
+from rsotrain.config.methods import OptimizerConfig, WeightRounding
 from rsotrain.errors import require
+from rsotrain.optim.blocks import block_dim, block_size, is_unsigned
+from rsotrain.optim.coded import CodedMoment
 from rsotrain.optim.functional import Betas
-from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
+from rsotrain.optim.moments import Moment, StateKeeper
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
+from rsotrain.optim.weights import ALL_ROWS, Weights
 from rsotrain.parallel.sharding import Shard, local, shard_of
+from rsotrain.subspace.projection import Side
 from rsotrain.subspace.samplers import Sampler
 
 # Matrices are updated in buckets whose temporaries have at most so many elements each: 32 MiB in float32.
@@ -54,6 +58,7 @@ class Settings:
     betas: Betas = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    weight_rounding: WeightRounding = WeightRounding.nearest
 
 
 class ParamGroupOptimizer(ABC):
@@ -87,6 +92,7 @@ class ParamGroupOptimizer(ABC):
         self.config: Any = config
         self.keeper = settings.keeper
         self.shards: dict[str, Shard] = {name: shard_of(p) for name, p in parameters.items()}
+        self.weights = Weights(parameters, self.shards, settings.weight_rounding, self.keeper.seed)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         self.moments: dict[str, dict[str, Moment]] = {name: {} for name in parameters}
         self._dims: dict[tuple[str, str], int | None] = {}
@@ -121,8 +127,8 @@ class ParamGroupOptimizer(ABC):
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
-        sizes = (layout.matrix(weight, by_rows=cls.by_rows) for weight in weights)
-        return sum(layout.bytes_of(cls.matrix_state(config, size)) for size in sizes)
+        matrices = [layout.matrix(weight, by_rows=cls.by_rows) for weight in weights]
+        return sum(layout.bytes_of(cls.matrix_state(config, matrix), matrix) for matrix in matrices)
 
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
@@ -141,11 +147,40 @@ class ParamGroupOptimizer(ABC):
         parameter, shard = self.parameters[name], self.shards[name]
         dim = None if shard.dim is None else dim
         label = f"{name}{'' if dim is None else shard.label}.{key}"
-        moment = self.keeper.moment(key, shape, parameter, label=label, dim=dim)
+        coded = self._coded(name, key, shape, dim) if self.keeper.coded else None
+        moment = self.keeper.moment(key, shape, parameter, label=label, dim=dim, coded=coded)
         self.moments[name][key] = moment
         for state_key, tensor in moment.tensors.items():
             self.add_tensor(name, state_key, tensor, dim)
         return moment
+
+    def _coded(self, name: str, key: str, shape: Sequence[int], dim: int | None) -> CodedMoment | None:
+        """The moment in 8 bits; None where it is too small to be kept so."""
+        parameter, shard, whole = self.parameters[name], self.shards[name], list(shape)
+        start = [0] * len(whole)
+        if dim is not None:
+            assert shard.dim is not None
+            whole[dim], start[dim] = shard.shape[shard.dim], shard.start
+        along = block_dim(whole, shard.shape, rows=self.by_rows or not parameter.requires_grad)
+        size = block_size(whole, along)
+        if size is None:
+            return None
+        require(
+            along != dim,
+            f"optimizer.state_dtype=int8: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
+            f" its {shard.shape[1]} columns are not divisible by {shard.pieces}, and would cut the blocks of"
+            " its moments; use a number of ranks that divides the columns, or optimizer.state_dtype=bfloat16",
+        )
+        return CodedMoment.zeros(
+            shape,
+            (whole[0], whole[1]),
+            (start[0], start[1]),
+            along,
+            size,
+            unsigned=is_unsigned(key),
+            label=f"{name}.{key}",
+            device=parameter.device,
+        )
 
     def add_tensor(self, name: str, key: str, tensor: Tensor, dim: int | None = None) -> Tensor:
         """Add a state tensor of the parameter (or input group) ``name``; ``dim`` as in ``add_moment``."""
@@ -223,15 +258,28 @@ class ParamGroupOptimizer(ABC):
 
     # --- weights --------------------------------------------------------------------------------------
 
-    def decay_factor(self, lr: float) -> float:
-        """1 − ηλ, the factor of a weight under decoupled weight decay."""
-        return 1.0 - lr * self.settings.weight_decay
+    def apply_(
+        self,
+        name: str,
+        update: Tensor,
+        lr: float,
+        step: int,
+        side: Side = Side.right,
+        rows: slice = ALL_ROWS,
+    ) -> None:
+        """W ← (1 − ηλ)W + η·update, rounded once, for this rank's piece of W. May overwrite ``update``.
 
-    def apply_(self, weight: Tensor, update: Tensor, lr: float) -> None:
-        """W ← (1 − ηλ)W + η·update, rounded once. May overwrite ``update``."""
-        if self.settings.weight_decay:
-            update = update.to(work_dtype(update.dtype)).sub_(weight, alpha=self.settings.weight_decay)
-        weight.add_(update, alpha=lr)
+        ``update``: of the shape of the piece, or of these ``rows`` of it; or of its oriented view's (M×k)
+        where ``side`` is its side.
+        """
+        self.weights.add_(name, update, lr, step, decay=self.settings.weight_decay, side=side, rows=rows)
+
+    def apply_lifted_(
+        self, name: str, low_rank: Tensor, basis: Tensor, lr: float, step: int, side: Side = Side.right
+    ) -> None:
+        """The same for the update ``low_rank`` Qᵀ (M×r and k×r)."""
+        decay = self.settings.weight_decay
+        self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
 
     # --- metrics and tables -----------------------------------------------------------------------------
 

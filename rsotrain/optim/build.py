@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config.methods import AdamConfig, OptimizerConfig, StateDtype, SubspaceConfig
+from rsotrain.config.methods import AdamConfig, OptimizerConfig, SubspaceConfig
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.registry import CODE
-from rsotrain.config.samplers import SamplerConfig
+from rsotrain.config.samplers import OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.moments import StateKeeper
-from rsotrain.optim.parameter_groups import group_parameters
+from rsotrain.optim.parameter_groups import group_parameters, is_norm_or_embedding
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
 
@@ -76,6 +76,8 @@ def build_optimizer(
     groups = group_parameters(model, config.block_parameters)
     own: dict[str, Any] = {}
     if groups.blocks:
+        if isinstance(sampler, OnlinePCAConfig) and sampler.weight_decay is None:
+            sampler = replace(sampler, weight_decay=config.weight_decay)
         built = build_sampler(sampler)
         method.refuse(config, built)
         if built is not None:
@@ -90,12 +92,12 @@ def build_optimizer(
         config.scale > 0 or not config.decay_at_lr,
         "optimizer.decay_at_lr is for optimizer.scale > 0; with scale 0 these weights do not move",
     )
-    reduced = config.state_dtype is StateDtype.bfloat16
     settings = Settings(
-        keeper=StateKeeper(torch.bfloat16 if reduced else torch.float32, seed),
+        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        weight_rounding=config.weight_rounding,
     )
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:
@@ -108,7 +110,15 @@ def build_optimizer(
         if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam
             settings = replace(settings, betas=(settings.betas[0], 0.999))
         rest = AdamConfig(name="adam", lr=config.lr)
-        optimizers.append(AdamW("rest: adam", groups.rest, config.lr, settings, rest))
+        decayed, undecayed = groups.rest, {}
+        if config.weight_decay and not config.decay_norms_and_embeddings:
+            undecayed = {n: p for n, p in groups.rest.items() if is_norm_or_embedding(n, p)}
+            decayed = {n: p for n, p in groups.rest.items() if n not in undecayed}
+        if decayed:
+            optimizers.append(AdamW("rest: adam", decayed, config.lr, settings, rest))
+        if undecayed:
+            settings = replace(settings, weight_decay=0.0)
+            optimizers.append(AdamW("rest: adam, no decay", undecayed, config.lr, settings, rest))
     return CompositeOptimizer(optimizers, groups)
 
 

@@ -159,5 +159,6 @@ class CompositeOptimizer:
             )
         if frozen := self.parameter_groups.frozen:
             elements = sum(p.numel() for p in frozen.values())
-            rows.append(GroupRow("frozen", ", ".join(frozen), len(frozen), elements, None, "–", 0))
+            shown = ", ".join([*list(frozen)[:3], *(["…"] if len(frozen) > 3 else [])])
+            rows.append(GroupRow("frozen", shown, len(frozen), elements, None, "–", 0))
         return rows

@@ -97,4 +97,4 @@ class Dion2(Muon):
         rows = whole.T if self._turned(name) else whole
         if len(rows):
             rows.index_add_(0, index, (update * mine).to(whole.dtype))
-        self._apply(name, whole, lr)
+        self._apply(name, whole, step, lr)

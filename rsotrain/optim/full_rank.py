@@ -1,5 +1,6 @@
 """The base of methods without a subspace that update each parameter by itself."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from rsotrain.config.methods import OptimizerConfig
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.state_size import MatrixSize, Shape, StateSize
+from rsotrain.optim.weights import ALL_ROWS
 from rsotrain.parallel.sharding import local
 
 # Elements that a CPU updates at a time, so that temporaries stay in its cache. Others take whole matrices.
@@ -65,28 +67,28 @@ class FullRankOptimizer(ParamGroupOptimizer):
     def update(self, step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
         for name, parameter in self.parameters.items():
-            weight, gradient = local(parameter).detach(), gradient_of(name, parameter)
+            gradient = gradient_of(name, parameter)
             kept = list(self.moments[name].values())
-            in_cache = weight.device.type == "cpu" and not self.whole(name)
-            limit = CACHE_ELEMENTS if in_cache else weight.numel()
-            for own_weight, own_gradient, own in row_runs(weight, gradient, kept, limit):
+            in_cache = gradient.device.type == "cpu" and not self.whole(name)
+            limit = CACHE_ELEMENTS if in_cache else gradient.numel()
+            for rows, own in row_runs(gradient, kept, limit):
                 wide = self.keeper.read(own)
-                update = self.negative_update(name, own_gradient.to(work_dtype(gradient.dtype)), wide, step)
+                own_gradient = gradient[rows].to(work_dtype(gradient.dtype))
+                update = self.negative_update(name, own_gradient, wide, step)
                 self.keeper.write(own, wide, step)
-                self.apply_(own_weight, update, lr)
+                self.apply_(name, update, lr, step, rows=rows)
 
 
-def row_runs(
-    weight: Tensor, gradient: Tensor, moments: Sequence[Moment], limit: int
-) -> list[tuple[Tensor, Tensor, list[Moment]]]:
-    """Split a parameter, its gradient and its moments into runs of rows of about ``limit`` elements.
+def row_runs(gradient: Tensor, moments: Sequence[Moment], limit: int) -> list[tuple[slice, list[Moment]]]:
+    """Split a gradient and its moments into runs of rows of about ``limit`` elements.
 
-    Each moment has as many rows as the parameter. The runs have a multiple of 64 rows, so that kernels round
-    them as they round the whole.
+    Each moment has as many rows as the gradient. The runs have a multiple of 64 rows, so that kernels round
+    them as they round the whole, and whole blocks of moments in 8 bits.
     """
-    if weight.numel() <= limit:
-        return [(weight, gradient, list(moments))]
-    rows = max(1, limit // max(1, weight[:1].numel()) // ROW_UNIT) * ROW_UNIT
-    runs = [moment.rows(rows * moment.values[:1].numel()) for moment in moments]
-    pieces = zip(weight.split(rows), gradient.split(rows), *runs, strict=True)
-    return [(w, g, list(own)) for w, g, *own in pieces]
+    if gradient.numel() <= limit:
+        return [(ALL_ROWS, list(moments))]
+    unit = math.lcm(ROW_UNIT, *(moment.coded.rows_of_block for moment in moments if moment.coded))
+    count = max(1, limit // max(1, gradient[:1].numel()) // unit) * unit
+    runs = [moment.rows(count * moment.values[:1].numel()) for moment in moments]
+    starts = range(0, gradient.shape[0], count)
+    return [(slice(start, start + count), list(own)) for start, *own in zip(starts, *runs, strict=True)]

@@ -10,7 +10,7 @@ from rsotrain.optim.solvers import Solver, solver_of
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, resolve_rank
+from rsotrain.subspace.projection import resolve_rank
 
 
 class GaLore(SubspaceOptimizer):
@@ -65,4 +65,4 @@ class GaLore(SubspaceOptimizer):
     ) -> None:
         updates = self.negative_updates(bucket, projected, step)
         for m, update in zip(bucket, updates, strict=True):
-            add_lifted_(m.weight, update, self.basis(m), lr, self.decay_factor(lr))
+            self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)

@@ -72,13 +72,13 @@ class Muon(ParamGroupOptimizer):
         # Newton-Schulz runs in, and returns, bfloat16
         device = self.parameters[name].device
         piece = self.shards[name].scatter(update, owner, device, torch.bfloat16)
-        self._apply(name, piece, lr)
+        self._apply(name, piece, step, lr)
 
-    def _apply(self, name: str, update: Tensor, lr: float) -> None:
+    def _apply(self, name: str, update: Tensor, step: int, lr: float) -> None:
         """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once."""
         own = local(self.parameters[name]).detach()
         weight = own.to(work_dtype(own.dtype))
         weight.mul_(1 - lr * self.settings.weight_decay)
         weight.add_(update, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
         if weight is not own:
-            own.copy_(weight)
+            self.weights.store(name, weight, step)

@@ -51,4 +51,4 @@ class NorMuon(Muon):
         scaled = piece / wide[0].sqrt().add_(ROW_EPS)
         self.keeper.write(kept, wide, step)
         before, after = shard.norms(piece, scaled)
-        self._apply(name, scaled.mul_((before / after).where(after > 0, 0.0)), lr)
+        self._apply(name, scaled.mul_((before / after).where(after > 0, 0.0)), step, lr)

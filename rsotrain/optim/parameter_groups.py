@@ -28,6 +28,15 @@ class ParameterGroups:
         return ParameterGroups(self.patterns, blocks, rest, frozen)
 
 
+# Of LLaMA, under Hugging Face's names: their rows are looked up, or are seldom a target.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
+
+
+def is_norm_or_embedding(name: str, parameter: nn.Parameter) -> bool:
+    """Norms, biases, embedding and head: what weight decay leaves alone by default."""
+    return parameter.ndim < 2 or _EMBEDDINGS.search(name) is not None
+
+
 @dataclass(frozen=True)
 class GroupRow:
     """A row of the table printed at start. ``lr``: the peak learning rate; None for frozen parameters."""
@@ -46,7 +55,7 @@ def group_parameters(
 ) -> ParameterGroups:
     """Assign each parameter to a group; a tied parameter counts once, under its first name.
 
-    Raises UserError for a pattern that is no regular expression or matches no trainable parameter, and for a
+    Raises UserError for a pattern that is no regular expression or matches no parameter, and for a
     matched parameter that is not a matrix.
     """
     named = model.named_parameters() if isinstance(model, nn.Module) else model
@@ -67,11 +76,11 @@ def group_parameters(
     frozen: dict[str, nn.Parameter] = {}
     used: set[str] = set()
     for name, parameter in unique.values():
+        matched = [regex.pattern for regex in compiled if regex.search(name)]
+        used.update(matched)
         if not parameter.requires_grad:
             frozen[name] = parameter
             continue
-        matched = [regex.pattern for regex in compiled if regex.search(name)]
-        used.update(matched)
         if matched and parameter.ndim != 2:
             raise UserError(
                 f"optimizer.block_parameters: {matched[0]!r} matches {name}, which is not a matrix;"
@@ -81,7 +90,7 @@ def group_parameters(
     for pattern in patterns:
         if pattern not in used:
             raise UserError(
-                f"optimizer.block_parameters: {pattern!r} matches no trainable parameter"
+                f"optimizer.block_parameters: {pattern!r} matches no parameter"
                 f" (names look like {next(iter(unique.values()))[0]!r}, and a tied one goes by its"
                 " first name); remove or correct it"
             )

@@ -95,4 +95,4 @@ class Racs(ParamGroupOptimizer):
         for name, update, square in zip(names, updates, squares, strict=True):
             previous = self.state[name]["update_norm"]
             factor = limited_growth_(square[0].sqrt(), previous, self.config.max_growth)
-            self.apply_(local(self.parameters[name]).detach(), update.mul_(-factor), lr)
+            self.apply_(name, update.mul_(-factor), lr, step)

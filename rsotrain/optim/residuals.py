@@ -76,7 +76,7 @@ class Fira(GaLore):
         updates = self.negative_updates(bucket, projected, step)
         for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
             if m.rank == m.size:
-                add_lifted_(m.weight, update, self.basis(m), lr, self.decay_factor(lr))
+                self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
                 continue
             basis = self.basis(m)
             residual = a.to(basis.dtype, copy=True)
@@ -91,7 +91,7 @@ class Fira(GaLore):
                 limited.div_(self.config.scale)
             outside = residual.mul_(limited.to(basis.dtype))  # mixed dtypes take four times as long
             add_lifted_(outside, update, basis, 1.0)
-            self.apply_(m.weight, outside, lr)
+            self.apply_(m.name, outside, lr, step, m.side)
 
     @staticmethod
     def _norms(matrix: Matrix, residual: Tensor, update: Tensor) -> list[Tensor]:
@@ -117,14 +117,14 @@ class Frugal(GaLore):
         updates = self.negative_updates(bucket, projected, step)
         for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
             if m.rank == m.size:
-                add_lifted_(m.weight, update, self.basis(m), lr, self.decay_factor(lr))
+                self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
                 continue
             basis = self.basis(m)
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             signs = self._signs_(residual, m, a, r, basis)
             add_lifted_(signs, update, basis, 1.0, decay_factor=-self.config.free_scale)
-            self.apply_(m.weight, signs, lr)
+            self.apply_(m.name, signs, lr, step, m.side)
 
     def _signs_(
         self, residual: Tensor, matrix: Matrix, gradient: Tensor, projected: Tensor, basis: Tensor
@@ -180,7 +180,7 @@ class Apollo(GaLore):
                 scales = channel_scales(update, r)
             (norm,) = m.norms(scaled_row_norms(a, scales))
             factor = limited_growth_(norm, self.state[m.name]["update_norm"], self.config.max_growth)
-            self.apply_(m.weight, a * (scales * -factor), lr)
+            self.apply_(m.name, a * (scales * -factor), lr, step, m.side)
 
 
 class LDAdam(GaLore):

@@ -1,7 +1,11 @@
-"""Stochastic rounding to bfloat16."""
+"""Stochastic rounding to bfloat16, and random numbers that do not depend on the number of ranks."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rsotrain.subspace.seeding import generator
 
 
 def _random_16_bits(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -11,6 +15,19 @@ def _random_16_bits(count: int, generator: torch.Generator, device: torch.device
     return words.view(torch.int16)[:count].to(torch.int32).bitwise_and_(0xFFFF)
 
 
+def random_factors(size: int, seed: int, *labels: str | int, device: torch.device) -> Tensor:
+    """``size`` uniform odd int32 numbers; the product of two of them, modulo 2³², has random upper bits.
+
+    Element (i, j) of a matrix gets a_i·b_j, with a factor for each row of the whole and one for each column.
+    So the number belongs to the place in the whole, whatever piece of it is here, and costs one
+    multiplication. The numbers of two elements are as good as independent; those of the four corners of a
+    rectangle are not quite, which no sum over a weight can notice.
+    """
+    factors = torch.empty(size, dtype=torch.int32, device=device)
+    random = generator(seed, *labels, device=device)
+    return factors.random_(-(2**31), 2**31 - 1, generator=random).bitwise_or_(1)
+
+
 def stochastic_round_(out: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """out ← value, rounded up or down at random such that the expectation is ``value``.
 
@@ -18,9 +35,19 @@ def stochastic_round_(out: Tensor, value: Tensor, generator: torch.Generator) ->
     never decay. ``out``: bfloat16; ``value``: float32, finite, of the same shape; both may be
     non-contiguous.
     """
+    _round_(out, value, _random_16_bits(value.numel(), generator, value.device).view(value.shape))
+
+
+def stochastic_round_by_(out: Tensor, value: Tensor, factors: Sequence[Tensor]) -> None:
+    """The same with the random numbers of ``random_factors``: one factor for each dimension of ``out``."""
+    random = factors[0] if len(factors) == 1 else factors[0].unsqueeze(1) * factors[1]
+    _round_(out, value, (random >> 16).bitwise_and_(0xFFFF))
+
+
+def _round_(out: Tensor, value: Tensor, noise: Tensor) -> None:
+    """``noise``: uniform int32 in [0, 2¹⁶), which is overwritten."""
     assert out.dtype is torch.bfloat16
     assert value.dtype is torch.float32
-    noise = _random_16_bits(value.numel(), generator, value.device).view(value.shape)
     # bfloat16 is the upper half of a float32: noise carries into it with the probability of the lower half
     bits = noise.add_(value.view(torch.int32)).bitwise_and_(-0x10000)
     out.copy_(bits.view(torch.float32))

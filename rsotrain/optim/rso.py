@@ -30,9 +30,8 @@ from rsotrain.optim.with_bases import (
     require_sampler,
 )
 from rsotrain.parallel.row_sums import RowSums
-from rsotrain.parallel.sharding import local
 from rsotrain.subspace.bases import Bases, BasisChange
-from rsotrain.subspace.projection import add_lifted_, resolve_rank
+from rsotrain.subspace.projection import resolve_rank
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler
 from rsotrain.subspace.sources import SumSource
@@ -46,8 +45,7 @@ class RSO(OptimizerWithBases):
 
     RSO always projects the input, and the linears of an input group share P. The optimizer state is 2·r·out
     elements for each linear (adam) and r·in for each input group. W ← (1 − ηλ)W + η·ΔB Pᵀ, with decoupled
-    weight decay ηλ. There is no float32 copy of bfloat16 weights: they are rounded to nearest, which loses
-    updates below 2⁻⁹ of an entry.
+    weight decay ηλ. There is no float32 copy of bfloat16 weights (``rsotrain.optim.weights``).
 
     With ``basis_scale`` orthonormal bases are multiplied by √(in/r). For a random basis E[PPᵀ] = I then, and
     E‖dB‖² = ‖dW‖². The norm that is logged and clipped (``gradient_norms``) estimates the norm of the full
@@ -296,9 +294,8 @@ class RSO(OptimizerWithBases):
             for group in bucket:
                 basis = group.current_basis()
                 lr = self.peak_lr * lr_factor * self._rewarmed(group, step)
-                for name, layer in group.layers.items():
-                    weight = local(layer.weight).detach()
-                    add_lifted_(weight, updates[name], basis, lr, self.decay_factor(lr))
+                for name in group.layers:
+                    self.apply_lifted_(name, updates[name], basis, lr, step)
                     if self.config.proximal_eta is not None:
                         self.state[name][_B].add_(updates[name], alpha=lr)
         due = {group: i for group in self.input_groups if (i := self._next_refresh(group, step)) is not None}

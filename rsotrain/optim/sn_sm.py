@@ -70,7 +70,7 @@ class SubsetNorm(ParamGroupOptimizer):
             self.add_moment(m.name, "subset_sq", subsets, m.rows_dim)
 
     def is_replicated(self, name: str, key: str) -> bool:
-        return key == "subset_sq" and matrix_of(name, self.parameters[name]).by_columns
+        return key.startswith("subset_sq") and matrix_of(name, self.parameters[name]).by_columns
 
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
@@ -84,15 +84,17 @@ class SubsetNorm(ParamGroupOptimizer):
             size = self.sizes[m.name]
             gradient = gradient_of(m.name, m.parameter).to(work_dtype(m.parameter.dtype))
             moments = [self.moments[m.name][kind] for kind in _KINDS]
-            exp_avg, subset_sq = self.keeper.read(moments)
+            wide = self.keeper.read(moments)
+            exp_avg, subset_sq = wide
             exp_avg.lerp_(gradient, 1.0 - betas[0])
             sums = m.subset_sums(oriented(gradient, m.side), size)
             factors = subset_norm_factors_(
                 subset_sq, sums, step, betas, eps, corrected=_corrected(self.config, betas)
             )
             momentum = oriented(exp_avg, m.side)
-            self.apply_(m.weight, scaled_subsets(momentum, factors, m.subsets_of_columns(size)), lr)
-            self.keeper.write(moments, [exp_avg, subset_sq], step)
+            update = scaled_subsets(momentum, factors, m.subsets_of_columns(size))
+            self.apply_(m.name, update, lr, step, m.side)
+            self.keeper.write(moments, wide, step)
 
 
 class SubspaceMomentum(SubspaceOptimizer):
@@ -144,5 +146,6 @@ class SubspaceMomentum(SubspaceOptimizer):
             )
             numerator = a.to(basis.dtype, copy=True)
             add_lifted_(numerator, difference, basis, 1.0)
-            self.apply_(m.weight, scaled_subsets(numerator, factors, m.subsets_of_columns(size)), lr)
+            update = scaled_subsets(numerator, factors, m.subsets_of_columns(size))
+            self.apply_(m.name, update, lr, step, m.side)
         self.keeper.write(moments, wide, step)

@@ -4,11 +4,13 @@ Each method lists the moments and other tensors that it keeps for one matrix (``
 computes their bytes on the rank with the largest pieces.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from rsotrain.config.methods import StateDtype
 from rsotrain.models.architecture import Weight
+from rsotrain.optim.blocks import block_dim, block_size
 from rsotrain.parallel.sharding import preferred_dim
 
 Shape = tuple[int, ...]
@@ -28,13 +30,16 @@ class MatrixSize:
     """One matrix, oriented M×k with M ≥ k, on the rank with the largest piece.
 
     ``piece``: the shape of the piece, not oriented. ``size``: k. ``rows``: the rows of an M×r tensor on the
-    rank, all M where the projected dimension k is sharded.
+    rank, all M where the projected dimension k is sharded. ``shape``: of the whole, not oriented.
+    ``by_rows``: is it sharded by its rows in any case?
     """
 
     name: str
+    shape: Shape
     piece: Shape
     size: int
     rows: int
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,25 @@ class WeightsLayout:
     def matrix(self, weight: Weight, *, by_rows: bool = False) -> MatrixSize:
         shape, piece = weight.shape, self.piece(weight.shape, rows=by_rows)
         if len(shape) < 2:
-            return MatrixSize(weight.name, piece, piece[0], 1)
+            return MatrixSize(weight.name, shape, piece, piece[0], 1, by_rows)
         right = shape[0] >= shape[1]
         by_columns = preferred_dim(shape, self.pieces, rows=by_rows) == (1 if right else 0)
         rows = max(shape) if by_columns else -(-max(shape) // self.pieces)
-        return MatrixSize(weight.name, piece, min(shape), rows)
+        return MatrixSize(weight.name, shape, piece, min(shape), rows, by_rows)
 
-    def moment_bytes(self, shape: Shape) -> int:
-        count = 1
-        for n in shape:
-            count *= n
+    def moment_bytes(self, shape: Shape, matrix: MatrixSize | None = None) -> int:
+        """Of a moment like the piece of ``matrix`` if it has its shape, else of one sharded by rows."""
+        count = math.prod(shape)
+        if self.state_dtype is StateDtype.int8:
+            like_matrix = matrix is not None and shape == matrix.piece
+            dim = 1
+            if matrix is not None and like_matrix:
+                dim = block_dim(matrix.shape, matrix.shape, rows=matrix.by_rows)
+            if block := block_size(shape, dim):
+                return count + 4 * count // block
         return (2 if self.state_dtype is StateDtype.bfloat16 else 4) * count
 
-    def bytes_of(self, state: StateSize) -> int:
-        moments = sum(self.moment_bytes(shape) for shape in state.moments)
+    def bytes_of(self, state: StateSize, matrix: MatrixSize | None = None) -> int:
+        moments = sum(self.moment_bytes(shape, matrix) for shape in state.moments)
         bases = sum(self.basis_bytes * k * r + self.sampler_state(k, r) for k, r in state.bases)
         return moments + bases + 4 * state.wide

@@ -11,7 +11,7 @@ from rsotrain.optim.matrix import Matrix, grams_of_rows
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, resolve_rank
+from rsotrain.subspace.projection import resolve_rank
 
 UPDATE_RMS = 0.2  # of Adam's updates, as Muon's rule for rates has it
 
@@ -69,7 +69,7 @@ class Sumo(SubspaceOptimizer):
         doubles = [exp_avg.double() for exp_avg in wide]
         roots = inverse_roots(grams_of_rows(bucket, doubles))
         for m, exp_avg, root in zip(bucket, doubles, roots, strict=True):
-            rate = UPDATE_RMS * max(m.shard.shape) ** 0.5 * lr
-            update = (exp_avg @ root).neg_().to(wide[0].dtype)
-            add_lifted_(m.weight, update, self.basis(m), rate, self.decay_factor(lr))
+            size = -UPDATE_RMS * max(m.shard.shape) ** 0.5
+            update = (exp_avg @ root).mul_(size).to(wide[0].dtype)
+            self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
         self.keeper.write(moments, wide, step)

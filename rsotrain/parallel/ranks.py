@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# What gloo and NCCL say when a peer has gone; gloo raises plain RuntimeErrors.
+# What gloo and NCCL say when a peer has gone; gloo raises plain RuntimeErrors. What else NCCL raises, such as
+# invalid arguments, an unhandled CUDA error or a lack of memory, is this rank's own.
 _LOST = re.compile(
-    r"gloo|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL", re.IGNORECASE
+    r"gloo|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|ncclRemoteError|socket"
+    r"|communicator was aborted|remote process exited",
+    re.IGNORECASE,
 )
 _PASSED_ON = (UserError, NonFiniteError, TrainingError, OSError)  # the first that fits
 # Set-up and saving may take as long as they like on one rank; a rank that dies is noticed all the same.
@@ -40,7 +43,23 @@ def resolve_device(device: Device, local_rank: int = 0) -> torch.device:
         raise UserError("device=cuda, but torch finds no CUDA device here; use device=cpu or device=auto")
     if device is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    if 1 < count <= local_rank:  # a launcher may let each process see one GPU, its own
+        raise UserError(
+            f"process {local_rank + 1} of this node has no GPU of its own, as there are {count};"
+            f" start at most {count} processes a node"
+        )
+    return torch.device("cuda", local_rank % count)
+
+
+def device_name(device: torch.device, size: int = 1) -> str:
+    """In words: what a run of ``size`` processes trains on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
+    return name if size == 1 else f"{size} processes, each with {name}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,8 @@ def _kind(error: Exception) -> int:
 
 def is_loss(error: BaseException) -> bool:
     """Does ``error`` say that a peer is gone?"""
-    return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
+    own = isinstance(error, dist.DistBackendError) or not isinstance(error, dist.DistError)
+    return not own or _LOST.search(str(error)) is not None
 
 
 class _Connections:
@@ -224,9 +244,12 @@ def start(parallelism: ParallelismConfig, device: Device) -> World:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        _connect("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", parallelism.timeout_seconds)
+        _connect(where, parallelism.timeout_seconds)
     _Connections.meetings += 1
     _Connections.parted = False
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    if where.type == "cuda":
+        _require_own_gpus(where, patient)
     mesh = build_mesh(parallelism, where.type)
     return World(
         where,
@@ -235,11 +258,23 @@ def start(parallelism: ParallelismConfig, device: Device) -> World:
         local_rank=local_rank,
         mesh=mesh,
         cpu_mesh=mesh if where.type == "cpu" else build_mesh(parallelism, "cpu"),
-        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
+        patient=patient,
     )
 
 
-def _connect(backend: str, timeout_seconds: float) -> None:
+def _require_own_gpus(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raise UserError where two ranks have one GPU, of which NCCL would say less clearly, and later."""
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own, group=group)
+    if found.count(own) > 1:
+        sharing = [rank for rank, uuid in enumerate(found) if uuid == own]
+        raise UserError(
+            f"ranks {sharing[0]} and {sharing[1]} have the same GPU; start one process for each GPU of a node"
+        )
+
+
+def _connect(device: torch.device, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun keeps one store over its restarts, with the addresses of those that are gone
@@ -247,7 +282,15 @@ def _connect(backend: str, timeout_seconds: float) -> None:
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     _Connections.store = dist.PrefixStore("parting", store)
     atexit.register(disconnect)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,  # or NCCL guesses it by the rank
+    )
 
 
 def build_mesh(parallelism: ParallelismConfig, device_type: str) -> "DeviceMesh":

@@ -6,6 +6,7 @@ FSDP2 shards each weight in one dimension. The optimizer works on local pieces, 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,8 +202,9 @@ def shard_model(
 ) -> None:
     """Shard ``model`` in place: each block is gathered for itself, then all the rest together.
 
-    Weights travel in the compute dtype, gradients are summed, not averaged, in float32. ``by_rows``: the
-    parameters to shard in their first dimension in any case.
+    Weights travel in the compute dtype. Gradients are summed, not averaged, in float32, and the sums stay in
+    it, whatever the dtype of the weights. ``by_rows``: the parameters to shard in their first dimension in
+    any case.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -231,5 +233,26 @@ def shard_model(
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            if precision is Precision.bf16:
+                _keep_sums(part)
     if pieces > 1 and exchange.is_direct(mesh.get_group("shard")):
         exchange.use_in([model, *blocks])
+
+
+def _keep_sums(module: Any) -> None:
+    """Let the reduced gradients of an FSDPModule stay in float32, be its parameters bfloat16 or both.
+
+    FSDP would round them to the dtype of the parameters, of which it wants only one; it has no setting for
+    that.
+    """
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        group._init_mp_dtypes = partial(_init_dtypes, group)
+
+
+def _init_dtypes(group: Any) -> None:
+    """In place of FSDPParamGroup's own, which is called when the parameters have memory."""
+    for own in group.fsdp_params:
+        own.init_dtype_attrs(group.mp_policy)
+        if own.sharded_param.requires_grad:
+            own.sharded_param.grad_dtype = torch.float32
+    group._orig_dtype, group._reduce_dtype = None, torch.float32

@@ -18,8 +18,10 @@ from rsotrain.parallel.ranks import shards_of
 
 
 def weights_of(model: ModelConfig, vocab_size: int) -> list[Weight]:
-    """All parameters of a model; a tied one once."""
-    return architecture.weights_of(model_without_memory(model, vocab_size))
+    """All parameters of a model that are not frozen; a tied one once."""
+    built = model_without_memory(model, vocab_size)
+    trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    return [weight for weight in architecture.weights_of(built) if weight.name in trained]
 
 
 @dataclass(frozen=True)

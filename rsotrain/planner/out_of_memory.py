@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from rsotrain.config.methods import BasisStorage, RSOConfig, StateDtype, SubspaceConfig
+from rsotrain.config.methods import BasisStorage, RSOConfig, StateDtype, SubspaceConfig, WeightRounding
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
-from rsotrain.tracking.display import format_bytes
+from rsotrain.tracking.formats import format_bytes
 
 # messages of torch's CPU allocator, of CUDA outside torch's allocator, and of libraries without a workspace
 _SAID = re.compile(
@@ -27,6 +27,7 @@ _SAID = re.compile(
 )
 _SHOWN = 3
 _TIMEOUT_SECONDS = 600.0
+_MAX_TOKENS = 8192  # of a micro-batch that is planned as it is
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -98,13 +99,14 @@ def options(config: Config) -> Iterator[Option]:
         block = ActivationCheckpointing.block
         yield Option("activation_checkpointing=block", replace(config, activation_checkpointing=block))
     if config.precision is not Precision.bf16:
-        yield Option("precision=bf16", replace(config, precision=Precision.bf16))
+        rounded = replace(optimizer, weight_rounding=WeightRounding.stochastic)  # its default there
+        yield Option("precision=bf16", replace(config, precision=Precision.bf16, optimizer=rounded))
 
     def with_optimizer(change: str, **settings: Any) -> Option:
         return Option(change, replace(config, optimizer=replace(optimizer, **settings)))
 
-    if optimizer.state_dtype is StateDtype.float32:
-        yield with_optimizer("optimizer.state_dtype=bfloat16", state_dtype=StateDtype.bfloat16)
+    if optimizer.state_dtype is not StateDtype.int8:
+        yield with_optimizer("optimizer.state_dtype=int8", state_dtype=StateDtype.int8)
     if isinstance(optimizer, SubspaceConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
@@ -116,7 +118,8 @@ def options(config: Config) -> Iterator[Option]:
         if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
-        rso = RSOConfig(name="rso", lr=optimizer.lr, state_dtype=optimizer.state_dtype)
+        own = {"state_dtype": optimizer.state_dtype, "weight_rounding": optimizer.weight_rounding}
+        rso = RSOConfig(name="rso", lr=optimizer.lr, **own)  # type: ignore[arg-type]
         yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
     if config.batch_size % (2 * size) == 0:
         strategy = config.parallelism.strategy
@@ -128,22 +131,47 @@ def options(config: Config) -> Iterator[Option]:
         )
 
 
-def advice(config: Config) -> str:
-    """The largest part of the planned peak and the options that reduce it most, in one sentence."""
+def planned_peak(config: Config) -> dict[str, float]:
+    """Bytes by kind, and their sum ``peak``, at the planned moment of most memory.
+
+    Peaks of large micro-batches are extrapolated from two small ones, since the time of planning grows with
+    the chunks of the loss.
+    """
+    from rsotrain.planner.fake_run import with_micro_batches, world_size
     from rsotrain.planner.plan import make_plan
 
-    plan = make_plan(config, gpus=False)
-    name, nbytes = plan.largest
-    saved: list[tuple[int, str]] = []
+    micro = config.micro_batch_size or config.batch_size // world_size(config)
+    largest = max(2, _MAX_TOKENS // config.seq_len)
+    if micro <= largest:
+        phases = [dict[str, float](phase) for phase in make_plan(config, gpus=False).phases.values()]
+        return max(phases, key=lambda phase: phase["peak"])
+    small, large = largest // 2, largest
+    of_small, of_large = (
+        make_plan(with_micro_batches(config, size), gpus=False).phases for size in (small, large)
+    )
+    phases = [
+        {
+            kind: nbytes + (nbytes - of_small[phase][kind]) / (large - small) * (micro - large)
+            for kind, nbytes in of_large[phase].items()
+        }
+        for phase in of_large
+    ]
+    return max(phases, key=lambda phase: phase["peak"])
+
+
+def advice(config: Config) -> str:
+    """The largest part of the planned peak and the options that reduce it most, in one sentence."""
+    planned = planned_peak(config)
+    peak = planned["peak"]
+    name, nbytes = max(((k, v) for k, v in planned.items() if k != "peak"), key=lambda part: part[1])
+    saved: list[tuple[float, str]] = []
     for option in options(config):
         try:
-            saved.append((plan.peak - make_plan(option.config, gpus=False).peak, option.change))
+            saved.append((peak - planned_peak(option.config)["peak"], option.change))
         except UserError:  # the change does not go with the run's other settings
             continue
     best = [(gain, change) for gain, change in sorted(saved, reverse=True) if gain > 0][:_SHOWN]
-    said = (
-        f"of the planned peak of {format_bytes(plan.peak)} the largest part is {name}, {format_bytes(nbytes)}"
-    )
+    said = f"of the planned peak of {format_bytes(peak)} the largest part is {name}, {format_bytes(nbytes)}"
     if not best:
         return said
     return f"{said}; {', '.join(f'{change} would save {format_bytes(gain)}' for gain, change in best)}"

@@ -49,16 +49,8 @@ class Plan:
     gpus: list[Fit] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
+        """The content of a plan's file."""
         return asdict(self)
-
-    @property
-    def largest(self) -> tuple[str, int]:
-        """(name, bytes) of the largest kind at the peak."""
-        worst = max(self.phases.values(), key=lambda phase: phase["peak"])
-        kinds = {name: nbytes for name, nbytes in worst.items() if name != "peak"}
-        name = max(kinds, key=kinds.__getitem__)
-        return name, kinds[name]
 
 
 def device_kind_of(config: Config) -> str:

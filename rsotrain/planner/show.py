@@ -9,8 +9,9 @@ from rsotrain.files import write_json_atomic
 from rsotrain.planner.gpus import GIB
 from rsotrain.planner.plan import Plan
 from rsotrain.planner.tracker import Kind
-from rsotrain.tracking.display import format_bytes, format_count, print_table, titled_table
+from rsotrain.tracking.display import print_table, titled_table
 from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.formats import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,10 +186,10 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Print several plans, given as in ``plan.json``, side by side; write them and a picture to ``folder``.
+    """Print several plans, given as in their files, side by side; write them and a picture to ``folder``.
 
-    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a run folder,
-    whose ``plan.json`` is that of the last.
+    ``folder`` has all of them, while runs that differ in parallelism or micro-batch alone share a name,
+    so that the file of that name is the last one's.
     """
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")

@@ -24,7 +24,7 @@ from rsotrain.report.evidence import (
     values,
 )
 from rsotrain.report.runs import Run
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 
 # optimizer -> the sampler that makes it the paper's method
 METHODS = {

@@ -25,7 +25,7 @@ report.csv and each picture as PNG and SVG.
   rsotrain-report outputs                             all runs in a folder; seeds are averaged
   rsotrain-report outputs/a outputs/b --out compared
   rsotrain-report outputs --group-by optimizer        one line for each optimizer
-  rsotrain-report outputs/study --claims              do the runs carry what the papers claim?
+  rsotrain-report outputs/study_full --claims         do the runs carry what the papers claim?
   rsotrain-report outputs --watch                     draw again every 30 s while runs go on
   rsotrain-report outputs --live                      a table that follows the runs, in the terminal
 """

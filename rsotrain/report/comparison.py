@@ -10,7 +10,7 @@ from rsotrain.config.identity import OPERATIONAL_KEYS
 from rsotrain.config.keys import did_you_mean
 from rsotrain.errors import UserError
 from rsotrain.report.runs import Run
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 from rsotrain.tracking.run_files import RunState
 
 REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of each other
@@ -18,8 +18,9 @@ REPLICATE_KEY = "seed"  # runs that differ in nothing else are repetitions of ea
 LAYOUT_KEYS = ("seq_len", "evaluation.max_tokens", "data.packing", "data.document_mask")
 # How training documents are read, which does not change validation.
 READING_KEYS = ("data.streaming", "data.shuffle", "data.lanes", "data.shuffle_buffer", "data.workers")
-# Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
 LONGEST_VALUE = 60  # characters of a setting in a label
+MOST_SETTINGS = 4  # in a label
+# Operational, so runs that differ in them are one group; their bytes and their speed depend on them.
 BYTES_KEYS = ("micro_batch_size", "parallelism")
 
 
@@ -42,12 +43,14 @@ def _digits(number: int) -> Callable[[float], str]:
     return lambda value: f"{value:.{number}f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
+PEAK = "memory/peak_bytes"
+ALLOCATED_ONLY = "memory/gathered_and_temporaries_bytes"  # logged where the peak is of a GPU's allocator
 COLUMNS = (
     Column("val/loss", "validation loss", _digits(4), min),
     Column("val/perplexity", "perplexity", _digits(2), min),
     Column("val/bits_per_byte", "bits/byte", _digits(4), min),
     Column("throughput/tokens_per_second", "tokens/s", format_count, max),
-    Column("memory/peak_bytes", "peak memory", format_bytes, min, spreads=False),
+    Column(PEAK, "peak memory", format_bytes, min, spreads=False),
     Column("memory/optimizer_state_bytes", "optimizer state", format_bytes, min, spreads=False),
     Column("tokens", "tokens", format_count, None, spreads=False),
     Column("time", "wall time", format_seconds, None, spreads=False),
@@ -139,10 +142,13 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     """The groups that are best in ``column``: finished ones, and only where there are several of them.
 
     A group in which a run has failed, or a finished one has no figure, having diverged, is not the best.
+    No peak of memory is the best of those of CPUs.
     No loss is the best of losses after different numbers of steps or tokens, or on different data.
     """
     statistics_of = [(g, g.statistic(column.metric)) for g in groups if g.finished and not g.failed]
     candidates = [(g, s.mean) for g, s in statistics_of if s is not None and s.number == len(g.finished)]
+    if column.metric == PEAK and not peaks_compare(groups):
+        return []
     is_loss = column.metric.startswith(("val/", "train/"))
     if (
         column.better is None
@@ -153,6 +159,11 @@ def best_groups(groups: Sequence[Group], column: Column) -> list[Group]:
     best = column.better([mean for _, mean in candidates])
     tied = [group for group, mean in candidates if mean == best]
     return tied if len(tied) < len(candidates) else []
+
+
+def peaks_compare(groups: Sequence[Group]) -> bool:
+    """Whether peaks of memory tell methods apart: a GPU's allocator's do, a CPU's are the process's."""
+    return all(group.statistic(ALLOCATED_ONLY) is not None for group in groups)
 
 
 def budgets_differ(groups: Sequence[Group]) -> bool:
@@ -192,7 +203,7 @@ def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[s
         alike.setdefault(_values(run, names), []).append(run)
     labels = []
     for run in runs:
-        telling = _telling_keys(others, alike[_values(run, names)])
+        telling = _told_apart_by(others, alike[_values(run, names)])
         parts = [short(run.config[key]) for key in names if run.config.get(key) not in (None, "none")]
         parts += [
             f"{short(k.split('.')[-1])}={short(run.config[k])}"
@@ -210,6 +221,12 @@ def _names(runs: Sequence[Run]) -> str:
     """Model, optimizer and sampler, those that all have."""
     names = [set(_values_of(runs, f"{group}.name")) for group in ("model", "optimizer", "sampler")]
     return " ".join(short(*name) for name in names if len(name) == 1 and not name & {None, "none"})
+
+
+def _told_apart_by(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """All of ``keys`` in which ``runs`` differ; where these are many, as few as tell the runs apart."""
+    differing = [key for key in keys if len(set(_values_of(runs, key))) > 1]
+    return differing if len(differing) <= MOST_SETTINGS else _telling_keys(differing, runs)
 
 
 def _telling_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-LEGEND_WIDTH = 28  # characters
+LEGEND_WIDTH = 34  # characters
 
 
 class Axis(NamedTuple):
@@ -49,9 +49,11 @@ def curves(
     """
     shown = groups if shown is None else shown
     names = [label(name_of(group), LEGEND_WIDTH, 4) for group in shown]
-    lines = sum(1 + name.count("\n") for name in names)
-    figure = new_figure(max(3.9, 0.2 * lines + 0.9))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
+    rows = -(-len(names) // columns) * max((1 + name.count("\n") for name in names), default=1)
+    figure = new_figure(3.4 * len(panels) + 0.5 + 0.24 * rows)
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     handles: list[Line2D] = []
     for panel, (metric, quantity) in zip(axes, panels, strict=True):
         handles = []
@@ -64,10 +66,15 @@ def curves(
         panel.xaxis.set_major_formatter(axis.form)
         panel.set_xlim(left=0)
         panel.grid(visible=False, axis="x")
-        if (top := _top([line.get_ydata() for line in panel.get_lines()])) is not None:
+        if all(len(line.get_xdata()) < 2 for line in panel.get_lines()):
+            # points alone: an axis that spans no more than their differences would blow these up
+            panel.set_ylim(0, 1.1 * max([1e-9, *(y for line in panel.get_lines() for y in line.get_ydata())]))
+        elif (top := _top([line.get_ydata() for line in panel.get_lines()])) is not None:
             panel.set_ylim(top=top)
     # not by the labels of the lines: matplotlib leaves out those that begin with an underscore
-    figure.legend(handles, names, loc="outside right upper", handlelength=2.2, labelspacing=0.45)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, handlelength=2.6, labelspacing=0.4
+    )
     return figure
 
 

@@ -8,7 +8,8 @@ from rsotrain.report.comparison import LOSS, THROUGHPUT, comparable, compare, la
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import screen
 from rsotrain.report.watching import Told, looks
-from rsotrain.tracking.display import format_count, format_seconds, titled_table
+from rsotrain.tracking.display import titled_table
+from rsotrain.tracking.formats import format_count, format_seconds
 from rsotrain.tracking.run_files import RunState
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ STATE_STYLES = {
     RunState.lost: "red",
 }
 BARS = (16, 8, 4)  # characters; the longest that leaves the names of the runs their room
+DISPENSABLE = ("loss", "tok/s", "left")  # figures that give way to names, in this order
 NAME_WIDTH = 30  # columns of a terminal that names have before the bar, or a figure, gives way
 
 
@@ -55,7 +57,7 @@ def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: fl
 def runs_table(runs: Sequence[Run], width: int) -> "Table":
     """A line for each run: what it is, how far it is, its latest figures; the running ones first.
 
-    In a terminal of few columns (``width``) the bar is short and the loss of training is left out.
+    In a terminal of few columns (``width``) the bar is short, and figures give way to the names.
     """
     from rich.cells import cell_len
     from rich.text import Text
@@ -80,8 +82,9 @@ def runs_table(runs: Sequence[Run], width: int) -> "Table":
         return width - 1 - sum(3 + w for w in widths) - 3
 
     bar = next((bar for bar in BARS if room(bar) >= name_width), BARS[-1])
-    if room(bar) < name_width:
-        del figures["loss"]
+    for name in DISPENSABLE:
+        if room(bar) < name_width and name in figures:
+            del figures[name]
 
     table = titled_table(f"{len(runs)} runs: {counts}")
     table.add_column("run", overflow="fold")

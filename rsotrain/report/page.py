@@ -10,9 +10,10 @@ from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, name_of, notes, rows
-from rsotrain.tracking.display import format_count, format_seconds
+from rsotrain.tracking.drawing import color_and_dashes
 from rsotrain.tracking.escaping import for_html
-from rsotrain.tracking.theme import LIGHT, SVG_TAG, variables, with_variables
+from rsotrain.tracking.formats import format_count, format_seconds
+from rsotrain.tracking.theme import SVG_TAG, variables, with_variables
 
 TITLES = {
     "validation_loss": "Validation loss",
@@ -103,14 +104,14 @@ def _table(groups: Sequence[Group]) -> str:
 
 
 def _swatch(index: int) -> str:
-    """The line of group ``index`` in the curves; none beyond the dashes that CSS has."""
-    turn, color = divmod(index, len(LIGHT.series))
-    if turn >= len(BORDERS):
+    """The line of group ``index`` in the curves; none for the dashes that CSS has not."""
+    color, dashes = color_and_dashes(index)
+    if dashes >= len(BORDERS):
         return ""
-    return f'<i style="border-top:3px {BORDERS[turn]} var(--series-{color + 1})"></i>'
+    return f'<i style="border-top:3px {BORDERS[dashes]} var(--series-{color + 1})"></i>'
 
 
-BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES
+BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES, but for the last
 
 
 def _notes(groups: Sequence[Group], left_out: Sequence[str]) -> str:
@@ -212,6 +213,7 @@ _RULES = """
 body{margin:0;background:var(--surface);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:40px 24px 32px}
+@media (max-width:600px){main{padding:24px 14px}}
 h1{font-size:26px;line-height:1.2;margin:0}
 h2{font-size:17px;margin:0 0 12px}
 header p,footer,.notes{color:var(--muted);margin:4px 0 0}
@@ -252,7 +254,7 @@ background:var(--muted)}
 .running::before{background:var(--series-1)}
 .stopped::before{background:var(--series-4)}
 .failed::before,.lost::before{background:var(--series-6)}
-svg{display:block;width:100%;min-width:600px;height:auto}
+svg{display:block;width:100%;max-width:700px;height:auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
 .tabs{display:flow-root}
 .tabs input{position:absolute;opacity:0}

@@ -10,11 +10,13 @@ from rsotrain.report.comparison import (
     BYTES_KEYS,
     COLUMNS,
     LOSS,
+    PEAK,
     Column,
     Group,
     best_groups,
     budgets_differ,
     differing_keys,
+    peaks_compare,
 )
 from rsotrain.report.evidence import Verdict
 from rsotrain.tracking.display import titled_table
@@ -55,6 +57,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
         said.append("± is the standard deviation over the runs of a group.")
     if any(0 < len(group.finished) < len(group.runs) for group in groups):
         said.append("Only finished runs count in a group that has some.")
+    if any(group.statistic(PEAK) for group in groups) and not peaks_compare(groups):
+        said.append("On a CPU peak memory is the whole process's, Python and libraries in it: no best.")
     for group in groups:
         statistic = group.statistic(LOSS.metric)
         if statistic is not None and (without := len(group.finished) - statistic.number) > 0:
@@ -103,12 +107,13 @@ def comma_separated(groups: Sequence[Group]) -> str:
     return text.getvalue()
 
 
-# Of a table on the screen: metric -> heading. A wide terminal has all, a narrow one the first.
+# Of a table on the screen: metric -> heading. A wide terminal has all, a narrow one the first of these.
 SCREEN = {
     "val/loss": "val loss",
-    "val/perplexity": "perplexity",
-    "throughput/tokens_per_second": "tok/s",
+    "memory/optimizer_state_bytes": "state",
     "memory/peak_bytes": "memory",
+    "throughput/tokens_per_second": "tok/s",
+    "val/perplexity": "perplexity",
     "time": "time",
 }
 VERDICT_STYLES = {Verdict.confirmed: "green", Verdict.refuted: "red", Verdict.undecided: "dim"}
@@ -126,7 +131,7 @@ def screen(groups: Sequence[Group], width: int, title: str = "Comparison") -> "T
     widths = {i: max(w, len(SCREEN[columns[i].metric])) + 3 for i, w in widths.items()}
     labels = max(len(name_of(g)) for g in groups) + max(len(g.status) for g in groups) + 7
     while len(shown) > 1 and sum(widths[i] for i in shown) + min(labels, LABEL_WIDTH) > width:
-        shown.pop()
+        shown.remove(max(shown, key=lambda i: list(SCREEN).index(columns[i].metric)))
     table = titled_table(title)
     table.add_column("", style="bold", overflow="fold")
     for i in shown:

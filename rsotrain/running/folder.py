@@ -14,8 +14,16 @@ from typing import IO, Any
 
 import yaml
 
-from rsotrain.config.identity import differences, identity, identity_of, run_folder_path, run_name
-from rsotrain.config.keys import plain
+from rsotrain.config.identity import (
+    as_before,
+    differences,
+    differing_settings,
+    identity,
+    identity_of,
+    run_folder_path,
+    run_name,
+)
+from rsotrain.config.keys import plain, with_values, without_keys
 from rsotrain.config.schema import Config
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER
 from rsotrain.errors import Interrupted, StoppedEarly, TrainingError, UserError, require
@@ -28,11 +36,13 @@ _WANDB_ID = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """``lock``: device and number of its lock file, by which it is known again."""
+    """``lock``: device and number of its lock file, by which it is known again. ``as_before``: dotted key ->
+    value of what is otherwise than in the settings given, since the run began before there was a choice."""
 
     path: Path
     run_id: str  # stable over restarts; W&B's id
     lock: tuple[int, int]
+    as_before: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -104,17 +114,19 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
     with os_errors_said(f"output_dir={config.output_dir} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
+    older: dict[str, Any] = {}
     with lock:
         try:
             with os_errors_said(f"{path} cannot be written"):
                 if config.overwrite:
                     clear(path)
                 refuse_links(path)
-                _settle_config(config, path)
+                older = _settle_config(config, path)
             known = _read_json(path / RUN_RECORD).get("run_id")
             known = known if isinstance(known, str) and _WANDB_ID.fullmatch(known) else None
             status = os.fstat(lock.fileno())
-            folder = RunFolder(path, run_id or known or secrets.token_hex(6), (status.st_dev, status.st_ino))
+            run_id = run_id or known or secrets.token_hex(6)
+            folder = RunFolder(path, run_id, (status.st_dev, status.st_ino), older)
             if folder.finished_summary() is not None:
                 yield folder
                 return
@@ -171,8 +183,13 @@ def _recording_state(folder: RunFolder) -> Iterator[None]:
                 folder.record(state=state.value)
 
 
-def _settle_config(config: Config, path: Path) -> None:
+def _settle_config(config: Config, path: Path) -> dict[str, Any]:
+    """Write ``config.yaml``; return what the run in the folder has otherwise than ``config``, as it is older.
+
+    Such fields stay out of the file, so that the next start finds the run as old as it is.
+    """
     file = path / CONFIG
+    older: dict[str, Any] = {}
     # A start that was refused, or ended before its first step, leaves nothing to protect.
     if file.is_file() and any((path / name).exists() for name in (CHECKPOINTS, METRICS)):
         try:
@@ -183,12 +200,28 @@ def _settle_config(config: Config, path: Path) -> None:
                 f"{error}; so the run there cannot be compared with these settings:"
                 " choose another run_name, or overwrite=true to discard it"
             ) from error
-        if differing := differences(identity_of(saved, config), identity(config)):
+        older = as_before(saved, config)
+        as_it_began = with_values(config, older)
+        if differing := differences(identity_of(saved, as_it_began), identity(as_it_began)):
+            _refuse_other_steps(path, identity_of(saved, as_it_began), as_it_began)
             raise UserError(
                 f"{path} holds a run with other settings ({differing});"
                 " choose another run_name, or overwrite=true to discard it"
             )
-    write_atomic(file, yaml.safe_dump(plain(config), sort_keys=False))
+    write_atomic(file, yaml.safe_dump(without_keys(plain(config), older), sort_keys=False))
+    return older
+
+
+def _refuse_other_steps(path: Path, saved: dict[str, Any], config: Config) -> None:
+    """Raise UserError that says how to train on, where the number of steps is all that differs."""
+    changed = differing_settings(saved, identity(config))
+    if changed.keys() == {"steps"}:
+        there, here = changed["steps"]
+        raise UserError(
+            f"{path} holds a run with steps={there}, on which its learning rates depend; to train it on, give"
+            f" another run_name and checkpoint.path={path}: from the step that it has reached the rates are"
+            f" then those of lr_scheduler={config.lr_scheduler.name} over steps={here}"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rsotrain.config.schema import LoadWhat
 from rsotrain.data.position import other_order
 from rsotrain.errors import UserError, require
 from rsotrain.files import finite, read_yaml
+from rsotrain.running.early_stopping import Patience
 from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
 
@@ -30,13 +31,24 @@ class Progress:
     """What a run knows of itself over all its starts, beside the trainer's state.
 
     ``seconds``: of training, evaluation and saving, of the earlier starts; ``validation``: the last
-    evaluation, and its step; ``record``: the last of each metric.
+    evaluation, and its step; ``record``: the last of each metric; ``patience_best`` and ``patience_waited``:
+    of ``Patience``.
     """
 
     seconds: float = 0.0
     best_loss: float = math.inf
     validation: dict[str, float] = field(default_factory=dict)
     record: dict[str, float | int | str] = field(default_factory=dict)
+    patience_best: float = math.inf
+    patience_waited: int = 0
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.patience_best, self.patience_waited)
+
+    @patience.setter
+    def patience(self, value: Patience) -> None:
+        self.patience_best, self.patience_waited = value.best, value.waited
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -105,13 +117,31 @@ class _Resumption:
                 self.trainer.load_weights(found[0]["model"])
                 self.notify(f"begins with the weights of {path}")
                 return None
-            return self._take_up(
+            progress = self._take_up(
                 *found,
                 path,
                 f"checkpoint.path={path} was trained on other data or with another tokenizer;"
                 " take the weights alone with checkpoint.load=weights",
             )
+            self._tell_jump()
+            # another run's evaluations are no reason to end this one
+            return replace(progress, patience_best=math.inf, patience_waited=0)
         raise UserError(f"checkpoint.path={given} holds no checkpoint that can be read")
+
+    def _tell_jump(self) -> None:
+        """Where this run's schedule does not go on at the rate that the other run had."""
+        trainer = self.trainer
+        before = trainer.last_lr
+        if before is None or not 0 < trainer.step < self.config.steps:
+            return
+        own, now = trainer.lr_of(trainer.step - 1), trainer.lr
+        if math.isclose(own, before, rel_tol=1e-6):
+            return
+        times = f", {now / before:.3g} times as much" if before > 0 else ""
+        self.notify(
+            f"warning: the learning rate jumps from {before:.3g} in step {trainer.step} to {now:.3g}{times}:"
+            f" the schedule of this run, over {self.config.steps} steps, is not that of the checkpoint"
+        )
 
     def _listed(self, folder: Path) -> list[Path]:
         """As rank 0 sees them."""

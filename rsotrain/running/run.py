@@ -47,7 +47,9 @@ class _StoppedError(Exception):
 
 
 def _evaluation_is_due(config: Config, step: int) -> bool:
-    return config.eval_every is not None and step > 0 and step % config.eval_every == 0
+    if step == 0:
+        return config.evaluation.at_start
+    return config.eval_every is not None and step % config.eval_every == 0
 
 
 class TrainingRun:
@@ -79,11 +81,10 @@ class TrainingRun:
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
-        # the start before this one was stopped, or killed, in it
-        self.repeats_evaluation = (
-            self.resumed is not None
-            and _evaluation_is_due(config, self.resumed)
-            and self.progress.validation.get("step") != self.resumed < config.steps
+        # at the start, or where the start before this one was stopped, or killed, in it
+        self.evaluates_first = (
+            _evaluation_is_due(config, self.trainer.step)
+            and self.progress.validation.get("step") != self.trainer.step < config.steps
         )
         self.badly_evaluated: int | None = None  # the step whose evaluation was not finite
         self.loggers = Loggers([])
@@ -134,6 +135,8 @@ class TrainingRun:
             with self.stop.listening():
                 ended = self._loop()
                 self._save_or_fail()
+            if early := self._ended_early():
+                self.display.message(f"stopped early after step {self.trainer.step}: {early}")
             if ended is not None:
                 exit_code = INTERRUPTED_STATUS
                 self._say_why(ended)
@@ -182,28 +185,23 @@ class TrainingRun:
     def _loop(self) -> "_StoppedError | None":
         """Train to the last step, or to the first request to stop, which is returned."""
         config, trainer, stop = self.config, self.trainer, self.stop
+        forget_peak_memory(self.trainer.device)  # of tokenising and building: the peak is to be a step's
         self.timer = StepTimer()
         reason: Reason | None = None  # with several ranks none is asked alone, so each start makes a step
         try:
-            if self.repeats_evaluation:
-                self._evaluate()
-            while trainer.step < config.steps and reason is None:
-                lr = trainer.lr
-                result = trainer.train_step(stop.signals)
-                self.timer.tick(result.tokens)
-                step, last = trainer.step, trainer.step == config.steps
-                if step == 1 or step % config.log_every == 0 or last:
-                    self._log_step(result, lr)
-                elif self._memory_is_due(step):
-                    self._log(self._memory())
+            if self.evaluates_first:
                 with self.timer.pause():
-                    # begun before the evaluation, in which a run may well be killed
-                    if last or (config.save_every is not None and step % config.save_every == 0):
-                        self._begin_save()
-                    if not last and _evaluation_is_due(config, step):
-                        self._evaluate()
+                    self._evaluate()
+            while trainer.step < config.steps and reason is None and not self._ended_early():
+                result = trainer.train_step(stop.signals)
+                if result.skipped:
+                    self.display.message(f"warning: {result.skipped}")
+                else:
+                    self._after_update(result)
                 # with several ranks all stop after the same step, whichever of them was asked to
                 reason = stop.reason() if self.world.size == 1 else agreed_reason(stop, result.signals)
+            if self._ended_early():
+                return None
             if trainer.step == config.steps:
                 if self.progress.validation.get("step") != trainer.step:
                     self._evaluate()
@@ -211,6 +209,28 @@ class TrainingRun:
         except _StoppedError as stopped:
             return stopped
         return None if reason is None else _StoppedError(reason, evaluating=False)
+
+    def _after_update(self, result: StepResult) -> None:
+        """Log, save and evaluate, where each is due."""
+        config, step = self.config, self.trainer.step
+        last = step == config.steps
+        self.timer.tick(result.tokens)
+        if step == 1 or step % config.log_every == 0 or last:
+            self._log_step(result)
+        elif self._memory_is_due(step):
+            self._log(self._memory())
+        with self.timer.pause():
+            # begun before the evaluation, in which a run may well be killed
+            if last or (config.save_every is not None and step % config.save_every == 0):
+                self._begin_save()
+            if not last and _evaluation_is_due(config, step):
+                self._evaluate()
+
+    def _ended_early(self) -> str:
+        """Why training ends before its last step; empty where it does not."""
+        if self.trainer.step == self.config.steps:
+            return ""
+        return self.progress.patience.ended(self.config.evaluation)
 
     def _leave_if_asked(self) -> None:
         """Between the batches of an evaluation, and between the tokens of samples; all ranks call it."""
@@ -223,14 +243,17 @@ class TrainingRun:
         if reason is not None:
             raise _StoppedError(reason, evaluating=True)
 
-    def _log_step(self, result: StepResult, lr: float) -> None:
-        lap = self.timer.lap()
+    def _log_step(self, result: StepResult) -> None:
+        lap, lr = self.timer.lap(), self.trainer.last_lr
         assert lap is not None
+        assert lr is not None
+        skipped = {"train/bad_steps": self.trainer.bad_steps.count} if self.config.max_bad_steps else {}
         self._log(
             {
                 "train/loss": result.loss,
                 "train/lr": lr,
                 "train/grad_norm": result.grad_norm,
+                **skipped,
                 **lap.metrics(),
                 "throughput/mfu": self._mfu(lap.tokens_per_second),
                 **self._memory(),
@@ -272,6 +295,7 @@ class TrainingRun:
         samples = self.trainer.generate(self._leave_if_asked) if self.with_samples else []
         self.progress.validation = {"step": step, **metrics}
         self.progress.best_loss = min(self.progress.best_loss, loss)
+        self.progress.patience = self.progress.patience.after(loss, self.config.evaluation)
         self._log(metrics)
         if self.with_samples:
             self.loggers.log_table("val/samples", ("prompt", "continuation"), samples, step)
@@ -329,6 +353,7 @@ class TrainingRun:
             summary["val/unigram_perplexity"] = perplexity(unigram)
         return {
             "finished": True,
+            "ended": self._ended_early() or f"all {self.config.steps} steps",
             "run": self.folder.path.name,
             **summary,
             "step": self.trainer.step,

@@ -81,7 +81,7 @@ def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:
             penalty=config.penalty,
             use_adam=use_adam,
             orthonormalize=config.orthonormalize,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay or 0.0,
         ),
         Columns.orthonormal if config.orthonormalize else Columns.unit,
         informed=True,

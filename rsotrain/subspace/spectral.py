@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.samplers import (
+    BlockPowerConfig,
     DctConfig,
     GoLoreConfig,
     ImportanceConfig,
@@ -239,6 +240,11 @@ def importance_sampler(config: ImportanceConfig) -> Sampler:
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
+    sample = partial(randomized_svd, rounds=config.rounds)
+    return Sampler(config.name, sample, informed=True, by_products=True)
+
+
+def block_power_sampler(config: BlockPowerConfig) -> Sampler:
     sample = partial(randomized_svd, rounds=config.rounds, svd_first=config.svd_first)
     return Sampler(config.name, sample, informed=True, by_products=True)
 

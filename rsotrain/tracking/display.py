@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from rsotrain.config.schema import Progress
 from rsotrain.tracking.escaping import for_terminal
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 from rsotrain.tracking.screen import silence
 
 if TYPE_CHECKING:
@@ -25,50 +26,6 @@ if TYPE_CHECKING:
 
 WIDTH = 80  # columns that every table fits in
 REFRESHES_PER_SECOND = 2  # of the live display: its clock ticks, and it costs training nothing
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def format_count(count: float) -> str:
-    """Three digits and a suffix: 812, 12.3k, 1.23M, 4.56B, 7.89T."""
-    if isinstance(count, int) and abs(count) < 1000:
-        return str(count)
-    if not math.isfinite(count) or count < 0:
-        return str(count)
-    for suffix in ("", "k", "M", "B"):
-        if count < 999.5:
-            return _three_digits(count) + suffix
-        count /= 1000
-    return _three_digits(count) + "T"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Three digits and a binary unit: 512 B, 1.21 GiB."""
-    if num_bytes < 1024:
-        return f"{num_bytes:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        num_bytes /= 1024
-        if num_bytes < 999.5:
-            return f"{_three_digits(num_bytes)} {unit}"
-    return f"{_three_digits(num_bytes / 1024)} TiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """Two units at most: 83.2 ms, 12.3 s, 2m31s, 1h02m, 2d03h."""
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.1f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 Format = Callable[[float], str]
@@ -171,12 +128,16 @@ class Display:
         """One line of its own, above the live display."""
         self._put(text)
 
-    def close(self) -> None:
-        """Leave the last state of the live display on the screen; messages are plain lines from now on."""
+    def close(self, *, keep_bar: bool = True) -> None:
+        """Messages are plain lines from now on. ``keep_bar``: leave the live display on the screen as it is.
+
+        That of a run that was stopped must go, since it would stand there as if the run went on.
+        """
         with self._lock:
             live, self._live = self._live, None
             log, self._log = self._log, None
         if live is not None and live.is_started:
+            live.transient = not keep_bar
             live.stop()
         if log is not None:
             with suppress(OSError):
@@ -295,21 +256,32 @@ def print_closing_table(
         value = summary.get(name)
         if isinstance(value, int | float):
             table.add_row(label, form(value) if math.isfinite(value) else str(value))
-    table.add_section()
-    for label, place in files.items():
-        table.add_row(label, _short(place))
     print_table(table, log_path)
+    for label, place in files.items():
+        _print_place(f"{label}: {shown_path(place)}", log_path)
+
+
+def _print_place(text: str, log_path: Path | None) -> None:
+    """A path in one piece, however long, so that it can be copied: no table, no line breaks."""
+    text = for_terminal(text)
+    print(text, flush=True)
+    if log_path is not None:
+        with suppress(OSError), open(log_path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def print_result_table(result: Mapping[str, object]) -> None:
-    """Print names and values as they are, figures with four decimals."""
+    """Print names and values as they are, figures with four decimals, and below the path of the model."""
     table = titled_table("Result")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in result.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        if name != "model":
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     print_table(table, None)
+    if "model" in result:
+        _print_place(f"model: {result['model']}", None)
 
 
 class ParameterRow(Protocol):
@@ -385,7 +357,7 @@ def _text_of(table: "Table") -> str:
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
-def _short(place: Path | str) -> str:
+def shown_path(place: Path | str) -> str:
     """A path relative to the working directory where it lies below it."""
     if isinstance(place, Path) and place.is_absolute() and place.is_relative_to(Path.cwd()):
         return str(place.relative_to(Path.cwd()))

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
-from rsotrain.tracking.display import format_bytes, format_count, format_seconds
 from rsotrain.tracking.escaping import for_terminal
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 from rsotrain.tracking.theme import LIGHT, Palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 9.6  # inches
-BAR_LABEL_WIDTH = 36  # characters
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))  # more groups than colours
+WIDTH = 6.4  # inches; shown on a phone, 370 pixels wide, a picture has letters of 10
+BAR_LABEL_WIDTH = 22  # characters
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_SOLID = 5  # groups that have one kind of dashes before the next one begins
 
 
 def import_matplotlib() -> None:
@@ -46,7 +47,7 @@ def drawing_in(palette: Palette, **more: Any) -> Iterator[None]:
 def _style(palette: Palette) -> dict[Any, Any]:
     return {
         "font.family": "sans-serif",
-        "font.size": 10.5,
+        "font.size": 12,
         "text.parse_math": False,  # names of settings and runs have dollars in them
         "text.usetex": False,
         "svg.fonttype": "none",  # text stays text
@@ -83,9 +84,16 @@ def new_figure(height: float) -> "Figure":
 
 
 def look(index: int, palette: Palette) -> dict[str, Any]:
-    """Colour first; where there are more groups than colours, the dashes tell."""
-    colors = palette.series
-    return {"color": colors[index % len(colors)], "linestyle": DASHES[index // len(colors) % len(DASHES)]}
+    """A colour for each of ten groups, and other dashes from five to five."""
+    color, dashes = color_and_dashes(index)
+    return {"color": palette.series[color], "linestyle": DASHES[dashes]}
+
+
+def color_and_dashes(index: int) -> tuple[int, int]:
+    """Which of a palette's colours, and which of ``DASHES``, a group has: the same for no two of forty."""
+    number = len(LIGHT.series)
+    kind = index // _SOLID + index // (number * len(DASHES) // 2)
+    return index % number, kind % len(DASHES)
 
 
 def count_tick(count: float, _: float = 0) -> str:
@@ -136,14 +144,18 @@ def stacked_bytes(
         unit = 1024 ** min(4, int(math.log(max(left), 1024)))
         panel.xaxis.set_major_locator(MultipleLocator(_round_step(max(left) / unit) * unit))
         panel.xaxis.set_major_formatter(bytes_tick)
-        figure.legend(loc="outside upper left", ncols=len(parts), handlelength=1.0, handleheight=1.0)
+        figure.legend(
+            loc="outside upper left", ncols=min(3, len(parts)), handlelength=1.0, handleheight=1.0,
+            columnspacing=1.4,
+        )  # fmt: skip
     return figure
 
 
 def horizontal_bars(names: Sequence[str], palette: Palette) -> tuple["Figure", "Axes", list[int]]:
     """An empty picture of horizontal bars, the first name on top."""
-    labels = [label(name, BAR_LABEL_WIDTH, 2) for name in names]
-    figure = new_figure(0.36 * len(names) + 1.25)
+    labels = [label(name, BAR_LABEL_WIDTH, 3) for name in names]
+    lines = sum(max(1.5, 1 + text.count("\n")) for text in labels)
+    figure = new_figure(0.25 * lines + 1.6)
     panel = figure.subplots()
     places = list(range(len(names)))
     panel.set_yticks(places, labels, color=palette.ink)

@@ -14,9 +14,11 @@ COLORS = {
     "series-3": ("#1baf7a", "#27b483"),
     "series-4": ("#eda100", "#d69a1c"),
     "series-5": ("#4a3aa7", "#9b90ee"),
-    "series-6": ("#e34948", "#e96f6f"),
+    "series-6": ("#c4263a", "#d8434f"),
     "series-7": ("#e87ba4", "#dd6a97"),
     "series-8": ("#008300", "#3fa63f"),
+    "series-9": ("#7b4f2c", "#b98a62"),
+    "series-10": ("#5f6b76", "#aeb8c2"),
     "part-1": ("#184f95", "#2f6fc0"),
     "part-2": ("#3a87e4", "#6aa6ef"),
     "part-3": ("#86b6ef", "#a9cbf6"),
@@ -43,7 +45,8 @@ class Palette(NamedTuple):
 def _palette(dark: bool) -> Palette:
     one = {name: pair[dark] for name, pair in COLORS.items()}
     series, parts = (
-        tuple(color for name, color in one.items() if name.startswith(kind)) for kind in ("series", "part")
+        tuple(color for name, color in one.items() if name.startswith(f"{kind}-"))
+        for kind in ("series", "part")
     )
     return Palette(one["surface"], one["ink"], one["muted"], one["grid"], series, parts)
 

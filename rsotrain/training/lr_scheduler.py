@@ -12,11 +12,12 @@ def warmup_steps(config: LRSchedulerConfig, total_steps: int) -> int:
 def lr_factor(config: LRSchedulerConfig, step: int, total_steps: int) -> float:
     """Factor of the peak learning rate for the update with 0-based index ``step``.
 
-    Warm-up is linear and reaches 1 at update ``warmup_steps - 1``; each decay reaches its
-    ``min_ratio`` at the last update, ``total_steps - 1``.
+    Warm-up is linear and reaches 1 at update ``warmup_steps - 1``. The cosine reaches its ``min_ratio`` at
+    the last update, ``total_steps - 1``; a straight line would reach it one update later, since an update
+    with the rate 0 trains nothing.
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup + 1) / max(total_steps - warmup, 1)
-    return config.after_warmup(step, total_steps, progress)
+    # asked after the last update, too, for what the next one would be
+    return config.after_warmup(step, max(total_steps, warmup + 1), warmup)

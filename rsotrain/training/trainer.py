@@ -1,6 +1,5 @@
 """The training step and its state. The one clock is ``step``, the number of optimizer updates."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
-from rsotrain.errors import NonFiniteError, UserError
+from rsotrain.errors import UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
@@ -28,6 +28,7 @@ from rsotrain.models.llama import Llama
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
+from rsotrain.training.bad_steps import BadSteps
 from rsotrain.training.evaluation import Between, evaluate, go_on
 from rsotrain.training.lr_scheduler import lr_factor
 
@@ -35,12 +36,14 @@ from rsotrain.training.lr_scheduler import lr_factor
 @dataclass(frozen=True)
 class StepResult:
     """``loss``: mean over the valid tokens of the batch, in nats. ``grad_norm``: before clipping. ``tokens``:
-    number of valid tokens. All three are of all ranks. ``signals``: sums over ranks of the given signals."""
+    number of valid tokens. All three are of all ranks. ``signals``: sums over ranks of the given signals.
+    ``skipped``: why there was no update, and the batch was passed over; empty where there was one."""
 
     loss: float
     grad_norm: float
     tokens: int
     signals: tuple[float, ...] = ()
+    skipped: str = ""
 
 
 Signals = Callable[[], tuple[float, ...]]
@@ -50,27 +53,9 @@ def no_signals() -> tuple[float, ...]:
     return ()
 
 
-def check_composition(config: Config) -> None:
-    """Raise UserError if device, model, optimizer and sampler cannot be combined, before any data is read.
-
-    Model and optimizer are built on the meta device, which takes no memory.
-    """
-    resolve_device(config.device)
-    model = build_model(
-        config.model,
-        vocab_size=config.model.vocab_size or 1,
-        precision=config.precision,
-        device=torch.device("meta"),
-        seed=config.seed,
-    )
-    build_optimizer(
-        model,
-        config.optimizer,
-        config.sampler,
-        precision=config.precision,
-        seed=config.seed,
-        total_steps=config.steps,
-    )
+def float32_gains(config: Config) -> bool:
+    """Are the gains of norms float32 whatever the precision?"""
+    return config.optimizer.weight_rounding is WeightRounding.stochastic
 
 
 def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
@@ -83,6 +68,8 @@ def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
         seed=config.seed,
         activation_checkpointing=config.activation_checkpointing,
         separator_id=tokenizer.eos_id if config.data.document_mask else None,
+        z_loss=config.z_loss,
+        float32_gains=float32_gains(config),
     )
 
 
@@ -95,9 +82,10 @@ def share_of_batch(batch_size: int, world: World) -> range:
 class Trainer:
     """Model, optimizer, data order and clock of one run. It does not use folders, loggers or the screen.
 
-    ``train_step`` is exactly one optimizer update; ``state_dict`` holds all that an exact resume needs. Each
-    rank has a Trainer. All ranks call its methods together, and each batch is divided among them. ``model``:
-    the result of ``model_without_memory``, if the caller has built it already.
+    ``train_step`` is exactly one optimizer update, or a bad batch that is skipped; ``state_dict`` holds all
+    that an exact resume needs. Each rank has a Trainer. All ranks call its methods together, and each batch
+    is divided among them. ``model``: the result of ``model_without_memory``, if the caller has built it
+    already.
     """
 
     def __init__(
@@ -118,12 +106,17 @@ class Trainer:
             total_steps=config.steps,
             place=self._place,
         )
+        if (config.micro_batch_size or self._batch_size_of_rank) < self._batch_size_of_rank:
+            for holder in self.optimizer.gradient_holders():  # of bfloat16 weights, too: sums are in float32
+                holder.grad_dtype = torch.float32
         if config.compile:
             compile_blocks(self.model)
         self.order = data.train.order(config.seed)
         self.step = 0
         self.tokens = 0  # targets so far, without ignored ones
-        self.position = 0  # number of sequences taken from the data so far
+        self.position = 0  # number of sequences taken from the data so far, with those that were skipped
+        self.bad_steps = BadSteps(config.max_bad_steps, config.spike_factor)
+        self.last_lr: float | None = None  # of the last update; None where nobody knows
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
@@ -138,10 +131,14 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Learning rate of the next update for embedding, head and norms."""
-        return self.config.optimizer.lr * self._lr_factor()
+        return self.lr_of(self.step)
 
-    def _lr_factor(self) -> float:
-        return lr_factor(self.config.lr_scheduler, self.step, self.config.steps)
+    def lr_of(self, step: int) -> float:
+        """Learning rate of the update with 0-based index ``step``."""
+        return self.config.optimizer.lr * self._lr_factor(step)
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(self.config.lr_scheduler, step, self.config.steps)
 
     @property
     def flops_per_token(self) -> int:
@@ -162,12 +159,13 @@ class Trainer:
         return batches
 
     def train_step(self, signals: Signals = no_signals) -> StepResult:
-        """One optimizer update.
+        """One optimizer update, or none where the batch is bad and may be skipped.
 
         The loss is the sum over all micro-batches of all ranks divided by their number of valid tokens, so
         that gradient accumulation over k micro-batches, or k ranks, gives the update of one batch.
-        ``signals`` is called before the update, and its results are summed over ranks. Raises NonFiniteError
-        before the update.
+        ``signals`` is called before the update, and its results are summed over ranks. A batch that is
+        skipped changes neither weights nor optimizer state nor the clock: the next call takes the next batch
+        for the same step. Raises NonFiniteError before the update.
         """
         batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
@@ -185,15 +183,14 @@ class Trainer:
             self.optimizer.reduce_gradients()
             finished = self._finish_gradients(total, signals)
         loss_value, norm_value, *answers = finished.tolist()  # one host sync
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        if bad := self.bad_steps.verdict(self.step + 1, loss_value, norm_value):
             self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"step {self.step + 1}: the loss is {loss_value} and the gradient norm {norm_value}:"
-                " stopped before the update"
-            )
-        self.optimizer.set_lr_factor(self._lr_factor())
+            self.position += self.config.batch_size
+            return StepResult(loss_value, norm_value, tokens, tuple(answers), skipped=bad)
+        self.optimizer.set_lr_factor(self._lr_factor(self.step))
         with phase(Phase.optimizer_step):
             self.optimizer.step()
+        self.last_lr = self.lr
         if self.gradients_bytes == 0:
             self.gradients_bytes = tensors_bytes(self.optimizer.gradients())
         self.optimizer.zero_grad()
@@ -316,6 +313,8 @@ class Trainer:
                 "sequences": self.position,
                 "order": order_record(train, self.config.seed),
                 "data": data,
+                "lr": self.last_lr,
+                **self.bad_steps.state_dict(),
             },
         }
 
@@ -331,10 +330,12 @@ class Trainer:
         """
         position = saved_position(state["trainer"], self.data.train, self.config.batch_size)
         self._check_weights(state["model"], same_dtype=True)
+        bad_steps = self.bad_steps.restored(state["trainer"])
         self.data.train.load_state_dict(state["trainer"].get("data", {}), position)
         self.optimizer.load_state_dict(state["optimizer"])  # refuses before it changes anything
         self._copy_weights(state["model"])
-        self.position = position
+        self.position, self.bad_steps = position, bad_steps
+        self.last_lr = state["trainer"].get("lr")
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
 

@@ -54,7 +54,7 @@ class Figure:
 
 
 def report(name: str, conditions: str, figures: Sequence[Figure]) -> None:
-    """Print the figures and keep them for the README's table."""
+    """Print the figures and keep them for the table of this folder's README.md."""
     print(conditions)
     width = max(len(figure.name) for figure in figures)
     for figure in figures:

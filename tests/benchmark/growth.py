@@ -5,7 +5,7 @@
 FLOPs are those of forward and backward (``rsotrain.training.flops``), for RSO with the products by its bases
 in the place of the weights' gradients. Of each pair of neighbours in a series, how much faster than its FLOPs
 the time has grown. ``ranks``: the same work for each rank, 8 sequences and one thread. Medians of undisturbed
-steps. The picture is outputs/readme/growth.png.
+steps. The picture is tests/benchmark/growth.png.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 BAR = 1.2
 RANK_BATCH = 8  # sequences of each rank, as in the other benchmarks
 MODELS = ("llama_9m", "llama_20m", "llama_35m", "llama_60m", "llama_130m", "llama_350m")
-PICTURE = ROOT / "outputs" / "readme" / "growth.png"
+PICTURE = Path(__file__).with_name("growth.png")
 
 
 class Point(NamedTuple):

@@ -1,9 +1,9 @@
-"""Writes the README's benchmark table from what the scripts beside this one have left.
+"""Writes the benchmark table of the README.md in this folder from what the scripts beside this one have left.
 
     python tests/benchmark/table.py [--run] [--write]
 
 ``--run`` runs them all first, an hour on two cores that should have nothing else to do; ``--write`` replaces
-the table between the two marks in README.md, else it is printed.
+the table between the two marks on that page, else it is printed.
 """
 
 import argparse
@@ -80,11 +80,11 @@ def main() -> None:
     if not arguments.write:
         print(text)
         return
-    readme = ROOT / "README.md"
-    before, found, rest = readme.read_text().partition(BEGIN)
+    page = Path(__file__).with_name("README.md")
+    before, found, rest = page.read_text().partition(BEGIN)
     if not found or END not in rest:
-        raise SystemExit(f"README.md has no {BEGIN} … {END}")
-    readme.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
+        raise SystemExit(f"{page} has no {BEGIN} … {END}")
+    page.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

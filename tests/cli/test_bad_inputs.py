@@ -66,7 +66,8 @@ def test_a_bad_input_is_refused_or_starts_as_typed(
         return {}
 
     # In place of what imports torch and trains; all that comes before it is the real thing.
-    monkeypatch.setitem(sys.modules, "rsotrain.cli.dispatch", types.SimpleNamespace(run_mode=run_mode))
+    dispatch = types.SimpleNamespace(run_mode=run_mode, settle_epochs=lambda config: config)
+    monkeypatch.setitem(sys.modules, "rsotrain.cli.dispatch", dispatch)
     monkeypatch.setattr(cli, "_status", 0)
     status = call_main(cli, ["output_dir=out", *case.command])
     captured = capsys.readouterr()

@@ -95,7 +95,7 @@ MISTAKES = [
     (["output_dir=/proc/here"], "output_dir=/proc/here cannot be written"),
     (["~steps"], "steps has no value; give it with steps="),
     (["steps=1e999"], "steps: Value"),
-    (["lr_scheduler=constant", "lr_scheduler.min_ratio=0.1"], "unknown key lr_scheduler.min_ratio"),
+    (["lr_scheduler=constant", "lr_scheduler.min_ratio=0.1"], "lr_scheduler=constant has no key lr_sch"),
     (["optimizer.lr=${nope}"], "optimizer.lr: Interpolation key 'nope' not found"),
     (["optimizer=sn_sm", "sampler=gaussian"], "optimizer=sn_sm with sampler=gaussian"),
     (["run_name=a/b"], "run_name=a/b must be the name of one folder"),

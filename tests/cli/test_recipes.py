@@ -18,7 +18,8 @@ from rsotrain.config.schema import Config, Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.build import Data
 from rsotrain.planner.plan import make_plan
-from rsotrain.training.trainer import Trainer, check_composition
+from rsotrain.training.composition import check_composition
+from rsotrain.training.trainer import Trainer
 
 # What all the papers' tables share (arXiv 2403.03507), then by size.
 PROTOCOL = {

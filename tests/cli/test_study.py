@@ -15,7 +15,7 @@ from rsotrain.config.identity import identity
 from rsotrain.config.schema import Config
 from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
-from rsotrain.training.trainer import check_composition
+from rsotrain.training.composition import check_composition
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml"))
 

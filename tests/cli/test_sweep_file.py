@@ -1,5 +1,6 @@
 """Lists of configurations and W&B's sweep files: what they mean, and one sentence for each mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -147,4 +148,60 @@ def test_a_file_is_checked_from_the_command_line(capsys: pytest.CaptureFixture[s
     main([str(SWEEPS / "optimizers.yaml")])
     main([str(SWEEPS / "array.txt")])
     out = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in out] == ["36 runs, all keys exist", "6 runs, all keys exist"]
+    assert [line.split(": ")[1] for line in out] == [
+        "36 runs, each value of which would start", "6 runs, all of which would start",
+    ]  # fmt: skip
+
+
+def test_every_faulty_line_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types, ranges, pairs, names: each line is held against all that its start would be."""
+    path = written(
+        tmp_path,
+        "# comment\noptimizer=adam seed=0\noptimizer=adam optimizer.rank=3\n\n"
+        "optimizer=galore optimizer.lr=-1\nsteps=abc\noptimizer=adam sampler=svd\n"
+        "tuned=galore optimizer=rso\noptimizer=gallore\nseq_len=4000\nlr=3\n",
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main([str(path)])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *faults, last = captured.err.splitlines()
+    expected = {
+        3: "optimizer=adam has no key optimizer.rank", 5: "optimizer.lr=-1.0 must not be negative",
+        6: "steps: Value 'abc'", 7: "optimizer=adam has no subspace",
+        8: "galore's rates, but the optimizer is rso", 9: "optimizer=gallore does not exist; did you mean ga",
+        10: "seq_len=4000 is longer than", 11: "unknown key lr; it is called optimizer.lr here",
+    }  # fmt: skip
+    assert len(faults) == len(expected)
+    for line, (number, sentence) in zip(faults, expected.items(), strict=True):
+        assert line.startswith(f"{path}, line {number}: ")
+        assert sentence in line
+    assert last == f"rsotrain: {path}: 8 of 9 would be refused"
+
+
+def test_keys_that_do_not_exist_are_named_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        read_list(written(tmp_path, "optimzer=adam\nseed=0\nlr=3\n"))
+    assert re.search(
+        r"line 1: unknown key optimzer; .*; line 3: unknown key lr; it is called", str(raised.value)
+    )
+
+
+def test_each_value_of_a_sweep_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = {
+        "method": "grid", "command": ["rsotrain", "${args_no_hyphens}"],
+        "parameters": {
+            "optimizer": {"values": ["galore", "adam"]}, "optimizer.rank": {"values": [0.25, 2]},
+            "run_name": {"value": "a b"}, "compile": {"values": [False, True]}, "grad_clip": {"value": None},
+        },
+    }  # fmt: skip
+    path = written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml")
+    with pytest.raises(SystemExit):
+        main([str(path)])
+    *faults, last = capsys.readouterr().err.splitlines()
+    assert [fault.partition(": ")[0] for fault in faults] == [f"{path}, optimizer=adam"]
+    assert last.endswith("1 of 4 would be refused")
+    del sweep["parameters"]["optimizer"]["values"][1]  # type: ignore[index]
+    main([str(written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml"))])
+    assert capsys.readouterr().out == f"{path}: 4 runs, each value of which would start\n"

@@ -8,7 +8,8 @@ from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
 from rsotrain.config.keys import from_plain, plain
-from rsotrain.config.schema import Config, ModelConfig, RopeScalingConfig
+from rsotrain.config.model import ModelConfig, RopeScalingConfig
+from rsotrain.config.schema import Config
 
 MODELS = sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml") if p.stem != "pretrained")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from pathlib import Path
@@ -93,6 +94,27 @@ def test_damaged_text_files(sample_by: SampleBy, tmp_path: Path) -> None:
         path.write_bytes(content)
         for _, row in FileShard(path, ("text",), sample_by).rows():
             assert isinstance(row, BadRow) or isinstance(row["text"], str)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_an_arrow_file_that_is_cut_while_it_is_read_gets_a_sentence(kind: str, tmp_path: Path) -> None:
+    """It is mapped into memory: to touch what is gone would end the process with SIGBUS."""
+    import pyarrow as pa
+
+    path, rows = tmp_path / "a.arrow", 3000
+    table = pa.table({"text": [f"{i} " + "x" * 2000 for i in range(rows)]})
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    whole = path.stat().st_size
+    corpus = Corpus("x", (FileShard(path, ("text",)),), TextField("text"), "")
+    documents = corpus.documents(lambda _: None)
+    assert next(documents).text.startswith("0 x")
+    os.truncate(path, whole // 2)
+    with pytest.raises(
+        UserError, match=rf"a\.arrow.* cut from {whole:,} to {whole // 2:,} bytes while it was"
+    ):
+        list(documents)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow", "a.jsonl.gz", "plain.jsonl"])

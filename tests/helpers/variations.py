@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from rsotrain.config.schema import ModelConfig, Precision, RopeScalingConfig
+from rsotrain.config.model import ModelConfig, RopeScalingConfig
+from rsotrain.config.schema import Precision
 from rsotrain.models.build import build_model
 from rsotrain.models.llama import Llama
 from rsotrain.models.parts import PARTS

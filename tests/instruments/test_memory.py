@@ -1,4 +1,4 @@
-"""The live breakdown of a run, and README's tables of the plan."""
+"""The live breakdown of a run, and the tables of the plan in rsotrain/planner/README.md."""
 
 import itertools
 import json
@@ -49,15 +49,15 @@ def test_memory_is_logged_when_bases_are_new(
     assert "saved activations" in shown  # of the closing table
 
 
-# --- README ------------------------------------------------------------------------------------------
+# --- the page ------------------------------------------------------------------------------------------
 
 
 def table(name: str) -> list[str]:
-    return memory_tables.table_in((ROOT / "README.md").read_text(), name)
+    return memory_tables.table_in(memory_tables.PAGE.read_text(), name)
 
 
 @pytest.mark.parametrize(("model", "optimizer", "ranks"), [("60m", "adam", 1), ("60m", "rso", 8)])
-def test_some_of_readmes_cells_are_the_plans(model: str, optimizer: str, ranks: int) -> None:
+def test_some_of_the_pages_cells_are_the_plans(model: str, optimizer: str, ranks: int) -> None:
     (row,) = (
         line for line in table("one GPU" if ranks == 1 else f"{ranks} GPUs") if f"`{optimizer}`" in line
     )
@@ -65,7 +65,7 @@ def test_some_of_readmes_cells_are_the_plans(model: str, optimizer: str, ranks: 
     assert cells[memory_tables.MODELS.index(model)] == memory_tables.cell(model, optimizer, ranks)
 
 
-def test_readmes_tables_are_whole_and_rso_is_first() -> None:
+def test_the_pages_tables_are_whole_and_rso_is_first() -> None:
     for name in ("one GPU", "8 GPUs"):
         head, _, *rows = table(name)
         assert head == f"| {name} | {' | '.join(memory_tables.MODELS)} |"
@@ -81,7 +81,7 @@ def test_readmes_tables_are_whole_and_rso_is_first() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", memory_tables.TABLES)
-def test_readmes_tables_are_the_plans(name: str) -> None:
+def test_the_pages_tables_are_the_plans(name: str) -> None:
     assert memory_tables.made(name) == table(name)
 
 

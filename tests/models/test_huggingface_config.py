@@ -11,7 +11,8 @@ import torch
 from helpers.huggingface import CPU, VOCAB, edit, logits_of_transformers, write_folder
 from helpers.runs import compose
 
-from rsotrain.config.schema import FIELDS_OF_THE_RUN, Precision, RopeScalingConfig
+from rsotrain.config.model import FIELDS_OF_THE_RUN, RopeScalingConfig
+from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError
 from rsotrain.models.build import build_model
 from rsotrain.models.huggingface_config import FAMILIES, family_of, read_config

@@ -114,6 +114,34 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:
         assert ratio == pytest.approx(factor, rel=2e-4)
 
 
+def with_z_loss(z_loss: float):  # type: ignore[no-untyped-def]
+    """Σ −log softmax(logits)[target] + z_loss·(log Σ exp(logits))² over the targets, in float64."""
+
+    def reference(hidden, weight, targets):  # type: ignore[no-untyped-def]
+        logits = hidden.double() @ weight.double().T
+        log_z = logits.logsumexp(1)
+        valid = targets != IGNORE_INDEX
+        logit = logits.gather(1, targets.where(valid, 0).unsqueeze(1)).squeeze(1)
+        return ((log_z - logit + z_loss * log_z**2) * valid).sum()
+
+    return reference
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+def test_the_z_loss_is_in_the_gradients_and_not_in_the_value(z_loss: float) -> None:
+    hidden, weight, targets = problem()
+    value, *ours = gradients(partial(linear_cross_entropy, z_loss=z_loss), hidden, weight, targets)
+    assert torch.equal(value, linear_cross_entropy(hidden, weight, targets))
+    _, *exact = gradients(with_z_loss(z_loss), hidden, weight, targets)
+    # fp32 rounding of sums of about 30 to 200 terms, of which those of the z-loss are up to 3 times as large
+    for mine, reference in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, reference.float(), rtol=1e-5, atol=3e-5)
+    _, *without = gradients(linear_cross_entropy, hidden, weight, targets)
+    assert not any(torch.allclose(a, b, rtol=1e-4) for a, b in zip(ours, without, strict=True))
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets, z_loss=z_loss), value)
+
+
 def test_a_target_that_is_neither_a_token_nor_ignored_is_an_error() -> None:
     for wrong in (-1, VOCAB):
         hidden, weight, targets = problem()
@@ -152,7 +180,8 @@ def test_second_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_no_buffer_of_all_logits() -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_no_buffer_of_all_logits(z_loss: float) -> None:
     """Every tensor made on the way is smaller than (tokens, vocabulary)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -169,5 +198,5 @@ def test_no_buffer_of_all_logits() -> None:
             return result
 
     with Largest():
-        gradients(linear_cross_entropy, hidden, weight, targets)
+        gradients(partial(linear_cross_entropy, z_loss=z_loss), hidden, weight, targets)
     assert largest == max(num_tokens * FEATURES, VOCAB * FEATURES) < num_tokens * VOCAB

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers.runs import OPTIMIZERS, compose, load_data
 from helpers.variations import LLAMA3, TINY, VARIATIONS, VOCAB, batch, random_model
 
-from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision, RopeScalingConfig
+from rsotrain.config.model import ModelConfig, RopeScalingConfig
+from rsotrain.config.schema import ActivationCheckpointing, Precision
 from rsotrain.errors import UserError
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model, model_without_memory

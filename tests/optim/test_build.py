@@ -318,7 +318,7 @@ def test_tied_weights_count_once_and_fractions_of_the_rank_vary() -> None:
 @pytest.mark.parametrize(
     ("config", "sampler", "message"),
     [
-        (replace(OPTIMIZERS["adam"], block_parameters=["nothing"]), "none", "'nothing' matches no trainable"),
+        (replace(OPTIMIZERS["adam"], block_parameters=["nothing"]), "none", "'nothing' matches no parameter"),
         (replace(OPTIMIZERS["adam"], block_parameters=["up", "("]), "none", "no regular expression"),
         (replace(OPTIMIZERS["adam"], block_parameters=["norm"]), "none", "not a matrix"),
         (replace(OPTIMIZERS["galore"], rank=13, block_parameters=["up"]), "svd", "rank=13 is larger"),

@@ -1,5 +1,7 @@
 """Limits in which a method must equal another, known one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -279,9 +281,9 @@ def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch
     dtypes: list[torch.dtype] = []
     apply = Apollo.apply_
 
-    def seen(self: Apollo, weight: Tensor, update: Tensor, lr: float) -> None:
+    def seen(self: Apollo, name: str, update: Tensor, *more: Any) -> None:
         dtypes.append(update.dtype)
-        apply(self, weight, update, lr)
+        apply(self, name, update, *more)
 
     monkeypatch.setattr(Apollo, "apply_", seen)
     for per_tensor in (False, True):

@@ -89,7 +89,13 @@ def limit_buckets(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("precision", "state"),
-    [("fp32", "float32"), ("fp32", "bfloat16"), ("bf16_mixed", "float32"), ("bf16", "float32")],
+    [
+        ("fp32", "float32"),
+        ("fp32", "bfloat16"),
+        ("fp32", "int8"),
+        ("bf16_mixed", "float32"),
+        ("bf16", "float32"),
+    ],
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_matrices_together_are_bitwise_what_they_are_alone(

@@ -23,7 +23,14 @@ def built_state_bytes(config: Config) -> int:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "more", [[], ["precision=fp32", "optimizer.state_dtype=bfloat16"], ["model.tie_word_embeddings=true"]]
+    "more",
+    [
+        [],
+        ["precision=fp32", "optimizer.state_dtype=bfloat16"],
+        ["model.tie_word_embeddings=true"],
+        ["precision=bf16", "optimizer.state_dtype=int8"],
+        ["optimizer.state_dtype=int8", "model.intermediate_size=61"],
+    ],
 )
 def test_the_formula_is_the_optimizer(optimizer: str, more: list[str]) -> None:
     config = compose(["model=llama_tiny", "model.num_key_value_heads=2", f"optimizer={optimizer}", *more])

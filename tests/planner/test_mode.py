@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ from rsotrain.parallel.ranks import World
 from rsotrain.planner import out_of_memory
 from rsotrain.planner.fake_run import tokenizer_size
 from rsotrain.planner.gpus import GPUS, fits
-from rsotrain.planner.plan import make_plan
+from rsotrain.planner.plan import Plan, make_plan
 from rsotrain.planner.show import labels, print_plan
 
 MIB = 2**20
 
 
 def plan_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("outputs/*/plan.json"))
+    return sorted(folder.glob("outputs/plans/*.json"))
 
 
 def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert plan["traffic"]["refresh"]["broadcast"] > 0
     assert "broadcast" not in plan["traffic"]["step"]
     assert [fit["fits"] for fit in plan["gpus"]] == [True] * 5
-    assert (file.parent / "plan.png").is_file()
+    assert (file.with_suffix(".png")).is_file()
     assert not (file.parent / "config.yaml").exists()  # it is no run
 
 
@@ -191,6 +192,29 @@ def test_the_sentence_names_the_largest_part_and_three_ways_out() -> None:
     assert "activation_checkpointing=block would save" in said
 
 
+def test_the_peak_of_a_large_micro_batch_is_found_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["model=llama_tiny", "optimizer=adam", "seq_len=256", "device=cpu", "batch_size=12"])
+    planned: list[int] = []
+
+    def counted(config: Config, *, gpus: bool = True) -> Plan:
+        plan = make_plan(config, gpus=gpus)
+        planned.append(plan.settings["micro_batch_size"])
+        return plan
+
+    whole = make_plan(config, gpus=False)
+    monkeypatch.setattr("rsotrain.planner.plan.make_plan", counted)
+    monkeypatch.setattr(out_of_memory, "_MAX_TOKENS", 8 * 256)
+    found = out_of_memory.planned_peak(config)
+    assert found == max(whole.phases.values(), key=lambda phase: phase["peak"])
+    assert planned == [4, 8]
+    planned.clear()
+    first = out_of_memory.options
+    monkeypatch.setattr(out_of_memory, "options", lambda config: [next(first(config))])  # each takes a second
+    said = out_of_memory.advice(replace(config, batch_size=1_000_000))
+    assert "micro_batch_size=500000 would save" in said
+    assert max(planned) == 8
+
+
 def test_other_errors_pass() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes differ") as raised,
@@ -208,11 +232,11 @@ def test_ways_out_are_what_the_run_does_not_do_yet() -> None:
     found = changes(compose(["optimizer=galore", "optimizer.rank=64", "batch_size=12", "micro_batch_size=6"]))
     assert set(found) == {
         "micro_batch_size=3", "activation_checkpointing=block", "precision=bf16", "optimizer=rso",
-        "optimizer.state_dtype=bfloat16", "optimizer.rank=32", "parallelism=fsdp on 2 processes",
+        "optimizer.state_dtype=int8", "optimizer.rank=32", "parallelism=fsdp on 2 processes",
     }  # fmt: skip
     assert found["parallelism=fsdp on 2 processes"].parallelism.strategy is Strategy.fsdp
     none_left = [
-        "optimizer=rso", "optimizer.projection=regenerated", "optimizer.state_dtype=bfloat16",
+        "optimizer=rso", "optimizer.projection=regenerated", "optimizer.state_dtype=int8",
         "precision=bf16", "activation_checkpointing=block", "batch_size=1", "optimizer.rank=1",
     ]  # fmt: skip
     assert changes(compose(none_left)) == {}

@@ -55,29 +55,58 @@ def assert_same(plan: dict[str, int], run: dict[str, int]) -> None:
     assert plan == run
 
 
-def check_one_rank(optimizer: str, model: str, tiny: list[str], cache_dir: Path) -> None:
-    config = config_of(optimizer, model, tiny)
+def check_one_rank(optimizer: str, model: str, tiny: list[str], cache_dir: Path, *more: str) -> None:
+    config = config_of(optimizer, model, tiny, *more)
     found = live(config, load_data(config, cache_dir), World(torch.device("cpu")))
     assert_same(planned(config, 1), found)
 
 
+# Each with one precision of weights; int8 with bfloat16 ones, whose gradients are added in float32
+STATES = {
+    "float32": ["precision=fp32"],
+    "bfloat16": ["precision=bf16_mixed", "optimizer.state_dtype=bfloat16"],
+    "int8": ["precision=bf16", "optimizer.state_dtype=int8"],
+}
+
+
+@pytest.mark.parametrize("state", ["float32", "int8"])
 @pytest.mark.parametrize("optimizer", FEW)
-def test_the_plan_is_the_run(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
-    check_one_rank(optimizer, "llama_tiny", tiny, cache_dir)
+def test_the_plan_is_the_run(optimizer: str, state: str, tiny: list[str], cache_dir: Path) -> None:
+    check_one_rank(optimizer, "llama_tiny", tiny, cache_dir, *STATES[state])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_9m"])
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_plan_is_the_run(optimizer: str, model: str, tiny: list[str], cache_dir: Path) -> None:
-    check_one_rank(optimizer, model, tiny, cache_dir)
+def test_every_plan_is_the_run(
+    optimizer: str, state: str, model: str, tiny: list[str], cache_dir: Path
+) -> None:
+    check_one_rank(optimizer, model, tiny, cache_dir, *STATES[state])
+
+
+def test_one_micro_batch_has_gradients_in_the_dtype_of_its_weights(tiny: list[str]) -> None:
+    found = {
+        size: planned(config_of("adam", "llama_tiny", tiny, "precision=bf16", f"micro_batch_size={size}"), 1)
+        for size in (4, 2)
+    }
+    weights = found[4]["memory/parameters_bytes"]
+    assert found[4]["memory/gradients_bytes"] == weights
+    gains = 4 * 64 * 5  # of two blocks and the last norm
+    assert found[2]["memory/gradients_bytes"] == 2 * (weights - gains) + gains
 
 
 def check_two_ranks(
-    optimizers: list[str], model: str, tiny: list[str], cache_dir: Path, folder: Path, strategy: Strategy
+    optimizers: list[str],
+    model: str,
+    tiny: list[str],
+    cache_dir: Path,
+    folder: Path,
+    strategy: Strategy,
+    *more: str,
 ) -> None:
     name = strategy.name
-    configs = {o: config_of(o, model, tiny, f"parallelism={name}") for o in optimizers}
+    configs = {o: config_of(o, model, tiny, f"parallelism={name}", *more) for o in optimizers}
     data = load_data(configs[optimizers[0]], cache_dir)
     checks: dict[str, Callable[[World], Any]] = {
         o: partial(live, config, data) for o, config in configs.items()
@@ -90,19 +119,21 @@ def check_two_ranks(
 
 
 @pytest.mark.parametrize("strategy", [Strategy.fsdp, Strategy.ddp], ids=lambda s: s.name)
+@pytest.mark.parametrize("state", ["float32", "int8"])
 def test_the_plan_for_two_ranks_is_that_of_rank_0(
-    strategy: Strategy, tiny: list[str], cache_dir: Path, tmp_path: Path
+    state: str, strategy: Strategy, tiny: list[str], cache_dir: Path, tmp_path: Path
 ) -> None:
-    few = ["galore", "rso_pca"]
-    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy)
+    few = ["adam", "galore", "rso_pca"]
+    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_9m"])
+@pytest.mark.parametrize("state", STATES)
 def test_every_plan_for_two_ranks_is_that_of_rank_0(
-    model: str, tiny: list[str], cache_dir: Path, tmp_path: Path
+    state: str, model: str, tiny: list[str], cache_dir: Path, tmp_path: Path
 ) -> None:
-    check_two_ranks(OPTIMIZERS, model, tiny, cache_dir, tmp_path, Strategy.fsdp)
+    check_two_ranks(OPTIMIZERS, model, tiny, cache_dir, tmp_path, Strategy.fsdp, *STATES[state])
 
 
 def profiled_peak(step: Callable[[], Any]) -> int:

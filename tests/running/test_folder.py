@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from helpers.command import Cli
-from helpers.runs import compose
+from helpers.runs import compose, trainer
 
 from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.config.schema import Config
+from rsotrain.data.tokenizer import save_tokenizer
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.running.folder import open_run_folder
 from rsotrain.running.mode import train
@@ -212,3 +213,24 @@ def test_a_models_name_is_no_path(name: str, config: Config, tmp_path: Path) -> 
     with pytest.raises(UserError, match="give it a run_name without a slash"):
         train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_bad_row_that_is_found_while_data_are_read_leaves_no_folder(
+    streaming: str, tiny: list[str], corpus: tuple[Path, Path], tmp_path: Path, cache_dir: Path
+) -> None:
+    model = tmp_path / "tokenizer.model"
+    save_tokenizer(trainer(tiny, cache_dir).data.tokenizer, tmp_path)
+    (tmp_path / "tokenizer" / model.name).rename(model)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(corpus[0].read_text().splitlines(keepends=True)[:2]) + '{"text": 3\n')
+    own = {
+        "data.path": bad, "tokenizer": "sentencepiece", "tokenizer.path": model,
+        "output_dir": tmp_path / "out", "data.streaming": streaming, "data.shuffle": "false",
+    }  # fmt: skip
+    chosen = dict(o.split("=", 1) for o in tiny if not o.startswith("tokenizer.")) | own
+    if streaming == "true":
+        chosen |= {"data.lanes": "1", "data.workers": "1"}
+    with pytest.raises(UserError, match=r"bad\.jsonl: line 3 is not valid JSON"):
+        train(compose([f"{key}={value}" for key, value in chosen.items()]))
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Write README's tables of memory: python tests/tools/memory_tables.py (a plan for each cell, on all cores).
+"""Write the tables of rsotrain/planner/README.md: python tests/tools/memory_tables.py (a plan for each cell).
 
 All are what mode=plan says, for a GPU, precision=bf16, vocabulary 32000, rank hidden/4 (apollo_mini: 1).
 """
@@ -22,7 +22,7 @@ from rsotrain.models.build import count_parameters  # noqa: E402
 from rsotrain.planner.gpus import GIB, GPUS  # noqa: E402
 from rsotrain.planner.plan import make_plan  # noqa: E402
 
-README = ROOT / "README.md"
+PAGE = ROOT / "rsotrain" / "planner" / "README.md"
 VOCAB_SIZE = 32000
 MODELS = ("60m", "130m", "350m", "1b", "7b")
 OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
@@ -111,20 +111,20 @@ def made(name: str) -> list[str]:
         return TABLES[name](pool)
 
 
-def _span(readme: str, name: str) -> tuple[int, int]:
+def _span(page: str, name: str) -> tuple[int, int]:
     start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
-    return readme.index(start) + len(start), readme.index(end)
+    return page.index(start) + len(start), page.index(end)
 
 
-def table_in(readme: str, name: str) -> list[str]:
+def table_in(page: str, name: str) -> list[str]:
     """The lines between the marks of a table."""
-    start, end = _span(readme, name)
-    return readme[start:end].strip().splitlines()
+    start, end = _span(page, name)
+    return page[start:end].strip().splitlines()
 
 
-def replaced(readme: str, name: str, lines: list[str]) -> str:
-    start, end = _span(readme, name)
-    return readme[:start] + "\n".join(lines) + "\n" + readme[end:]
+def replaced(page: str, name: str, lines: list[str]) -> str:
+    start, end = _span(page, name)
+    return page[:start] + "\n".join(lines) + "\n" + page[end:]
 
 
 if __name__ == "__main__":
@@ -133,4 +133,4 @@ if __name__ == "__main__":
     for name in parser.parse_args().tables:
         lines = made(name)
         print("\n".join(lines), flush=True)
-        README.write_text(replaced(README.read_text(), name, lines))
+        PAGE.write_text(replaced(PAGE.read_text(), name, lines))

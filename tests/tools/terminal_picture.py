@@ -1,6 +1,7 @@
-"""A terminal session as an SVG picture, for the README.
+"""A terminal session as an SVG picture, for the page on a run.
 
-    make train | tee train.txt; python tests/tools/terminal_picture.py train.txt outputs/readme/make_train.svg
+    make train | tee train.txt
+    python tests/tools/terminal_picture.py train.txt rsotrain/running/make_train.svg
 
 Keeps the first and the last lines of the text and marks what is left out between them.
 """

@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 
 from rsotrain.config.schema import Progress
-from rsotrain.tracking.display import (
-    Display,
-    build_display,
-    format_bytes,
-    format_count,
-    format_seconds,
-    print_closing_table,
-    print_parameter_table,
-)
+from rsotrain.tracking.display import Display, build_display, print_closing_table, print_parameter_table
+from rsotrain.tracking.formats import format_bytes, format_count, format_seconds
 
 
 class Clock:
@@ -105,6 +98,21 @@ def test_escape_sequences_reach_neither_screen_nor_log(
         assert not re.search("\x1b]0|\x9b|\u202e", printed)
 
 
+def test_a_stopped_run_leaves_no_bar_that_would_seem_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for keep, erased in ((True, 0), (False, 2)):
+        shown = build_display(Progress.live, 1000)
+        shown.update(100, TRAIN)
+        shown.message("stopped by SIGINT")
+        capsys.readouterr()
+        shown.close(keep_bar=keep)
+        # the cursor goes up and erases a line for each that the display has, after it is drawn the last time
+        end = capsys.readouterr().out.rpartition("left")[2]
+        assert end.count("\x1b[2K") == erased
+
+
 def test_live_display_shows_the_latest_and_logs_plain_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +174,8 @@ def test_closing_table_fits_80_columns_and_holds_the_result(
     files = {"metrics": tmp_path / "outputs" / "metrics.jsonl", "wandb": "https://example.org/" + "x" * 100}
     print_closing_table(summary, files, tmp_path / "train.log")
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
+    table, places = out.splitlines()[:-2], out.splitlines()[-2:]
+    assert max(map(len, table)) <= 80
     assert "\x1b" not in out
     rows = {
         cells[1].strip(): cells[2].strip()
@@ -182,8 +191,8 @@ def test_closing_table_fits_80_columns_and_holds_the_result(
     assert rows["time of a step"] == "332.1 ms"
     assert rows["peak memory"] == "1.21 GiB"
     assert rows["wall time"] == "10m13s"
-    assert rows["metrics"] == "outputs/metrics.jsonl"
-    assert out.count("x") >= 100  # a long address is folded, not cut
+    # in one piece each, so that they can be copied
+    assert places == ["metrics: outputs/metrics.jsonl", f"wandb: https://example.org/{'x' * 100}"]
     assert "steps" not in rows
     assert (tmp_path / "train.log").read_text() == "".join(line.rstrip() + "\n" for line in out.splitlines())
 

@@ -11,9 +11,10 @@ from helpers.methods import ORTHOGONALISED_IN_BFLOAT16
 from helpers.runs import OPTIMIZERS, compose, trainer
 
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
-from rsotrain.errors import UserError
+from rsotrain.errors import NonFiniteError, UserError
 from rsotrain.optim.rso import RSO
-from rsotrain.training.trainer import NonFiniteError, Trainer, check_composition
+from rsotrain.training.composition import check_composition
+from rsotrain.training.trainer import Trainer
 
 
 def weights(trained: Trainer) -> dict[str, torch.Tensor]:

@@ -1,0 +1,81 @@
+"""Whether the runs of a list would start: each is composed and held against all rules, without running it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+from rsotrain.cli.mistakes import explain
+from rsotrain.cli.overrides import check_overrides, check_tuned, key_of, normalise
+from rsotrain.cli.text_keys import quote
+from rsotrain.config.rules_modes import check_read
+from rsotrain.config.validation import validate
+from rsotrain.errors import UserError
+
+
+def faults_of(runs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """Place -> sentence of each of the ``runs`` (place, overrides) that would be refused."""
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return {place: fault for place, given in runs if (fault := fault_of(given)) is not None}
+
+
+def fault_of(given: Sequence[str]) -> str | None:
+    """What the command line ``rsotrain …`` would say; None where it would start. Hydra is initialised."""
+    from rsotrain.training.composition import check_composition
+
+    try:
+        overrides = normalise(given)
+        check_overrides(overrides)
+        composed = compose("config", overrides, return_hydra_config=True)
+        tuned = composed.hydra.runtime.choices.get("tuned")
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        config = to_config(composed)
+        if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():
+            check_tuned(tuned, config.optimizer.name, overrides)
+        check_read(config, map(key_of, overrides))
+        validate(config)
+        check_composition(config)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return explain(error, overrides)
+    return None
+
+
+def members_of_sweep(parameters: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Of a W&B sweep runs in which each value of each parameter occurs, the others at their first.
+
+    Not every pair is among them: a grid may have millions.
+    """
+    values = {key: list(_values(parameter)) for key, parameter in parameters.items()}
+    first = {key: each[0] for key, each in values.items() if each}
+    members = {"the first run": first}
+    for key, each in values.items():
+        members |= {f"{key}={value}": first | {key: value} for value in each[1:]}
+    return [(place, [f"{k}={_shown(v)}" for k, v in run.items()]) for place, run in members.items()]
+
+
+def _values(parameter: Mapping[str, Any]) -> Iterator[Any]:
+    if "values" in parameter:
+        yield from parameter["values"]
+    else:
+        yield from (parameter[name] for name in ("value", "min", "max") if name in parameter)
+
+
+def _shown(value: object) -> str:
+    """A value as Hydra's command line takes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return quote(value) if isinstance(value, str) and not _reads_as_it_is(value) else str(value)
+
+
+def _reads_as_it_is(text: str) -> bool:
+    try:
+        return OverridesParser.create().parse_rule(text, "value") == text
+    except HydraException:
+        return False

@@ -1,0 +1,141 @@
+"""How updated weights are stored: rounded once, bfloat16 ones to nearest or stochastically.
+
+A bfloat16 weight has 8 significant bits, so that an update below 2⁻⁹ of it is lost where it is rounded to
+nearest: at the rates at the end of a training most of them. Rounded stochastically it arrives on average. The
+random numbers belong to (run seed, parameter, step, place in the whole weight): any number of ranks has the
+same.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rsotrain.config.methods import WeightRounding
+from rsotrain.optim.rounding import random_factors, stochastic_round_by_
+from rsotrain.parallel.sharding import Shard, local
+from rsotrain.subspace.projection import Side, add_lifted_, oriented
+
+# Elements in float32 at a time: what fits a CPU's cache; on other devices what keeps them busy
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 20, 1 << 23
+
+Factors = tuple[Tensor, ...]
+ALL_ROWS = slice(None)
+
+
+class Weights:
+    """This rank's pieces of the weights of a parameter group, to write to.
+
+    ``seed``: of the run. Updates have the shape of the piece, or with ``side`` of its oriented view.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        shards: Mapping[str, Shard],
+        rounding: WeightRounding,
+        seed: int,
+    ) -> None:
+        self.parameters = parameters
+        self.shards = shards
+        self.rounding = rounding
+        self.seed = seed
+
+    def factors(self, name: str, step: int) -> Factors | None:
+        """``random_factors`` of this rank's piece in ``step``, for each dimension; None: round to nearest."""
+        parameter, shard = self.parameters[name], self.shards[name]
+        if self.rounding is WeightRounding.nearest or parameter.dtype is not torch.bfloat16:
+            return None
+        sizes = shard.shape
+        both = random_factors(sum(sizes), self.seed, "weights", name, step, device=parameter.device)
+        wholes = both.split(sizes)
+        return tuple(w[shard.start : shard.stop] if i == shard.dim else w for i, w in enumerate(wholes))
+
+    def store(self, name: str, value: Tensor, step: int) -> None:
+        """W ← ``value``, of at least float32."""
+        weight = local(self.parameters[name]).detach()
+        factors = self.factors(name, step)
+        if factors is None:
+            weight.copy_(value)
+            return
+        for run, own in _runs(weight, factors):
+            stochastic_round_by_(weight[run], value[run], own)
+
+    def add_(
+        self,
+        name: str,
+        update: Tensor,
+        lr: float,
+        step: int,
+        *,
+        decay: float,
+        side: Side = Side.right,
+        rows: slice = ALL_ROWS,
+    ) -> None:
+        """W ← (1 − ηλ)W + η·update, η: ``lr``, λ: ``decay``. May overwrite ``update``.
+
+        ``rows``: those of this rank's piece that ``update`` is for.
+        """
+        weight = local(self.parameters[name]).detach()[rows]
+        update = oriented(update, side)
+        factors = self.factors(name, step)
+        if factors is not None:
+            factors = (factors[0][rows], *factors[1:])
+        if factors is None:
+            if decay:
+                update = update.to(torch.promote_types(update.dtype, torch.float32)).sub_(weight, alpha=decay)
+            weight.add_(update, alpha=lr)
+            return
+        for run, own in _runs(weight, factors):
+            value = weight[run].to(torch.float32).mul_(1.0 - lr * decay).add_(update[run], alpha=lr)
+            stochastic_round_by_(weight[run], value, own)
+
+    def add_lifted_(
+        self,
+        name: str,
+        low_rank: Tensor,
+        basis: Tensor,
+        lr: float,
+        step: int,
+        *,
+        decay: float,
+        side: Side = Side.right,
+    ) -> None:
+        """The same for the update ``low_rank`` Qᵀ, which is never whole in float32."""
+        weight = local(self.parameters[name]).detach()
+        factors, kept = self.factors(name, step), 1.0 - lr * decay
+        if factors is None:
+            add_lifted_(oriented(weight, side), low_rank, basis, lr, kept)
+            return
+        low_rank = low_rank.to(basis.dtype)
+        left, right = (low_rank, basis.T) if side is Side.right else (basis, low_rank.T)
+        for run, own in _runs(weight, factors):
+            product = left[run] @ right
+            value = weight[run].to(torch.float32).mul_(kept).add_(product, alpha=lr)
+            stochastic_round_by_(weight[run], value, own)
+
+
+def factors_by_rows(factors: Factors | None, counts: Sequence[int]) -> list[Factors | None]:
+    """The factors of runs of so many rows each."""
+    if factors is None:
+        return [None] * len(counts)
+    return [(rows, *factors[1:]) for rows in factors[0].split(list(counts))]
+
+
+def store_all(weights: Sequence[tuple[Tensor, Factors | None]], values: Sequence[Tensor]) -> None:
+    """W ← value for each W with its factors; None: to nearest. The values are in float32."""
+    nearest = [(w, v) for (w, factors), v in zip(weights, values, strict=True) if factors is None]
+    if nearest:
+        torch._foreach_copy_([w for w, _ in nearest], [v for _, v in nearest])
+    for (weight, factors), value in zip(weights, values, strict=True):
+        if factors is not None:
+            stochastic_round_by_(weight, value, factors)
+
+
+def _runs(weight: Tensor, factors: Factors) -> Iterator[tuple[slice, Factors]]:
+    """Slices of ``weight`` in its first dimension of bounded size, with their factors."""
+    limit = _CPU_ELEMENTS if weight.device.type == "cpu" else _DEVICE_ELEMENTS
+    step = max(1, limit // max(1, weight[:1].numel()))
+    for start in range(0, weight.shape[0], step):
+        run = slice(start, start + step)
+        yield run, (factors[0][run], *factors[1:])
