@@ -52,12 +52,16 @@ def gradient_of(name: str, parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W."""
+    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W.
+
+    ``undecayed``: the names of parameters without it.
+    """
 
     keeper: StateKeeper
     betas: Betas = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    undecayed: frozenset[str] = frozenset()
     weight_rounding: WeightRounding = WeightRounding.nearest
 
 
@@ -258,6 +262,10 @@ class ParamGroupOptimizer(ABC):
 
     # --- weights --------------------------------------------------------------------------------------
 
+    def decay_of(self, name: str) -> float:
+        """λ of the parameter ``name``."""
+        return 0.0 if name in self.settings.undecayed else self.settings.weight_decay
+
     def apply_(
         self,
         name: str,
@@ -272,13 +280,13 @@ class ParamGroupOptimizer(ABC):
         ``update``: of the shape of the piece, or of these ``rows`` of it; or of its oriented view's (M×k)
         where ``side`` is its side.
         """
-        self.weights.add_(name, update, lr, step, decay=self.settings.weight_decay, side=side, rows=rows)
+        self.weights.add_(name, update, lr, step, decay=self.decay_of(name), side=side, rows=rows)
 
     def apply_lifted_(
         self, name: str, low_rank: Tensor, basis: Tensor, lr: float, step: int, side: Side = Side.right
     ) -> None:
         """The same for the update ``low_rank`` Qᵀ (M×r and k×r)."""
-        decay = self.settings.weight_decay
+        decay = self.decay_of(name)
         self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
 
     # --- metrics and tables -----------------------------------------------------------------------------

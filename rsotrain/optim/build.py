@@ -102,7 +102,10 @@ def build_optimizer(
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:
         decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
-        own_settings = replace(settings, weight_decay=decay)
+        # a method may have embedding and head among its matrices, as SCALE does
+        spared = () if config.decay_norms_and_embeddings else groups.blocks.items()
+        undecayed_blocks = frozenset(name for name, p in spared if is_norm_or_embedding(name, p))
+        own_settings = replace(settings, weight_decay=decay, undecayed=undecayed_blocks)
         optimizers.append(
             method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
         )

@@ -78,7 +78,7 @@ class Muon(ParamGroupOptimizer):
         """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once."""
         own = local(self.parameters[name]).detach()
         weight = own.to(work_dtype(own.dtype))
-        weight.mul_(1 - lr * self.settings.weight_decay)
+        weight.mul_(1 - lr * self.decay_of(name))
         weight.add_(update, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
         if weight is not own:
             self.weights.store(name, weight, step)

@@ -20,11 +20,11 @@ from rsotrain.config.methods import (
     SNSMConfig,
 )
 from rsotrain.config.samplers import (
+    BlockPowerConfig,
     GaussianConfig,
     NoSamplerConfig,
     OnlinePCAConfig,
     PCASolver,
-    RandomizedSvdConfig,
     SamplerConfig,
     SvdConfig,
 )
@@ -81,7 +81,7 @@ def test_adagrad_and_rmsprop_with_subset_norms_have_no_bias_correction(
 
 def test_ldadams_first_basis_is_an_svd() -> None:
     config = LDAdamConfig(name="ldadam", **(LOW | {"update_proj_gap": 1, "on_refresh": OnRefresh.transport}))
-    sampler = RandomizedSvdConfig(name="block_power", rounds=1, svd_first=True)
+    sampler = BlockPowerConfig(name="block_power")
 
     def theirs(weight: Tensor, grads: list[Tensor]) -> Tensor:
         return reference.ldadam(weight, grads, lr=LR, rank=RANK, rho=0.908, weight_decay=0.1, **ADAM)

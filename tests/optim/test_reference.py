@@ -12,6 +12,7 @@ from rsotrain.config.methods import (
     AdamConfig,
     AliceConfig,
     ApolloConfig,
+    BiasCorrection,
     FiraConfig,
     FrugalConfig,
     GaLoreConfig,
@@ -86,8 +87,9 @@ def _sn_sm(on_refresh: str, subset: str) -> Case:
 
 def _sn(beta2: float) -> Case:
     own = {"betas": (0.9, beta2)}
+    corrected = BiasCorrection.all_forms  # adam_form has tests of its own
     return (
-        SNConfig(name="sn", **(BASE | own)),
+        SNConfig(name="sn", bias_correction=corrected, **(BASE | own)),
         NONE,
         lambda w, g: reference.sn_sm(w, g, rank=None, gap=1, subset_size=min(w.shape), **(REFERENCE | own)),
     )

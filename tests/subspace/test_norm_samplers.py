@@ -110,7 +110,6 @@ def test_moments_are_carried_over_between_columns_of_several_norms() -> None:
 
 
 def test_a_run_that_knew_no_unbiased_mixture_goes_on_as_it_was() -> None:
-    assert not MixtureConfig("mixture").unbiased
     biased = compose(["optimizer=rso", "sampler=mixture", "sampler.unbiased=false"])
     assert "unbiased" not in str(identity(biased))
     assert "unbiased" in str(identity(compose(["optimizer=rso", "sampler=mixture"])))
