@@ -18,7 +18,7 @@ from rsotrain.benchmark.phases import (
 )
 from rsotrain.benchmark.synthetic import random_data
 from rsotrain.benchmark.tables import print_benchmark
-from rsotrain.config.identity import run_folder_path
+from rsotrain.config.identity import run_name
 from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import Config
 from rsotrain.files import os_errors_said, write_json_atomic
@@ -31,12 +31,12 @@ from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.trainer import Trainer
 
-RESULT = "benchmark.json"
+BENCHMARKS_FOLDER = "benchmarks"  # not the run's folder: what is timed has not been trained
 MIN_REFRESHES = 2
 
 
 def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
-    """Time ``config``'s step; print the result, write it as ``benchmark.json`` in the run folder, return it.
+    """Time ``config``'s step; print the result, write it to ``benchmarks/`` of the output folder, return it.
 
     Seconds are medians over ``benchmark.steps`` steps, and means over ranks. ``refresh`` is amortised: the
     time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
@@ -51,17 +51,18 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         forget_peak_memory(world.device)
         with guard(config, world):
             result = _measure(Trainer(config, data, world), folder, rate)
-    result = {"run": folder.name, **_machine(world), **result, "settings": dict(flatten(plain(config)))}
+    result = {"run": run_name(config), **_machine(world), **result, "settings": dict(flatten(plain(config)))}
     if world.is_main:
         print_benchmark(result)
-        with os_errors_said(f"{folder / RESULT} cannot be written"):
-            write_json_atomic(folder / RESULT, result)
-        print_line(folder / RESULT)
+        file = folder / f"{run_name(config)}.json"
+        with os_errors_said(f"{file} cannot be written"):
+            write_json_atomic(file, result)
+        print_line(f"benchmark: {file}")
     return result
 
 
 def _make_folder(config: Config) -> Path:
-    folder = run_folder_path(config)
+    folder = Path(config.output_dir).expanduser() / BENCHMARKS_FOLDER
     with os_errors_said(f"output_dir={config.output_dir} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -124,11 +125,11 @@ def _profile(trainer: Trainer, folder: Path) -> float:
             trainer.train_step()
     if settings.profile:
         rank = f"_rank{world.rank}" if world.size > 1 else ""
-        trace = folder / f"trace{rank}.json"
+        trace = folder / f"{run_name(trainer.config)}.trace{rank}.json"
         with os_errors_said(f"{trace} cannot be written"):
             profile.export_chrome_trace(str(trace))
         if world.is_main:
-            print_line(f"{trace}: open it in chrome://tracing or https://ui.perfetto.dev")
+            print_line(f"trace: {trace}, for chrome://tracing or https://ui.perfetto.dev")
     return communication_seconds(profile, settings.profile_steps)
 
 

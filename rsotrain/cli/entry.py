@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rsotrain.cli.compose import conf_dir, register_schemas, to_config
 from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
-from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say
+from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_length, check_overrides, check_tuned, key_of, normalise
 from rsotrain.config.identity import run_folder_path
@@ -35,11 +35,12 @@ from rsotrain.errors import (
 )
 from rsotrain.parallel.slurm import adopt_slurm_step
 from rsotrain.running.allocator import keep_freed_memory
-from rsotrain.running.interrupt import leaving_on_warning
+from rsotrain.running.interrupt import leaving_at_once
 
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
 FAILED_STATUS = 1
+KEYBOARD_STATUS = 130  # as a shell reports SIGINT
 
 _wants_traceback = os.environ.get(FULL_ERROR) == "1" and OWN_FULL_ERROR not in os.environ
 # Worst exit status of the runs of this process; a refused member does not end a multirun.
@@ -69,7 +70,7 @@ def run(composed: DictConfig) -> dict[str, Any]:
         check_files(config.data)
         check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
-        with leaving_on_warning():
+        with leaving_at_once():
             from rsotrain.cli.dispatch import run_mode, settle_epochs  # torch is imported from here on
 
             if config.epochs is not None:
@@ -120,7 +121,8 @@ def main() -> None:
         sys.argv[1:] = flags + overrides
         application()
     except KeyboardInterrupt:
-        sys.exit(130)
+        say_interrupted()
+        sys.exit(KEYBOARD_STATUS)
     except Exception as error:
         expected = isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError | UserError)
         if _wants_traceback or not (expected or is_hydras(error)):

@@ -55,6 +55,14 @@ def say(error: Exception) -> None:
     _tell_torchrun(sentence)
 
 
+def say_interrupted() -> None:
+    """After Ctrl-C, which comes to all processes of a node: the first speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print_line(
+            "rsotrain: stopped by Ctrl-C outside of training; the same command starts again", sys.stderr
+        )
+
+
 def _tell_torchrun(sentence: str) -> None:
     """torchrun ends with a report of its own, whose last lines say what this file says."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -224,6 +224,18 @@ def _parse(path: Path, text: str) -> Any:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def _shared(faults: Mapping[str, str]) -> dict[str, str]:
+    """Each sentence once, with the first place that it is said of: a faulty value is in many runs."""
+    places: dict[str, list[str]] = {}
+    for place, fault in faults.items():
+        places.setdefault(fault, []).append(place)
+    others = {fault: len(found) - 1 for fault, found in places.items()}
+    return {
+        found[0] + (f" (and {others[fault]} more)" if others[fault] else ""): fault
+        for fault, found in places.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """0, or 2 for a mistake, said in one sentence."""
     parser = argparse.ArgumentParser(prog="python -m rsotrain.sweep_file", description=__doc__)
@@ -238,20 +250,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         content = _parse(given.file, _read(given.file)) if given.file.suffix in (".yaml", ".yml") else None
         if isinstance(content, Mapping):
-            number, whole = check_sweep(given.file, content), "each value of which would start"
+            number = check_sweep(given.file, content)
             runs_of_it = members_of_sweep(content["parameters"])
         else:
             runs_of_it = numbered(given.file)
-            number, whole = len(runs_of_it), "all of which would start"
+            number = len(runs_of_it)
         faults = {place: fault for place, run in runs_of_it if (fault := _fault_of_keys(run))}
         faults |= faults_of([(place, run) for place, run in runs_of_it if place not in faults])
-        for place, _ in runs_of_it:
-            if place in faults:
-                print_line(f"{given.file}, {one_line(f'{place}: {faults[place]}')}", sys.stderr)
+        found = {place: faults[place] for place, _ in runs_of_it if place in faults}
+        for place, fault in (_shared(found) if isinstance(content, Mapping) else found).items():
+            print_line(f"{given.file}, {one_line(f'{place}: {fault}')}", sys.stderr)
         if faults:
             raise UserError(f"{given.file}: {len(faults)} of {len(runs_of_it)} would be refused")
         runs = "runs without end" if number is None else f"{number} runs"
-        print_line(f"{given.file}: {runs}, {whole}")
+        tried = len(runs_of_it)
+        whole = ", all of which" if number == tried else f"; {tried} combinations were tried, and"
+        print_line(f"{given.file}: {runs}{whole} would start")
     except UserError as error:
         print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)
         sys.exit(2)

@@ -65,16 +65,16 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
 def as_before(settings: dict[str, Any], config: Config) -> dict[str, Any]:
     """Dotted key -> value of the fields in which the run that left ``settings`` must differ from ``config``.
 
-    It is older than these fields, did something else than is the default now, and ``config`` has the default:
-    the run is to go on as it began.
+    It is older than these fields, did something else than new runs do by default, and ``config`` has what
+    these do: the run is to go on as it began.
     """
     old, now = dict(flatten(settings)), dict(flatten(plain(config)))
     return {
         key: field.before
         for key, field in later_fields(config).items()
         if key not in old
-        and field.before != field.default
-        and now[key] == field.default
+        and field.before != field.of_new_runs
+        and now[key] == field.of_new_runs
         and _matters(field, now)
     }
 

@@ -61,10 +61,10 @@ def _later(leaves: Iterable[tuple[str, "dataclasses.Field[Any]", bool]]) -> dict
         if marked:
             factory, own = f.default_factory, later_of(f)
             default = plain(f.default if factory is dataclasses.MISSING else factory())
-            said = Later(default, default)
+            said = Later(default, default, "", default)
             if own is not None and factory is dataclasses.MISSING:
                 sibling = own.matters_with and key.removesuffix(f.name) + own.matters_with
-                said = Later(default, plain(own.before), sibling)
+                said = Later(default, plain(own.before), sibling, plain(own.of_new_runs))
             assert found.setdefault(key, said) == said, f"{key} has two defaults, but later() needs one"
     return found
 

@@ -81,7 +81,8 @@ class OptimizerConfig:
     )
     state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
     weight_rounding: WeightRounding = means(
-        "stochastic by default with precision=bf16", later(WeightRounding.nearest)
+        "stochastic by default with precision=bf16",
+        later(WeightRounding.nearest, of_new_runs=WeightRounding.stochastic),
     )
     block_parameters: list[str] = means(
         "regular expressions that find the names of the attention and MLP weights",

@@ -19,22 +19,40 @@ _READ = {
     Mode.export: (*_OPEN, "export", "overwrite"),
 }  # fmt: skip
 
+# What the training step on random tokens does not depend on, and of that what it does.
+_NOT_BENCHMARKED = (
+    "data", "evaluation", "eval_every", "save_every", "keep_checkpoints", "log_every", "max_seconds",
+    "cache_dir", "overwrite", "checkpoint", "generate", "export", "report",
+)  # fmt: skip
+_BENCHMARKED = ("data.packing",)
+
+
+def _among(key: str, names: Iterable[str]) -> bool:
+    """Is ``key`` one of ``names``, or in a group of that name?"""
+    return any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in names)
+
 
 def check_read(config: Config, given: Iterable[str]) -> None:
     """Raise UserError for the first of the keys and groups ``given`` that the mode would not look at."""
     keys = list(given)
-    if config.mode is not Mode.benchmark:
-        for key in keys:
+    for key in keys:
+        if config.mode is not Mode.benchmark:
             require(
-                not key.startswith("benchmark."),
+                not _among(key, ["benchmark"]),
                 f"{key} is for mode=benchmark; leave it out of mode={config.mode.name}",
             )
+            continue
+        require(
+            _among(key, _BENCHMARKED) or not _among(key, _NOT_BENCHMARKED),
+            f"mode=benchmark times training steps on random tokens, so {key} would do nothing; leave it out"
+            + ("; data.packing=padded has padded ones" if _among(key, ["data"]) else ""),
+        )
     if config.checkpoint.path is None or config.mode not in _READ:
         return
     read = _READ[config.mode]
     for key in keys:
         require(
-            any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in read),
+            _among(key, read),
             f"mode={config.mode.name} takes everything but what it reads from checkpoint.path, so {key} would"
             f" do nothing; leave it out (it reads {', '.join(n for n in read if n not in _OPEN)})",
         )

@@ -39,6 +39,21 @@ def saved_position(saved: Mapping[str, Any], train: TrainingSequences, batch_siz
     return train.position_after(sequences, seq_len)
 
 
+def epochs_taken(train: TrainingSequences, position: int) -> float | None:
+    """How often the data have been gone through, in parts of an epoch; None where its length is not known."""
+    per_epoch = train.sequences_per_epoch()
+    return None if per_epoch is None else position / per_epoch
+
+
+def began_to_repeat(train: TrainingSequences, before: int, after: int) -> bool:
+    """Did the first sequence that training has taken twice come between two positions?
+
+    It is so for one pair only of the positions that a run goes through, wherever it was stopped.
+    """
+    per_epoch = train.sequences_per_epoch()
+    return per_epoch is not None and before <= per_epoch < after
+
+
 def other_order(saved: Mapping[str, Any], train: TrainingSequences, seed: int) -> str | None:
     """What to tell of a run that goes on in another order than that of a trainer's record, if it does."""
     there: Mapping[str, Any] = saved.get("order", {})

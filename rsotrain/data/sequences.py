@@ -34,11 +34,8 @@ class TrainingSequences(Protocol):
     def batch(self, indices: np.ndarray) -> Batch:
         """Inputs and targets, both int64, shape (len(indices), seq_len); IGNORE_INDEX is no target."""
 
-    def sequences_per_epoch(self) -> int:
-        """How many sequences an epoch has.
-
-        Raises UserError where that is known only after reading it.
-        """
+    def sequences_per_epoch(self) -> int | None:
+        """How many sequences an epoch has; None where that is known only after reading it."""
 
     def order_settings(self) -> dict[str, int | bool | str]:
         """What the order depends on, beside the documents, the tokenizer, ``seq_len`` and the seed."""

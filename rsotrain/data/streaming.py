@@ -76,11 +76,8 @@ class StreamedSequences:
         first, last = (-(-v * self.batch_size // self.lanes) for v in (lane, lane + 1))
         return range(first, last)
 
-    def sequences_per_epoch(self) -> int:
-        raise UserError(
-            "data.streaming=true tokenises while training, so how many sequences an epoch has is not known;"
-            " give steps=… instead of epochs=…, or use data.streaming=false"
-        )
+    def sequences_per_epoch(self) -> None:
+        """Not known, since the documents are tokenised while training."""
 
     def order_settings(self) -> dict[str, int | bool | str]:
         data = self._data

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rsotrain.config.schema import Config
+from rsotrain.instruments.phases import Phase
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.planner.tracker import Kind
 
@@ -16,7 +17,7 @@ class Floor:
 
     At the end of the forward pass these are weights, optimizer state, what autograd keeps, and under FSDP one
     gathered block; before the update, weights, optimizer state and gradients. ``excess``: the kind of bytes
-    that makes most of the difference to the planned peak, and how much of it.
+    of which the planned peak has most beyond the least of its own moment, and how much.
     """
 
     total: int
@@ -37,8 +38,9 @@ def floor_of(
     passes = always | {Kind.activations.value: saved_activations, Kind.gathered.value: gathered_block}
     update = always | {Kind.gradients.value: gradients}
     kinds = max(passes, update, key=lambda kinds: sum(kinds.values()))
-    worst = max(phases.values(), key=lambda phase: phase["peak"])
-    excess = {kind.value: worst[kind.value] - kinds.get(kind.value, 0) for kind in Kind}
+    worst = max(phases, key=lambda phase: phases[phase]["peak"])
+    least = passes if worst in (Phase.forward.value, Phase.backward.value) else update  # at that moment
+    excess = {kind.value: phases[worst][kind.value] - least.get(kind.value, 0) for kind in Kind}
     name = max(excess, key=excess.__getitem__)
     return Floor(sum(kinds.values()), kinds, (name, excess[name]))
 

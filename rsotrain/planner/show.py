@@ -194,7 +194,7 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
     names = labels([plan["settings"] for plan in plans])
     table = titled_table("Memory of one rank, GiB")
     table.add_column("", style="bold", overflow="fold")
-    for heading in ("weights", "grads", "optim.\nstate", "activ.", "peak"):
+    for heading in ("weights", "grads", "state", "activ.", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits on", no_wrap=True)
     for name, plan in zip(names, plans, strict=True):

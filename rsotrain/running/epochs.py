@@ -7,6 +7,7 @@ from rsotrain.config.identity import cache_dir
 from rsotrain.config.schema import Config
 from rsotrain.config.validation import validate
 from rsotrain.data.build import build_data
+from rsotrain.errors import UserError
 from rsotrain.parallel.ranks import World, start
 from rsotrain.tracking.escaping import print_line
 
@@ -40,6 +41,11 @@ def with_steps(config: Config, world: World) -> Config:
         sequences = data.train.sequences_per_epoch()
     finally:
         data.train.close()
+    if sequences is None:
+        raise UserError(
+            "data.streaming=true tokenises while training, so how many sequences an epoch has is not known;"
+            " give steps=… instead of epochs=…, or use data.streaming=false"
+        )
     # rounded, so that 3 times 0.1 epochs of 10 steps are 3 steps
     steps = max(1, math.ceil(round(config.epochs * sequences / config.batch_size, 9)))
     if world.is_main:

@@ -99,7 +99,8 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
 
     Raises UserError if it cannot be written, if another process is at work in it, if something in it is a
     link that leads out of it, or if it holds a run with other settings and ``overwrite`` is not set. Where a
-    UserError ends the block before anything of value was written, a folder that this made is gone again.
+    UserError or Ctrl-C ends the block before anything of value was written, a folder that this made is gone
+    again.
     """
     path = run_folder_path(config)
     require(
@@ -132,7 +133,7 @@ def open_run_folder(config: Config, run_id: str | None = None) -> Iterator[RunFo
                 return
             with _recording_state(folder):
                 yield folder
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             with suppress(OSError):
                 forget_refused(path, made)
             raise
@@ -173,7 +174,7 @@ def _recording_state(folder: RunFolder) -> Iterator[None]:
     try:
         yield
         state = RunState.finished
-    except (StoppedEarly, Interrupted):
+    except (StoppedEarly, Interrupted, KeyboardInterrupt):
         state = RunState.stopped
         raise
     finally:

@@ -24,8 +24,18 @@ class Reason(str):
     signalled = False
 
 
+def _next_interrupt() -> None:
+    """Have a second SIGINT end the process at once, whatever it waits for: a collective, a checkpoint, W&B.
+
+    Not under torchrun, which passes on what the terminal has sent to its processes already, and after half a
+    minute ends them itself.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.SIG_DFL)
+
+
 class StopRequest:
-    """``reason()`` is None until training should stop. A SIGINT after that ends the process at once."""
+    """``reason()`` is None until training should stop. A SIGINT after that is as ``_next_interrupt`` says."""
 
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -53,8 +63,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)
-        # an exception would wait for a collective to return, for a checkpoint, for W&B
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _next_interrupt()
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -71,18 +80,30 @@ class StopRequest:
 
 
 @contextmanager
-def leaving_on_warning() -> Iterator[None]:
-    """Outside of training SIGUSR1 ends the process at once, to be started again: nothing is unsaved."""
+def leaving_at_once() -> Iterator[None]:
+    """Outside of training SIGUSR1 and SIGINT end the process, to be started again: nothing is unsaved.
+
+    By Interrupted and KeyboardInterrupt, so that what is half-written goes.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         os.write(2, b"rsotrain: stopped by SIGUSR1 outside of training; the same command starts again\n")
         raise Interrupted(number)
 
-    before = signal.signal(signal.SIGUSR1, leave)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _next_interrupt()
+        raise KeyboardInterrupt
+
+    handlers = {signal.SIGUSR1: leave, signal.SIGINT: interrupt}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background of a shell's script
+        del handlers[signal.SIGINT]
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            if number != signal.SIGINT or signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
 
 
 def agreed_reason(stop: StopRequest, signals: tuple[float, ...]) -> Reason | None:

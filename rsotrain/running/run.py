@@ -13,6 +13,7 @@ from rsotrain.config.keys import flatten, plain
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import build_data
+from rsotrain.data.position import began_to_repeat, epochs_taken
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER, save_tokenizer
 from rsotrain.data.unigram import unigram_loss
 from rsotrain.errors import (
@@ -193,7 +194,10 @@ class TrainingRun:
                 with self.timer.pause():
                     self._evaluate()
             while trainer.step < config.steps and reason is None and not self._ended_early():
+                position = trainer.position
                 result = trainer.train_step(stop.signals)
+                if began_to_repeat(self.data.train, position, trainer.position):
+                    self._say_repeated()
                 if result.skipped:
                     self.display.message(f"warning: {result.skipped}")
                 else:
@@ -209,6 +213,12 @@ class TrainingRun:
         except _StoppedError as stopped:
             return stopped
         return None if reason is None else _StoppedError(reason, evaluating=False)
+
+    def _say_repeated(self) -> None:
+        self.display.message(
+            f"step {self.trainer.step}: the training data begin to repeat, since an epoch has"
+            f" {self.data.train.sequences_per_epoch():,} sequences"
+        )
 
     def _after_update(self, result: StepResult) -> None:
         """Log, save and evaluate, where each is due."""
@@ -247,12 +257,14 @@ class TrainingRun:
         lap, lr = self.timer.lap(), self.trainer.last_lr
         assert lap is not None
         assert lr is not None
+        epochs = epochs_taken(self.data.train, self.trainer.position)
         skipped = {"train/bad_steps": self.trainer.bad_steps.count} if self.config.max_bad_steps else {}
         self._log(
             {
                 "train/loss": result.loss,
                 "train/lr": lr,
                 "train/grad_norm": result.grad_norm,
+                **({} if epochs is None else {"train/epoch": epochs}),
                 **skipped,
                 **lap.metrics(),
                 "throughput/mfu": self._mfu(lap.tokens_per_second),

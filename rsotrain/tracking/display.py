@@ -53,6 +53,7 @@ TRAIN_FIELDS: list[tuple[str, str, Format, int]] = [
     ("train/loss", "loss", _fixed(4), 7),
     ("train/lr", "lr", lambda value: f"{value:.2e}", 8),
     ("train/grad_norm", "grad", lambda value: f"{value:.3g}", 7),
+    ("train/epoch", "epoch", _fixed(2), 5),
     ("throughput/tokens_per_second", "", _tokens_per_second, 11),
     ("memory/peak_bytes", "", format_bytes, 8),
 ]
@@ -72,6 +73,7 @@ VALIDATION_FIELDS: list[tuple[str, str, Format, int]] = [
 LIVE_FIELDS: list[tuple[str, str, Format, int]] = [
     ("train/loss", "loss", _fixed(4), 0),
     ("val/loss", "val loss", _fixed(4), 0),
+    ("train/epoch", "epoch", _fixed(2), 0),
     ("throughput/tokens_per_second", "", _tokens_per_second, 0),
     ("memory/peak_bytes", "", format_bytes, 0),
 ]

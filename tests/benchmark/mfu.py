@@ -39,7 +39,7 @@ def main() -> None:
                 f"benchmark.steps={arguments.steps}",
             ]  # fmt: skip
             subprocess.run(command, check=True, cwd=folder, env=environment)
-            result = json.loads((Path(folder) / "r" / "benchmark.json").read_text())
+            result = json.loads((Path(folder) / "benchmarks" / "r.json").read_text())
         detail = (
             f"step {result['throughput/step_seconds']:.2f} s,"
             f" {result['throughput/tokens_per_second']:.0f} tokens/s,"

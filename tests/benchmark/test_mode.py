@@ -2,6 +2,8 @@
 
 import json
 import time
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES
 from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, covered, update_gap
 from rsotrain.benchmark.synthetic import NUM_BATCHES, random_data, vocabulary_size
 from rsotrain.benchmark.tables import labels
+from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.config.validation import validate
 from rsotrain.data.targets import IGNORE_INDEX
@@ -205,7 +208,7 @@ def test_the_command_writes_json_and_a_trace_and_compares(cli: Cli, tmp_path: Pa
     short = ["mode=benchmark", *SMALL, "benchmark.steps=2", "benchmark.warmup_steps=1"]
     one = cli(*short, "optimizer=galore", "run_name=r", "benchmark.profile=true")
     assert one.returncode == 0, one.stderr
-    result = json.loads((tmp_path / "outputs/r/benchmark.json").read_text())
+    result = json.loads((tmp_path / "outputs/benchmarks/r.json").read_text())
     seconds = {phase: result[f"phase/{phase}_seconds"] for phase in PHASES}
     assert result["throughput/step_seconds"] == pytest.approx(sum(seconds.values()))
     assert seconds[REFRESH] == pytest.approx(result["refresh/seconds"] / 200)
@@ -213,7 +216,7 @@ def test_the_command_writes_json_and_a_trace_and_compares(cli: Cli, tmp_path: Pa
     assert 0 < result["throughput/mfu"] < 1
     assert result["memory/peak_bytes"] > 0
     assert result["settings"]["optimizer.name"] == "galore"
-    events = json.loads((tmp_path / "outputs/r/trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "outputs/benchmarks/r.trace.json").read_text())["traceEvents"]
     assert {f"phase:{phase}" for phase in (DATA, FORWARD, OPTIMIZER)} <= {e.get("name") for e in events}
     for phase in PHASES:
         assert phase in one.stdout
@@ -222,8 +225,53 @@ def test_the_command_writes_json_and_a_trace_and_compares(cli: Cli, tmp_path: Pa
     table = several.stdout.rpartition("Benchmark")[2]
     assert "adam" in table
     assert "rso haar" in table
-    # the same folder can be trained in afterwards, with the same settings
-    assert not list((tmp_path / "outputs").glob("*/config.yaml"))
+    # nothing that looks like a run, or lies in one
+    assert [path.name for path in (tmp_path / "outputs").iterdir() if path.is_dir()] == ["benchmarks"]
+    assert len(list((tmp_path / "outputs/benchmarks").iterdir())) == 4
+
+
+@pytest.mark.parametrize("key", ["data", "data.path", "eval_every", "evaluation.patience", "cache_dir"])
+def test_what_no_training_step_depends_on_is_refused(key: str) -> None:
+    config = compose(["mode=benchmark"])
+    with pytest.raises(UserError, match=rf"so {key} would do nothing; leave it out"):
+        check_read(config, ["model", "data.packing", key])
+
+
+def test_each_setting_is_read_or_refused() -> None:
+    """A new one has to be put somewhere."""
+    config = compose(["mode=benchmark"])
+    read = set()
+    for field in fields(Config):
+        with suppress(UserError):
+            check_read(config, [field.name])
+            read.add(field.name)
+    assert read == {
+        "mode",
+        "steps",
+        "epochs",
+        "batch_size",
+        "micro_batch_size",
+        "seq_len",
+        "seed",
+        "device",
+        "precision",
+        "grad_clip",
+        "z_loss",
+        "max_bad_steps",
+        "spike_factor",
+        "compile",
+        "activation_checkpointing",
+        "run_name",
+        "output_dir",
+        "model",
+        "optimizer",
+        "sampler",
+        "tokenizer",
+        "lr_scheduler",
+        "parallelism",
+        "logger",
+        "benchmark",
+    }  # fmt: skip  (epochs are refused by a rule of their own)
 
 
 def test_ranks_share_the_work(tmp_path: Path) -> None:

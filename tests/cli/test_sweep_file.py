@@ -1,12 +1,14 @@
 """Lists of configurations and W&B's sweep files: what they mean, and one sentence for each mistake."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.command import ROOT
 
+from rsotrain.cli.check_runs import MOST_TRIED, members_of_sweep
 from rsotrain.cli.sweep_file import check_sweep, configuration, main, read_list
 from rsotrain.errors import UserError
 
@@ -149,7 +151,7 @@ def test_a_file_is_checked_from_the_command_line(capsys: pytest.CaptureFixture[s
     main([str(SWEEPS / "array.txt")])
     out = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in out] == [
-        "36 runs, each value of which would start", "6 runs, all of which would start",
+        "36 runs, all of which would start", "6 runs, all of which would start",
     ]  # fmt: skip
 
 
@@ -188,20 +190,47 @@ def test_keys_that_do_not_exist_are_named_together(tmp_path: Path) -> None:
     )
 
 
-def test_each_value_of_a_sweep_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_combinations_of_a_sweep_are_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {
         "method": "grid", "command": ["rsotrain", "${args_no_hyphens}"],
         "parameters": {
-            "optimizer": {"values": ["galore", "adam"]}, "optimizer.rank": {"values": [0.25, 2]},
-            "run_name": {"value": "a b"}, "compile": {"values": [False, True]}, "grad_clip": {"value": None},
+            "optimizer": {"values": ["galore", "rso"]}, "sampler": {"values": ["svd", "haar"]},
+            "optimizer.lr": {"values": [0.01, 0.02]},
+            "run_name": {"value": "a b"}, "grad_clip": {"value": None}, "seed": {"values": [0, 1]},
         },
     }  # fmt: skip
     path = written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml")
+    main([str(path)])
+    assert capsys.readouterr().out == f"{path}: 16 runs, all of which would start\n"
+    # each value goes with the first of the others, and some pairs do not
+    sweep["parameters"] |= {  # type: ignore[operator]
+        "micro_batch_size": {"values": [4, 8]}, "batch_size": {"values": [8, 4]},
+    }  # fmt: skip
     with pytest.raises(SystemExit):
-        main([str(path)])
-    *faults, last = capsys.readouterr().err.splitlines()
-    assert [fault.partition(": ")[0] for fault in faults] == [f"{path}, optimizer=adam"]
-    assert last.endswith("1 of 4 would be refused")
-    del sweep["parameters"]["optimizer"]["values"][1]  # type: ignore[index]
-    main([str(written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml"))])
-    assert capsys.readouterr().out == f"{path}: 4 runs, each value of which would start\n"
+        main([str(written(tmp_path, yaml.safe_dump(sweep), "sweep.yaml"))])
+    fault, last = capsys.readouterr().err.splitlines()
+    first = "batch_size=4 micro_batch_size=8 optimizer=galore optimizer.lr=0.01 sampler=svd seed=0"
+    assert fault.startswith(f"{path}, {first} (and 15 more): batch_size=4 is not divisible by")
+    assert last.endswith("16 of 64 would be refused")
+
+
+def test_of_a_large_sweep_a_sample_is_tried() -> None:
+    parameters: dict[str, dict[str, object]] = {
+        "seed": {"values": list(range(50))}, "optimizer": {"values": ["adam", "galore", "rso"]},
+        "optimizer.lr": {"distribution": "uniform", "min": 0.001, "max": 0.1}, "steps": {"value": 3},
+    }  # fmt: skip
+    members = members_of_sweep(parameters)
+    assert members == members_of_sweep(parameters)
+    assert len(members) == MOST_TRIED
+    dealt = [Counter(column) for column in zip(*(run for _, run in members), strict=True)]
+    assert [len(values) for values in dealt] == [50, 3, 2, 1]
+    for values in dealt:
+        assert max(values.values()) - min(values.values()) <= 1
+    pairs = {(optimizer, lr) for _, (_, optimizer, lr, _) in members}
+    assert len(pairs) == 6
+    assert not any("steps" in place for place, _ in members)
+
+
+def test_a_search_is_tried_at_the_ends_of_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(SWEEPS / "learning_rate.yaml")])
+    assert capsys.readouterr().out.endswith(": 32 runs; 4 combinations were tried, and would start\n")

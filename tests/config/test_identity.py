@@ -211,8 +211,12 @@ def test_an_older_run_keeps_the_convention_it_began_with(
 
 
 def test_an_older_run_goes_on_as_it_began_and_stays_old(tmp_path: Path, tiny: list[str]) -> None:
-    command = [*tiny, *OLD, "optimizer.lr=0.01", f"output_dir={tmp_path}"]
-    explicit = ["optimizer.decay_norms_and_embeddings=true", "lr_scheduler.end=at_last_update"]
+    command = [*tiny, *OLD, "optimizer.lr=0.01", "precision=bf16", f"output_dir={tmp_path}"]
+    explicit = [
+        "optimizer.decay_norms_and_embeddings=true",
+        "lr_scheduler.end=at_last_update",
+        "optimizer.weight_rounding=nearest",
+    ]
     train(compose([*command, *explicit, "run_name=straight"]))
 
     def train_a_step(*more: str) -> None:
@@ -227,7 +231,7 @@ def test_an_older_run_goes_on_as_it_began_and_stays_old(tmp_path: Path, tiny: li
     assert "end" not in yaml.safe_load(file.read_text())["lr_scheduler"]  # it is old still
     train(compose([*command, "run_name=r"]))
     said = (folder / "train.log").read_text()
-    for key in ("optimizer.decay_norms_and_embeddings=true", "lr_scheduler.end=at_last_update"):
+    for key in explicit:
         assert said.count(f"goes on as it began, with {key}") == 2
     last = "checkpoints/step_00000006"
     assert_same_tensors(folder / last, tmp_path / "straight" / last)

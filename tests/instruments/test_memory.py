@@ -78,6 +78,14 @@ def test_the_pages_tables_are_whole_and_rso_is_first() -> None:
     assert parameters[0] > parameters[1]
 
 
+def test_with_lean_settings_rso_takes_least() -> None:
+    head, _, *rows = table("8 bits")
+    peaks = {row.split("|")[1].strip(" `"): [float(cell) for cell in row.split("|")[2:-1]] for row in rows}
+    assert list(peaks) == list(memory_tables.LEAN)
+    for column in range(head.count("|") - 2):
+        assert min(peaks, key=lambda name: peaks[name][column]) == "rso"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", memory_tables.TABLES)

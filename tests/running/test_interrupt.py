@@ -1,13 +1,17 @@
 """Signals: which of them a run takes over, and what happens to those that come outside of training."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from helpers.command import call_main
 
+from rsotrain.cli import entry
 from rsotrain.errors import INTERRUPTED_STATUS, Interrupted
-from rsotrain.running.interrupt import FOREIGN, StopRequest, leaving_on_warning
+from rsotrain.running.interrupt import FOREIGN, StopRequest, leaving_at_once
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +73,7 @@ def test_a_lost_terminal_is_a_request_to_stop_unless_it_was_to_be_ignored() -> N
 
 def test_a_warning_outside_of_training_asks_to_be_started_again(capfd: pytest.CaptureFixture[str]) -> None:
     stop = StopRequest(None)
-    with leaving_on_warning():
+    with leaving_at_once():
         with stop.listening():
             os.kill(os.getpid(), signal.SIGUSR1)  # in training: at the end of the step
         assert stop.reason() == "SIGUSR1"
@@ -77,3 +81,73 @@ def test_a_warning_outside_of_training_asks_to_be_started_again(capfd: pytest.Ca
             os.kill(os.getpid(), signal.SIGUSR1)
     assert ended.value.signal_number == signal.SIGUSR1
     assert capfd.readouterr().err.count("the same command starts again") == 1
+
+
+# --- Ctrl-C before the first step -------------------------------------------------------------------
+
+
+def press_ctrl_c(*_: object, **__: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError("went on")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "rsotrain.data.build_tokenizer.train_tokenizer",
+        "rsotrain.data.tokens.encode_documents",
+        "rsotrain.training.trainer.build_model",
+        "rsotrain.running.run.resume",
+    ],
+)
+def test_ctrl_c_in_preparation_leaves_a_sentence_and_nothing_half_written(
+    place: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    command = [*tiny, "optimizer=adam", "run_name=r", "cache_dir=cache", "steps=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(place, press_ctrl_c)
+        assert call_main(entry, command) == 130
+    said = capsys.readouterr().err
+    assert said == "rsotrain: stopped by Ctrl-C outside of training; the same command starts again\n"
+    assert not (tmp_path / "outputs").exists()
+    assert list((tmp_path / "cache/tmp").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one would not have waited
+    assert call_main(entry, command) == 0
+    assert "broken" not in capsys.readouterr().out
+
+
+def test_ctrl_c_before_a_run_goes_on_leaves_what_it_has(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [*tiny, "optimizer=adam", "run_name=r", "steps=4"]
+    assert call_main(entry, command) == 0
+    (tmp_path / "outputs/r/summary.json").unlink()
+    before = sorted((tmp_path / "outputs/r").rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr("rsotrain.training.trainer.build_model", press_ctrl_c)
+        assert call_main(entry, command) == 130
+    assert sorted((tmp_path / "outputs/r").rglob("*")) == before
+    assert json.loads((tmp_path / "outputs/r/run.json").read_text())["state"] == "stopped"
+
+
+def test_torchruns_repetition_of_ctrl_c_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopRequest(None).listening() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason() == "SIGINT"
+    with leaving_at_once():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_process_in_the_background_stays_deaf_to_ctrl_c_outside_of_training() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with leaving_at_once():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

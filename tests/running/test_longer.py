@@ -89,6 +89,39 @@ def test_epochs_are_as_many_steps_as_the_data_say(tiny: list[str], tmp_path: Pat
     assert not (tmp_path / "t").exists()
 
 
+def epochs_in(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/epoch"] for record in records if "train/epoch" in record]
+
+
+def said_of_repeats(run: Path) -> list[str]:
+    return [line for line in (run / "train.log").read_text().splitlines() if "begin to repeat" in line]
+
+
+def test_a_run_counts_its_epochs_and_says_once_when_the_data_repeat(tiny: list[str], tmp_path: Path) -> None:
+    ten = [json.dumps({"text": f"document {i}: the ship sailed over the sea"}) for i in range(10)]
+    (tmp_path / "ten.jsonl").write_text("\n".join(ten))
+    padded = [f"data.path={tmp_path / 'ten.jsonl'}", "data.packing=padded", "tokenizer.vocab_size=290"]
+    train(run_of(tiny, tmp_path, "r", *padded))
+    assert epochs_in(tmp_path / "r") == [0.4, 0.8, 1.2, 1.6, 2.0, 2.4]
+    said = ["step 3: the training data begin to repeat, since an epoch has 10 sequences"]
+    assert said_of_repeats(tmp_path / "r") == said
+    # an epoch that ends with a batch repeats nothing, be it the last batch, or the last before a restart
+    train(run_of(tiny, tmp_path, "s", *padded, "batch_size=5", "steps=2"))
+    assert said_of_repeats(tmp_path / "s") == []
+    on = ["batch_size=5", "steps=4", f"checkpoint.path={tmp_path / 's'}"]
+    train(run_of(tiny, tmp_path, "t", *padded, *on))
+    assert said_of_repeats(tmp_path / "t") == said
+    train(run_of(tiny, tmp_path, "u", *padded, "steps=8", f"checkpoint.path={tmp_path / 'r'}"))
+    assert said_of_repeats(tmp_path / "u") == []  # they do since long
+
+
+def test_streamed_data_have_no_epochs_to_count(tiny: list[str], tmp_path: Path) -> None:
+    train(run_of(tiny, tmp_path, "r", "data.streaming=true", "data.workers=1", "data.lanes=1", "steps=2"))
+    assert epochs_in(tmp_path / "r") == []
+    assert said_of_repeats(tmp_path / "r") == []
+
+
 def test_epochs_and_steps_are_not_both_given(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     refused = cli(*tiny, "epochs=0.015")
     assert refused.returncode == 2

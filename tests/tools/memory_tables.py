@@ -30,11 +30,16 @@ LARGEST_OPTIMIZERS = (*OPTIMIZERS, "rso_pca")
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
 
 
-def run_of(model: str, optimizer: str, ranks: int) -> Config:
+# The least memory that the settings give: states of 8 bits, and bases that RSO makes for each use.
+LEAN = {name: [f"optimizer={name}", "optimizer.state_dtype=int8"] for name in OPTIMIZERS}
+LEAN["rso"] = [*LEAN["rso"], "optimizer.projection=regenerated"]
+
+
+def run_of(model: str, optimizer: str, ranks: int, *more: str) -> Config:
     """One sequence of 1024 tokens at a time on each rank."""
     parallelism = [] if ranks == 1 else ["parallelism=fsdp", f"parallelism.world_size={ranks}"]
     sizes = ["seq_len=1024", "micro_batch_size=1", f"batch_size={ranks}", "steps=10000"]
-    return compose([f"model=llama_{model}", f"optimizer={optimizer}", *BF16, *sizes, *parallelism])
+    return compose([f"model=llama_{model}", f"optimizer={optimizer}", *BF16, *sizes, *parallelism, *more])
 
 
 def cell(model: str, optimizer: str, ranks: int) -> str:
@@ -52,6 +57,20 @@ def memory_table(ranks: int, pool: Executor) -> list[str]:
     head = f"| {'one GPU' if ranks == 1 else f'{ranks} GPUs'} | {' | '.join(MODELS)} |"
     rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
     return [head, "|---" * (len(MODELS) + 1) + "|", *rows]
+
+
+def lean_cell(optimizer: str, ranks: int, checkpointing: str) -> str:
+    """Peak, GiB."""
+    lean = [*LEAN[optimizer], f"activation_checkpointing={checkpointing}"]
+    return f"{make_plan(run_of('7b', optimizer, ranks, *lean), gpus=False).peak / GIB:.2f}"
+
+
+def lean_table(pool: Executor) -> list[str]:
+    columns = [(ranks, checkpointing) for ranks in (1, 8) for checkpointing in ("none", "mlp", "block")]
+    cells = {o: [pool.submit(lean_cell, o, *column) for column in columns] for o in LEAN}
+    heads = [f"{'one GPU' if ranks == 1 else '8 GPUs'}, {what}" for ranks, what in columns]
+    rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
+    return [f"| llama_7b | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|", *rows]
 
 
 # --- the largest model -----------------------------------------------------------------------------
@@ -99,6 +118,7 @@ def largest_table(pool: Executor) -> list[str]:
 TABLES: dict[str, Callable[[Executor], list[str]]] = {
     "one GPU": partial(memory_table, 1),
     "8 GPUs": partial(memory_table, 8),
+    "8 bits": lean_table,
     "largest": largest_table,
 }
 

@@ -40,6 +40,7 @@ TRAIN = {
     "train/loss": 5.4321,
     "train/lr": 0.00123,
     "train/grad_norm": 0.5,
+    "train/epoch": 1.25,
     "throughput/tokens_per_second": 12_345.0,
     "throughput/step_seconds": 0.5,
     "memory/peak_bytes": 2**30,
@@ -74,8 +75,10 @@ def test_plain_lines_align_and_go_to_the_log_too(tmp_path: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "a [bold]message[/bold]",
-        "step    1/1000  loss  5.4321  lr 1.23e-03  grad     0.5  12.3k tok/s  1.00 GiB   8m20s left",
-        "step  100/1000  loss     nan  lr 1.23e-03  grad     0.5  12.3k tok/s  1.00 GiB  15m00s left",
+        "step    1/1000  loss  5.4321  lr 1.23e-03  grad     0.5  epoch  1.25"
+        "  12.3k tok/s  1.00 GiB   8m20s left",
+        "step  100/1000  loss     nan  lr 1.23e-03  grad     0.5  epoch  1.25"
+        "  12.3k tok/s  1.00 GiB  15m00s left",
         "step  100/1000  val loss  5.5000  perplexity   244.69  bits/byte 1.7500",
         "after the end",
     ]
@@ -128,7 +131,7 @@ def test_live_display_shows_the_latest_and_logs_plain_lines(
     shown.close()
     screen = capsys.readouterr().out
     last = screen[screen.rindex("step 250/1000") :]
-    for text in ("25%", "loss 4.2500", "val loss 5.5000", "12.3k tok/s", "1.00 GiB", "left"):
+    for text in ("25%", "loss 4.2500", "val loss 5.5000", "epoch 1.25", "12.3k tok/s", "1.00 GiB", "left"):
         assert text in last
     assert "from a thread" in screen
     # The cursor comes back as soon as the display has started: a killed run leaves the terminal usable.
