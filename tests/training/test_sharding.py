@@ -59,13 +59,10 @@ METHODS = {
     "adam-micro": ["optimizer=adam", "micro_batch_size=1"],
     "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
     "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
-    # not Lion: a sign of what is near 0 in 8 bits turns with the rounding
+    # not Lion: the sign of what is near 0 in 8 bits turns with the rounding of the gradient
     **{
         f"{name}-int8": [f"optimizer={name}", INT8]
         for name in ("adam", "muon", "sn", "normuon", "foam", "adam_mini")
-    },
-        f"{name}-int8": [f"optimizer={name}", INT8]
-        for name in ("adam", "muon", "sn", "normuon", "lion", "foam")
     },
     **{f"{name}-int8": [f"optimizer={name}", INT8, *SUBSPACE] for name in ("galore", "sn_sm", "rso")},
     **{f"{name}-bf16": [f"optimizer={name}", "precision=bf16"] for name in ("adam", "muon", "foam", "dion2")},
