@@ -43,7 +43,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
         (["--resolve"], "--resolve has no effect without --cfg job"),
         (["--package=model"], "--package has no effect without --cfg job"),
         (["--experimental-rerun", "x"], "--experimental-rerun would unpickle a file"),
-        (["--shell-completion"], "--shell-completion needs to know what to do; eval, 'uninstall', 'query']"),
+        (
+            ["--shell-completion"],
+            '--shell-completion needs to know what to do; eval "$(rsotrain --shell-completion install=bash)"',
+        ),
         (["--run", "-m"], "Only one of --run, --multirun"),
         (["--config-dir", "nowhere"], "nowhere' not found"),
         (["hydra/launcher=null"], "hydra/launcher=null chooses no option; leave it out"),
