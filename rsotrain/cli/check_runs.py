@@ -12,12 +12,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+from rsotrain.cli.compose import checked_config, conf_dir, register_schemas
 from rsotrain.cli.mistakes import explain
-from rsotrain.cli.overrides import check_overrides, check_tuned, key_of, normalise
+from rsotrain.cli.overrides import check_overrides, normalise
 from rsotrain.cli.text_keys import quote
-from rsotrain.config.rules_modes import check_read
-from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
 
 MOST_TRIED = 128  # members of a sweep; composing and checking one takes about 0.15 s
@@ -41,12 +39,7 @@ def fault_of(given: Sequence[str]) -> str | None:
         tuned = composed.hydra.runtime.choices.get("tuned")
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
-        config = to_config(composed)
-        if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():
-            check_tuned(tuned, config.optimizer.name, overrides)
-        check_read(config, map(key_of, overrides))
-        validate(config)
-        check_composition(config)
+        check_composition(checked_config(composed, tuned, overrides))
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return explain(error, overrides)
     return None

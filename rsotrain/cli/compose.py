@@ -1,6 +1,7 @@
 """From composed YAML to typed dataclasses: the schemas that Hydra checks, and the way out of Hydra."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rsotrain.cli.hints import unknown_key
+from rsotrain.cli.overrides import check_tuned, key_of
 from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.keys import flatten, known_keys, plain
 from rsotrain.config.methods import WeightRounding
 from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
+from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import SCHEMAS, Config, Precision
 from rsotrain.config.text import check_path
+from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
 
 
@@ -84,6 +88,19 @@ def pretrained_value(folder: str | None, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def checked_config(composed: DictConfig, tuned: str | None, arguments: Sequence[str]) -> Config:
+    """``to_config``, held against all rules that need neither data nor torch.
+
+    ``tuned``: the chosen option of that group. ``arguments``: the overrides given. Raises UserError.
+    """
+    config = to_config(composed)
+    if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
+        check_tuned(tuned, config.optimizer.name, arguments)
+    check_read(config, map(key_of, arguments))
+    validate(config)
+    return config
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -15,16 +15,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+from rsotrain.cli.compose import checked_config, conf_dir, register_schemas
 from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
-from rsotrain.cli.overrides import check_length, check_overrides, check_tuned, key_of, normalise
+from rsotrain.cli.overrides import check_length, check_overrides, normalise
 from rsotrain.config.identity import run_folder_path
-from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Mode
-from rsotrain.config.validation import validate
 from rsotrain.data.validation import check_files
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
@@ -43,7 +41,7 @@ FAILED_STATUS = 1
 KEYBOARD_STATUS = 130  # as a shell reports SIGINT
 
 _wants_traceback = os.environ.get(FULL_ERROR) == "1" and OWN_FULL_ERROR not in os.environ
-# Worst exit status of the runs of this process; a refused member does not end a multirun.
+# Worst exit status of the runs of one command; a refused member does not end a multirun.
 _status = 0
 
 
@@ -61,12 +59,7 @@ def run(composed: DictConfig) -> dict[str, Any]:
         hydras = HydraConfig.get()
         if hydras.mode is RunMode.MULTIRUN:
             announce(hydras.job.num)
-        config = to_config(composed)
-        tuned = hydras.runtime.choices.get("tuned")
-        if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
-            check_tuned(tuned, config.optimizer.name, hydras.overrides.task)
-        check_read(config, map(key_of, hydras.overrides.task))
-        validate(config)
+        config = checked_config(composed, hydras.runtime.choices.get("tuned"), hydras.overrides.task)
         check_files(config.data)
         check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
@@ -102,6 +95,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
+    global _status
+    _status = 0
     register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)

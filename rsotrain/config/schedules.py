@@ -32,8 +32,8 @@ def schedule(schema: str) -> Callable[[Schedule], Schedule]:
 
 
 class EndOfDecay(Enum):
-    """When a straight line reaches its end. after_last_update: so that a last update with the rate 0 would
-    follow the last. at_last_update: as it was at first, where that update, of the rate 0, trains nothing."""
+    """When a straight line reaches its end. after_last_update: the last update still trains. at_last_update:
+    the last update has the end's rate, so that with min_ratio=0 it trains nothing; older runs have it so."""
 
     after_last_update = "after_last_update"
     at_last_update = "at_last_update"

@@ -128,11 +128,16 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return _SwiGLULinear.apply(gate, up, weight)
 
 
+def products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x Wᵀ for each weight, which is cast to x's dtype."""
+    return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+
+
 class _SharedInputLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+        return products(x, weights)
 
     @staticmethod
     @once_differentiable
@@ -168,8 +173,7 @@ class _NormedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps = eps
-        normed = norm_output(x, norm_weight, eps)
-        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+        return products(norm_output(x, norm_weight, eps), weights)
 
     @staticmethod
     @once_differentiable
@@ -203,7 +207,7 @@ def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     x: (..., in); weights: (out_i, in). Returns (..., out_i) each, in x's dtype.
     """
     if not torch.is_grad_enabled():  # torch.compile miscounts the arguments of a variadic forward then
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+        return products(x, weights)
     return _SharedInputLinear.apply(x, *weights)
 
 

@@ -27,6 +27,7 @@ from rsotrain.models.functional import (
     norm_gradients,
     norm_output,
     normalize,
+    products,
     shared_input_linear,
     swiglu,
 )
@@ -43,7 +44,7 @@ class _SubspaceLinear(torch.autograd.Function):
     def forward(ctx: Context, x: Tensor, basis: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         weights, ctx.B_dtypes = _split(tensors)
         ctx.save_for_backward(x @ basis, *weights)
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+        return products(x, weights)
 
     @staticmethod
     @once_differentiable
@@ -65,8 +66,7 @@ class _SubspaceNormedLinear(torch.autograd.Function):
         weights, ctx.B_dtypes = _split(tensors)
         _save(ctx, basis, x, norm_weight, *weights)
         ctx.eps = eps
-        normed = norm_output(x, norm_weight, eps)
-        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+        return products(norm_output(x, norm_weight, eps), weights)
 
     @staticmethod
     @once_differentiable

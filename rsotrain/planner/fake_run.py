@@ -185,14 +185,13 @@ class FakeRun:
             trainer.saved_activations_bytes = 0  # measured here
             with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
-                states = (s for group in trainer.optimizer.groups for s in group.state.values())
-                tracker.mark((t for state in states for t in state.values()), Kind.optimizer_state)
+                tracker.mark(trainer.optimizer.state_tensors(), Kind.optimizer_state)
                 trainer.train_step()
             trainer.optimizer.zero_grad()
         return tracker
 
     def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
-        optimizer, model = self.trainer.optimizer, self.trainer.model
+        trainer, optimizer = self.trainer, self.trainer.optimizer
 
         def keep(tensor: torch.Tensor) -> None:
             tracker.mark([tensor], Kind.activations)
@@ -203,9 +202,7 @@ class FakeRun:
                 raise _PassesDone
             with tracker.phase(name):
                 if name is Phase.forward:
-                    with saved_activation_bytes(
-                        [*model.parameters(), *optimizer.state_tensors()], keep
-                    ) as saved:
+                    with saved_activation_bytes(trainer.live_tensors(), keep) as saved:
                         yield
                     self.saved_activations_bytes = saved.total
                     return

@@ -44,7 +44,7 @@ class BadSteps:
             skipped = f", and max_bad_steps={self.limit} batches have been skipped" if self.limit else ""
             raise NonFiniteError(f"step {step}: {reason}{skipped}: stopped before the update")
         self.count += 1
-        return f"step {step}: {reason}: batch skipped, the {self.count}. of at most {self.limit}"
+        return f"step {step}: {reason}: batch skipped ({self.count} of at most {self.limit})"
 
     def _reason(self, loss: float, norm: float) -> str:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -2,11 +2,11 @@
 
 import torch
 
-from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import resolve_device
+from rsotrain.training.trainer import float32_gains
 
 
 def check_composition(config: Config) -> None:
@@ -21,7 +21,7 @@ def check_composition(config: Config) -> None:
         precision=config.precision,
         device=torch.device("meta"),
         seed=config.seed,
-        float32_gains=config.optimizer.weight_rounding is WeightRounding.stochastic,
+        float32_gains=float32_gains(config),
     )
     build_optimizer(
         model,

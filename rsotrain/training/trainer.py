@@ -16,7 +16,7 @@ from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
-from rsotrain.errors import UserError
+from rsotrain.errors import NonFiniteError, UserError
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
@@ -183,7 +183,12 @@ class Trainer:
             self.optimizer.reduce_gradients()
             finished = self._finish_gradients(total, signals)
         loss_value, norm_value, *answers = finished.tolist()  # one host sync
-        if bad := self.bad_steps.verdict(self.step + 1, loss_value, norm_value):
+        try:
+            bad = self.bad_steps.verdict(self.step + 1, loss_value, norm_value)
+        except NonFiniteError:
+            self.optimizer.zero_grad()
+            raise
+        if bad:
             self.optimizer.zero_grad()
             self.position += self.config.batch_size
             return StepResult(loss_value, norm_value, tokens, tuple(answers), skipped=bad)
@@ -209,12 +214,13 @@ class Trainer:
         with self.optimizer.observing(valid_mask):
             if self.saved_activations_bytes is not None:
                 return self.model(inputs, targets)
-            with saved_activation_bytes(self._live_tensors()) as saved:  # once, on the first micro-batch
+            with saved_activation_bytes(self.live_tensors()) as saved:  # once, on the first micro-batch
                 loss = self.model(inputs, targets)
             self.saved_activations_bytes = saved.total
             return loss
 
-    def _live_tensors(self) -> list[torch.Tensor]:
+    def live_tensors(self) -> list[torch.Tensor]:
+        """Parameters and optimizer state of this rank."""
         return [*self.model.parameters(), *self.optimizer.state_tensors()]
 
     def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:

@@ -68,7 +68,6 @@ def test_a_bad_input_is_refused_or_starts_as_typed(
     # In place of what imports torch and trains; all that comes before it is the real thing.
     dispatch = types.SimpleNamespace(run_mode=run_mode, settle_epochs=lambda config: config)
     monkeypatch.setitem(sys.modules, "rsotrain.cli.dispatch", dispatch)
-    monkeypatch.setattr(cli, "_status", 0)
     status = call_main(cli, ["output_dir=out", *case.command])
     captured = capsys.readouterr()
     if status != 0:

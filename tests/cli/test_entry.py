@@ -127,6 +127,13 @@ def test_a_mistake_gets_one_sentence_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mistake_is_not_held_against_the_next_command_of_a_process(tmp_path: Path) -> None:
+    from rsotrain.cli import entry as cli
+
+    assert call_main(cli, [f"output_dir={tmp_path}", "steps=0"]) == 2
+    assert call_main(cli, [f"output_dir={tmp_path}", "--cfg", "job"]) == 0
+
+
 def test_a_mistake_in_a_process_of_its_own(cli: Cli) -> None:
     result = cli("steps=0")
     assert (result.returncode, result.stderr) == (2, "rsotrain: steps=0 must be positive\n")

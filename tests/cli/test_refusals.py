@@ -247,7 +247,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(cli, "validate", broken)
+    monkeypatch.setattr("rsotrain.cli.compose.validate", broken)
     monkeypatch.setattr(sys, "argv", ["rsotrain", "steps=1"])
     with pytest.raises(KeyError, match="ours"):
         cli.main()

@@ -91,7 +91,6 @@ def press_ctrl_c(*_: object, **__: object) -> None:
     raise AssertionError("went on")
 
 
-@pytest.mark.alone  # whole runs in this process, which mind what other tests have left in it
 @pytest.mark.parametrize(
     "place",
     [
@@ -119,7 +118,6 @@ def test_ctrl_c_in_preparation_leaves_a_sentence_and_nothing_half_written(
     assert "broken" not in capsys.readouterr().out
 
 
-@pytest.mark.alone
 def test_ctrl_c_before_a_run_goes_on_leaves_what_it_has(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,8 +169,7 @@ def test_a_run_passes_over_bad_batches_and_says_so(
     assert bad_steps(tmp_path / "r") == [0, 1, 1, 2, 2, 2]
     said = (tmp_path / "r/train.log").read_text()
     assert (
-        "warning: step 2: the loss is nan and the gradient norm nan: batch skipped, the 1. of at most 1"
-        in said
+        "warning: step 2: the loss is nan and the gradient norm nan: batch skipped (1 of at most 1)" in said
     )
     train(run_of(tiny, tmp_path, "straight", "max_bad_steps=7"))
     assert history(tmp_path / "r") == history(tmp_path / "straight")

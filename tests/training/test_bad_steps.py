@@ -95,9 +95,7 @@ def test_after_the_last_batch_that_may_be_skipped_training_ends(tiny: list[str],
     made.train_step()
     before = tensors(made)
     said = [made.train_step().skipped for _ in range(2)]
-    assert said[1] == (
-        "step 2: the loss is nan and the gradient norm nan: batch skipped, the 2. of at most 2"
-    )
+    assert said[1] == ("step 2: the loss is nan and the gradient norm nan: batch skipped (2 of at most 2)")
     with pytest.raises(
         NonFiniteError, match=r"step 2: the loss is nan .*, and max_bad_steps=2 batches have been skipped"
     ):
