@@ -35,7 +35,7 @@ _NO_SCHEMA = re.compile(r"In '(.+?)': Could not (?:load|find) '/?schema/(.+?)/(.
 
 
 def _unregistered(file: str, group: str, schema: str) -> str:
-    registry = "methods.py" if group in ("optimizer", "sampler") else "schema.py"
+    registry = {"optimizer": "methods.py", "sampler": "samplers.py"}.get(group, "schema.py")
     return (
         f"{file}.yaml names the schema {schema}, which nothing in rsotrain/config/{registry} registers"
         f" (there are: {', '.join(sorted(SCHEMAS.get(group, ())))})"

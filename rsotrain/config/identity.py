@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsotrain.config.keys import flatten, later_fields, plain
+from rsotrain.config.keys import flatten, later_fields, later_fields_of, plain
 from rsotrain.config.later import Later
-from rsotrain.config.methods import NoSamplerConfig
+from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Config
 
 # What can change between two starts of one run, since the weights do not depend on it.
@@ -56,7 +56,7 @@ def _matters(field: Later, flat: Mapping[str, Any]) -> bool:
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of what a ``config.yaml`` holds, with the fields that it is too old for."""
     flat = dict(flatten(settings))
-    missing = {key: field for key, field in later_fields().items() if key not in flat}
+    missing = {key: field for key, field in later_fields_of(flat).items() if key not in flat}
     return flat | {
         key: field.before if _matters(field, flat) else field.default for key, field in missing.items()
     }

@@ -5,7 +5,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -28,8 +28,36 @@ def later_fields(config: Config | None = None) -> dict[str, Later]:
 
     ``matters_with`` is a dotted key here, too. Of the schemas that ``config`` has chosen; None: of all.
     """
+    return _later(_leaves(config))
+
+
+def later_fields_of(settings: Mapping[str, Any]) -> dict[str, Later]:
+    """``later_fields`` of the schemas that flat ``settings``, which may be older than some fields, are of.
+
+    Files of ``conf/`` mostly have the name of their schema. Where one has not, its schema is one of those
+    with the same older keys; where there is none either, it may be any of the group.
+    """
     found: dict[str, Later] = {}
-    for key, f, marked in _leaves(config):
+    for f in dataclasses.fields(Config):
+        schemas = SCHEMAS.get(f.name, {"": f.type})
+        every = {name: list(_leaves_of(f, kind, "", False)) for name, kind in schemas.items()}
+        later_keys = {key for leaves in every.values() for key, _, marked in leaves if marked}
+        given = {key for key in settings if key.split(".")[0] == f.name} - later_keys
+        fitting = {
+            name: leaves
+            for name, leaves in every.items()
+            if {key for key, _, _ in leaves} - later_keys == given
+        }
+        called = settings.get(f"{f.name}.name")
+        chosen = [fitting[called]] if called in fitting else list((fitting or every).values())
+        for leaves in chosen:
+            found |= _later(leaves)
+    return found
+
+
+def _later(leaves: Iterable[tuple[str, "dataclasses.Field[Any]", bool]]) -> dict[str, Later]:
+    found: dict[str, Later] = {}
+    for key, f, marked in leaves:
         if marked:
             factory, own = f.default_factory, later_of(f)
             default = plain(f.default if factory is dataclasses.MISSING else factory())

@@ -1,20 +1,20 @@
-"""The typed settings of optimizers and samplers, and the code that belongs to them.
+"""The typed settings of optimizers, and the code that belongs to them.
 
-The decorator ``@optimizer`` or ``@sampler`` above the settings class registers a method: files of ``conf/``
-name its schema, the builders import its code, and tests and tables go through ``OPTIMIZERS`` and
-``SAMPLERS``. The code is registered as ``module:name`` because this module does not import torch.
+The decorator ``@optimizer`` above the settings class registers a method: files of ``conf/`` name its schema,
+the builder imports its code, and tests and tables go through ``OPTIMIZERS``. The code is registered as
+``module:name`` because this module does not import torch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeVar
 
 from omegaconf import MISSING
 
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
+from rsotrain.config.registry import Settings, registering
 
 
 class OnRefresh(Enum):
@@ -42,35 +42,13 @@ class WeightRounding(Enum):
     nearest = "nearest"
 
 
-Settings = TypeVar("Settings", bound=type)
-
-# Name of the schema -> settings; settings -> ``module:name`` of the code.
+# Name of the schema -> settings.
 OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
-SAMPLERS: "dict[str, type[SamplerConfig]]" = {}
-CODE: dict[type, str] = {}
 
 
 def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
     """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer."""
-    return _registering(OPTIMIZERS, schema, code)
-
-
-def sampler(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """The same for a sampler. ``code``: ``module:function`` that builds a Sampler from settings, or empty."""
-    return _registering(SAMPLERS, schema, code)
-
-
-def _registering(registry: dict[str, type], schema: str, code: str) -> Callable[[Settings], Settings]:
-    def register(settings: Settings) -> Settings:
-        assert schema not in registry, f"two schemas are called {schema} in {__name__}"
-        registry[schema] = settings
-        CODE[settings] = code
-        return settings
-
-    return register
-
-
-# --- optimizer ---------------------------------------------------------------------------------
+    return registering(OPTIMIZERS, schema, code)
 
 
 @dataclass
@@ -96,6 +74,10 @@ class OptimizerConfig:
     decay_norms_and_embeddings: bool = means(
         "weight decay also of norms, biases, embedding and head, not of matrices alone",
         later(False, before=True, matters_with="weight_decay"),
+    )
+    decay_at_lr: bool = means(
+        "decay attention and MLP weights at lr, as GaLore's and its successors' code, not at lr × scale",
+        later(False, matters_with="weight_decay"),
     )
     state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
     weight_rounding: WeightRounding = means(
@@ -157,6 +139,13 @@ class GaLoreConfig(SolverConfig):
     """Adam in the subspace, no update outside (GaLore, arXiv 2403.03507; I3S and OSD by their samplers)."""
 
 
+class BiasCorrection(Enum):
+    """adam_form: none for AdaGrad (``betas[1]`` = 1) and RMSProp (``betas[0]`` = 0), as in SN-SM's code."""
+
+    all_forms = "all_forms"
+    adam_form = "adam_form"
+
+
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
 @dataclass
 class SNConfig(OptimizerConfig):
@@ -166,6 +155,9 @@ class SNConfig(OptimizerConfig):
         "neighbours in the smaller dimension, a divisor of it, that share a second moment; null: all",
         number(None, above=0, at_most=SIZE),
         unit="weights",
+    )
+    bias_correction: BiasCorrection = means(
+        "which forms of the update have one", later(BiasCorrection.adam_form, before=BiasCorrection.all_forms)
     )
 
 
@@ -179,6 +171,9 @@ class SNSMConfig(SubspaceConfig):
         number(None, above=0, at_most=SIZE),
         unit="weights",
     )
+    bias_correction: BiasCorrection = means(
+        "which forms of the update have one", later(BiasCorrection.adam_form, before=BiasCorrection.all_forms)
+    )
 
 
 @optimizer("fira", "rsotrain.optim.residuals:Fira")
@@ -189,6 +184,10 @@ class FiraConfig(SolverConfig):
     max_growth: float = means(
         "largest factor by which the residual's norm grows in a step",
         number(1.01, at_least=1, at_most=FACTOR),
+    )
+    residual_at_lr: bool = means(
+        "move weights by the residual at lr, as the authors' code does, not at lr × scale",
+        later(True, before=False),
     )
 
 
@@ -234,6 +233,32 @@ class MuonConfig(OptimizerConfig):
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
+@optimizer("normuon", "rsotrain.optim.normuon:NorMuon")
+@dataclass
+class NorMuonConfig(MuonConfig):
+    """Muon with rows of one mean square over time (NorMuon, arXiv 2510.05491)."""
+
+    row_decay: float = means("decay of each row's mean square", number(0.95, at_least=0, below=1))
+
+
+@optimizer("dion2", "rsotrain.optim.dion2:Dion2")
+@dataclass
+class Dion2Config(OptimizerConfig):
+    """A part of the momentum orthogonalised at a time (Dion2, arXiv 2512.16928).
+
+    ``betas`` and ``eps`` are for AdamW on the rest.
+    """
+
+    fraction: float = means(
+        "share of the rows, or of the columns if there are fewer, in one step",
+        number(0.25, above=0, at_most=1),
+    )
+    momentum: float = means(
+        "share that is kept of the momentum that has been used", number(0.95, at_least=0, at_most=1)
+    )
+    ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
+
+
 class BasisStorage(Enum):
     """stored: bases are optimizer state. regenerated: each use samples the basis again from its seed."""
 
@@ -263,118 +288,105 @@ class RSOConfig(SubspaceConfig):
     projection: BasisStorage = means("how the bases are kept", BasisStorage.stored)
 
 
-# --- sampler -----------------------------------------------------------------------------------
-
-
+@optimizer("foam", "rsotrain.optim.foam:Foam")
 @dataclass
-class SamplerConfig:
-    name: str = means("name of the sampler", MISSING)
+class FoamConfig(OptimizerConfig):
+    """Adam on blocks of neighbours in a row, plus the residual (FOAM, arXiv 2512.07112)."""
+
+    level: int = means("log2 of the neighbours in a block; 0 is Adam", number(2, at_least=0, at_most=10))
 
 
-@sampler("none", "")
+@optimizer("lion", "rsotrain.optim.lion:Lion")
 @dataclass
-class NoSamplerConfig(SamplerConfig):
-    """For optimizers without a subspace."""
+class LionConfig(OptimizerConfig):
+    """The sign of an interpolated momentum (Lion, arXiv 2302.06675).
 
+    ``betas`` and ``eps`` are for AdamW on the rest.
+    """
 
-class SvdSolver(Enum):
-    """gram: eigenvectors of the smaller side's Gram matrix. full: torch.linalg.svd, with its signs."""
-
-    gram = "gram"
-    full = "full"
-
-
-@sampler("svd", "rsotrain.subspace.spectral:svd_sampler")
-@dataclass
-class SvdConfig(SamplerConfig):
-    """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
-
-    solver: SvdSolver = means("how the singular vectors are computed", SvdSolver.gram)
-
-
-@sampler("importance", "rsotrain.subspace.spectral:importance_sampler")
-@dataclass
-class ImportanceConfig(SamplerConfig):
-    """Singular vectors sampled without replacement, with weights σ ** ``power`` (I3S, arXiv 2502.05790)."""
-
-    power: float = means(
-        "exponent of the singular values in the weights of the draw", number(1.0, above=0, at_most=100)
+    momentum: tuple[float, float] = means(
+        "β₁ of the sign and β₂ of the momentum's average",
+        numbers((0.9, 0.99), Range(at_least=0, at_most=1), Range(at_least=0, below=1)),
     )
 
 
-@sampler("randomized_svd", "rsotrain.subspace.spectral:randomized_svd_sampler")
+@optimizer("scale", "rsotrain.optim.scale:Scale")
 @dataclass
-class RandomizedSvdConfig(SamplerConfig):
-    """``rounds`` block power iterations from the basis in use, and two more at the first refresh."""
+class ScaleConfig(OptimizerConfig):
+    """Rows of the gradient divided by their RMS, with momentum in the head alone (SCALE, arXiv 2506.16659).
 
-    rounds: int = means(
-        "power iterations for a draw; the first has two more",
-        number(2, at_least=1, at_most=100),
-        unit="iterations",
+    A tied head goes by the embedding's name. ``eps``: the least RMS.
+    """
+
+    momentum: float = means("decay of the momentum", number(0.9, at_least=0, below=1))
+    momentum_parameters: list[str] = means(
+        "regular expressions that find, of block_parameters, those with momentum: the head",
+        field(default_factory=list),
+    )
+    column_parameters: list[str] = means(
+        "regular expressions that find those normalised by columns, not by rows: the embedding",
+        field(default_factory=list),
     )
 
 
-@sampler("mixture", "rsotrain.subspace.spectral:mixture_sampler")
+@optimizer("racs", "rsotrain.optim.racs:Racs")
 @dataclass
-class MixtureConfig(SamplerConfig):
-    """svd for ``principal_fraction`` of the rank, haar in its orthogonal complement for the others."""
+class RacsConfig(OptimizerConfig):
+    """The gradient divided by the roots of row and column scales (RACS, arXiv 2502.07752).
 
-    principal_fraction: float = means("share of the rank that svd fills", number(0.5, at_least=0, at_most=1))
+    ``betas`` and ``eps`` are for AdamW on the rest.
+    """
 
-
-@sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
-@dataclass
-class HaarConfig(SamplerConfig):
-    """A uniformly random orthonormal basis."""
-
-
-@sampler("gaussian", "rsotrain.subspace.random_bases:gaussian_sampler")
-@dataclass
-class GaussianConfig(SamplerConfig):
-    """A basis of independent N(0, 1/rank) entries, which is not orthonormal but has E[PPᵀ] = I."""
-
-
-@sampler("coordinate", "rsotrain.subspace.random_bases:coordinate_sampler")
-@dataclass
-class CoordinateConfig(SamplerConfig):
-    """A basis of random coordinate axes."""
-
-
-@sampler("topk_norm", "rsotrain.subspace.spectral:topk_norm_sampler")
-@dataclass
-class TopkNormConfig(SamplerConfig):
-    """The coordinate axes along which the gradient has the largest norm."""
-
-
-@sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")
-@dataclass
-class SRHTConfig(SamplerConfig):
-    """Random columns of a Hadamard (times cosine) matrix with random signs; orthonormal."""
-
-
-class PCASolver(Enum):
-    adam = "adam"
-    sgd = "sgd"
-
-
-@sampler("online_pca", "rsotrain.subspace.online_pca:online_pca_sampler")
-@dataclass
-class OnlinePCAConfig(SamplerConfig):
-    """A step of online PCA at each refresh, after the update of the weights (OSD, arXiv 2408.12857)."""
-
-    lr: float = means(
-        "peak rate of the basis, which follows the run's schedule", number(0.005, at_least=0, at_most=1000)
+    scale_decay: float = means("decay of the averages of the scales", number(0.9, at_least=0, below=1))
+    iterations: int = means(
+        "of the fixed point that gives the scales", number(5, at_least=1, at_most=99), unit="iterations"
     )
-    penalty: float = means("λ, weight of ‖PᵀP − I‖²", number(0.1, at_least=0, at_most=10**6))
-    solver: PCASolver = means("update rule of the basis", PCASolver.adam)
-    orthonormalize: bool = means("also orthonormalise the basis after each step, unlike the paper", False)
-
-
-@sampler("golore", "rsotrain.subspace.spectral:golore_sampler")
-@dataclass
-class GoLoreConfig(SamplerConfig):
-    """svd, then haar in the last ``random_fraction`` of the steps (GoLore, arXiv 2410.11289)."""
-
-    random_fraction: float = means(
-        "share of the training, at its end, with random bases", number(0.2, at_least=0, at_most=1)
+    max_growth: float = means(
+        "largest factor by which the update's norm grows in a step", number(1.01, at_least=1, at_most=FACTOR)
     )
+
+
+@optimizer("alice", "rsotrain.optim.alice:Alice")
+@dataclass
+class AliceConfig(SubspaceConfig):
+    """Adam in a tracked subspace that is switched, with the residual scaled by columns (arXiv 2502.07752).
+
+    ``betas`` are for AdamW on the rest.
+    """
+
+    subspace_betas: tuple[float, float] = means(
+        "decay of the moments in the subspace, the first that of the residual's scale, too",
+        numbers((0.9, 0.9), Range(at_least=0, below=1), Range(at_least=0, below=1)),
+    )
+    tracking: float = means(
+        "decay of the average of RᵀR, which the sampler sees beside the gradient; 0: none (Alice-0)",
+        number(0.999, at_least=0, below=1),
+    )
+    compensation: float = means("factor of the residual", number(0.4, at_least=0, at_most=10**6))
+    max_growth: float = means(
+        "largest factor by which the residual's norm grows in a step",
+        number(1.01, at_least=1, at_most=FACTOR),
+    )
+
+
+@optimizer("sumo", "rsotrain.optim.sumo:Sumo")
+@dataclass
+class SumoConfig(SubspaceConfig):
+    """Momentum orthogonalised in the subspace, exactly (SUMO, arXiv 2505.24749).
+
+    ``betas`` and ``eps`` are for AdamW on the rest.
+    """
+
+    momentum: float = means("decay of the momentum", number(0.95, at_least=0, below=1))
+
+
+@optimizer("adam_mini", "rsotrain.optim.adam_mini:AdamMini")
+@dataclass
+class AdamMiniConfig(OptimizerConfig):
+    """Adam with one second moment for each row, or head (Adam-mini, arXiv 2406.16793)."""
+
+    head_parameters: list[str] = means(
+        "regular expressions that find the matrices, of queries and keys, with one second moment a head",
+        field(default_factory=lambda: [r"\.self_attn\.[qk]_proj\.weight$"]),
+    )
+    num_heads: int = means("heads of the queries", number(1, above=0, at_most=SIZE), unit="heads")

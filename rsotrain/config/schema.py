@@ -31,9 +31,10 @@ from rsotrain.config.data import (
 )
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
-from rsotrain.config.methods import OPTIMIZERS, SAMPLERS, OptimizerConfig, SamplerConfig
+from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.model import ModelConfig
 from rsotrain.config.ranges import COUNT, FACTOR, number
+from rsotrain.config.samplers import SAMPLERS, SamplerConfig
 from rsotrain.config.schedules import SCHEDULES, LRSchedulerConfig
 from rsotrain.config.text import file_path
 

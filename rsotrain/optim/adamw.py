@@ -56,11 +56,11 @@ class AdamW(ParamGroupOptimizer):
 
     @torch.no_grad()
     def update(self, step: int, lr_factor: float) -> None:
-        # the kernel takes lists of one dtype and device
-        kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        # the kernel takes lists of one dtype and device, and one decay
+        kinds: dict[tuple[torch.dtype, torch.device, float], list[str]] = {}
         for name, parameter in self.parameters.items():
-            kinds.setdefault((parameter.dtype, parameter.device), []).append(name)
-        for (dtype, device), names in kinds.items():
+            kinds.setdefault((parameter.dtype, parameter.device, self.decay_of(name)), []).append(name)
+        for (dtype, device, decay), names in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.reduced
             largest = PIECE_ELEMENTS if device.type == "cpu" else BUCKET_ELEMENTS
@@ -68,7 +68,7 @@ class AdamW(ParamGroupOptimizer):
             pieces = [piece for name in names for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]
             for group in groups:
-                self._update_group(group, count, step, self.peak_lr * lr_factor)
+                self._update_group(group, count, step, self.peak_lr * lr_factor, decay)
 
     def _pieces(self, name: str, limit: int | None, step: int) -> list[_Piece]:
         parameter, moments = self.parameters[name], [self.moments[name][key] for key in _MOMENTS]
@@ -81,7 +81,7 @@ class AdamW(ParamGroupOptimizer):
         runs = zip(weight.split(counts), factors, gradient.split(counts), exp_avgs, exp_avg_sqs, strict=True)
         return [_Piece(*run) for run in runs]
 
-    def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float) -> None:
+    def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float, decay: float) -> None:
         weights = [p.weight for p in pieces]
         wide = work_dtype(weights[0].dtype)
         moments = [p.exp_avg for p in pieces] + [p.exp_avg_sq for p in pieces]
@@ -96,7 +96,7 @@ class AdamW(ParamGroupOptimizer):
             lr=lr,
             betas=self.settings.betas,
             eps=self.settings.eps,
-            weight_decay=self.settings.weight_decay,
+            weight_decay=decay,
         )
         if wide is not weights[0].dtype:
             store_all([(p.weight, p.factors) for p in pieces], wide_weights)

@@ -17,7 +17,7 @@ from rsotrain.optim.moments import Moment, StateKeeper
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
-from rsotrain.optim.weights import Weights
+from rsotrain.optim.weights import ALL_ROWS, Weights
 from rsotrain.parallel.sharding import Shard, local, shard_of
 from rsotrain.subspace.projection import Side
 from rsotrain.subspace.samplers import Sampler
@@ -52,12 +52,16 @@ def gradient_of(name: str, parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W."""
+    """The settings that all optimizers share. ``weight_decay`` is decoupled: W ← (1 − η·weight_decay)W.
+
+    ``undecayed``: the names of parameters without it.
+    """
 
     keeper: StateKeeper
     betas: Betas = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    undecayed: frozenset[str] = frozenset()
     weight_rounding: WeightRounding = WeightRounding.nearest
 
 
@@ -72,6 +76,8 @@ class ParamGroupOptimizer(ABC):
 
     # State that may be replicated although the parameter is sharded; all ranks then hold the same values.
     replicated_state: ClassVar[frozenset[str]] = frozenset()
+    # Are the method's matrices sharded in their rows (out), whichever dimension is larger?
+    by_rows: ClassVar[bool] = False
     # May ``betas[1]`` be 1, which gives AdaGrad?
     takes_adagrad_beta: ClassVar[bool] = False
 
@@ -125,7 +131,7 @@ class ParamGroupOptimizer(ABC):
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
-        matrices = [layout.matrix(weight) for weight in weights]
+        matrices = [layout.matrix(weight, by_rows=cls.by_rows) for weight in weights]
         return sum(layout.bytes_of(cls.matrix_state(config, matrix), matrix) for matrix in matrices)
 
     @classmethod
@@ -159,7 +165,7 @@ class ParamGroupOptimizer(ABC):
         if dim is not None:
             assert shard.dim is not None
             whole[dim], start[dim] = shard.shape[shard.dim], shard.start
-        along = block_dim(whole, shard.shape, rows=not parameter.requires_grad)
+        along = block_dim(whole, shard.shape, rows=self.by_rows or not parameter.requires_grad)
         size = block_size(whole, along)
         if size is None:
             return None
@@ -256,18 +262,31 @@ class ParamGroupOptimizer(ABC):
 
     # --- weights --------------------------------------------------------------------------------------
 
-    def apply_(self, name: str, update: Tensor, lr: float, step: int, side: Side = Side.right) -> None:
+    def decay_of(self, name: str) -> float:
+        """λ of the parameter ``name``."""
+        return 0.0 if name in self.settings.undecayed else self.settings.weight_decay
+
+    def apply_(
+        self,
+        name: str,
+        update: Tensor,
+        lr: float,
+        step: int,
+        side: Side = Side.right,
+        rows: slice = ALL_ROWS,
+    ) -> None:
         """W ← (1 − ηλ)W + η·update, rounded once, for this rank's piece of W. May overwrite ``update``.
 
-        ``update``: of the piece's shape, or of its oriented view's (M×k) where ``side`` is its side.
+        ``update``: of the shape of the piece, or of these ``rows`` of it; or of its oriented view's (M×k)
+        where ``side`` is its side.
         """
-        self.weights.add_(name, update, lr, step, decay=self.settings.weight_decay, side=side)
+        self.weights.add_(name, update, lr, step, decay=self.decay_of(name), side=side, rows=rows)
 
     def apply_lifted_(
         self, name: str, low_rank: Tensor, basis: Tensor, lr: float, step: int, side: Side = Side.right
     ) -> None:
         """The same for the update ``low_rank`` Qᵀ (M×r and k×r)."""
-        decay = self.settings.weight_decay
+        decay = self.decay_of(name)
         self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
 
     # --- metrics and tables -----------------------------------------------------------------------------

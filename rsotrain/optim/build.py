@@ -1,4 +1,4 @@
-"""Builds optimizers and samplers from their settings. ``config/methods.py`` registers the code of each."""
+"""Builds optimizers and samplers from their settings, with which ``config`` registers the code of each."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config.methods import (
-    CODE,
-    AdamConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    SubspaceConfig,
-)
+from rsotrain.config.methods import AdamConfig, OptimizerConfig, SubspaceConfig
 from rsotrain.config.ranges import check_ranges
+from rsotrain.config.registry import CODE
+from rsotrain.config.samplers import OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
 from rsotrain.optim.adamw import AdamW
@@ -25,8 +21,6 @@ from rsotrain.optim.moments import StateKeeper
 from rsotrain.optim.parameter_groups import group_parameters, is_norm_or_embedding
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
-
-REGISTRY = "rsotrain/config/methods.py"
 
 
 def code_of(settings: type) -> Any:
@@ -38,7 +32,8 @@ def code_of(settings: type) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise AssertionError(f"{REGISTRY} names {CODE[settings]} for {settings.__name__}: {error}") from error
+        registry = settings.__module__.replace(".", "/") + ".py"
+        raise AssertionError(f"{registry} names {CODE[settings]} for {settings.__name__}: {error}") from error
 
 
 def method_of(config: OptimizerConfig) -> type[ParamGroupOptimizer]:
@@ -61,15 +56,16 @@ def build_optimizer(
     precision: Precision = Precision.fp32,
     seed: int,
     total_steps: int,
-    place: Callable[[nn.Module], None] | None = None,
+    place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
 ) -> CompositeOptimizer:
     """The method of ``config`` for the attention and MLP weights, AdamW for all other parameters.
 
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
-    run. ``place``: called to shard the model and give it memory, after the method has changed the modules and
-    before optimizer state is created. Raises UserError if the patterns do not fit the model, if the rank does
-    not fit a matrix, or if optimizer and sampler do not go together.
+    run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
+    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows. Raises
+    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer and
+    sampler do not go together.
     """
     method = method_of(config)
     check_ranges(config, "optimizer.")
@@ -80,6 +76,8 @@ def build_optimizer(
     groups = group_parameters(model, config.block_parameters)
     own: dict[str, Any] = {}
     if groups.blocks:
+        if isinstance(sampler, OnlinePCAConfig) and sampler.weight_decay is None:
+            sampler = replace(sampler, weight_decay=config.weight_decay)
         built = build_sampler(sampler)
         method.refuse(config, built)
         if built is not None:
@@ -88,8 +86,12 @@ def build_optimizer(
         own |= more
     if place is not None:
         assert isinstance(model, nn.Module)
-        place(model)
+        place(model, groups.blocks.values() if method.by_rows else ())
         groups = groups.renewed(model)
+    require(
+        config.scale > 0 or not config.decay_at_lr,
+        "optimizer.decay_at_lr is for optimizer.scale > 0; with scale 0 these weights do not move",
+    )
     settings = Settings(
         keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
         betas=config.betas,
@@ -99,8 +101,13 @@ def build_optimizer(
     )
     optimizers: list[ParamGroupOptimizer] = []
     if groups.blocks:
+        decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
+        # a method may have embedding and head among its matrices, as SCALE does
+        spared = () if config.decay_norms_and_embeddings else groups.blocks.items()
+        undecayed_blocks = frozenset(name for name, p in spared if is_norm_or_embedding(name, p))
+        own_settings = replace(settings, weight_decay=decay, undecayed=undecayed_blocks)
         optimizers.append(
-            method(config.name, groups.blocks, config.lr * config.scale, settings, config, **own)
+            method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
         )
     if groups.rest:
         if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam

@@ -108,6 +108,11 @@ def limited_growth_(
     return factor
 
 
+def inverse_root(scale: Tensor) -> Tensor:
+    """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
+    return scale.rsqrt().where(scale > 0, 0.0)
+
+
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
     """Norms of the rows of an M×k matrix, M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
     if piece.is_contiguous():
@@ -125,11 +130,13 @@ def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
     return gradient.T.unflatten(0, (-1, subset_size)).square().sum(1).T  # as in row_norms
 
 
-def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float) -> Tensor:
+def subset_norm_factors_(
+    subset_sq: Tensor, sums: Tensor, step: int, betas: Betas, eps: float, *, corrected: bool = True
+) -> Tensor:
     """−√(1−β₂ᵗ)/(1−β₁ᵗ) / (√V + ε), after V ← β₂V + (1−β₂)s (SN, arXiv 2411.07120, algorithm 1).
 
     With β₂ = 1 this is AdaGrad: V ← V + s, without bias correction of V. ``subset_sq``: V; ``sums``: s. Both
-    and the result are M×(number of subsets in a row).
+    and the result are M×(number of subsets in a row). ``corrected``: false leaves both corrections out.
     """
     beta1, beta2 = betas
     if beta2 == 1.0:
@@ -138,7 +145,7 @@ def subset_norm_factors_(subset_sq: Tensor, sums: Tensor, step: int, betas: Beta
     else:
         subset_sq.lerp_(sums, 1.0 - beta2)
         correction2 = 1.0 - beta2**step
-    scale = -(correction2**0.5) / (1.0 - beta1**step)
+    scale = -(correction2**0.5) / (1.0 - beta1**step) if corrected else -1.0
     return subset_sq.sqrt().add_(eps).reciprocal_().mul_(scale)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.optim.functional import row_norms, subset_sums
-from rsotrain.parallel.sharding import Shard, local, shard_of
+from rsotrain.parallel.sharding import Shard, local, shard_of, sums_of_rows
 from rsotrain.subspace.projection import Side, oriented, side_of
 
 
@@ -86,3 +86,15 @@ class Matrix:
 def matrix_of(name: str, parameter: nn.Parameter, rank: int = 1) -> Matrix:
     shard = shard_of(parameter)
     return Matrix(name, parameter, side_of(parameter.shape), rank, shard)
+
+
+def grams_of_rows(matrices: list[Matrix], low_rank: list[Tensor]) -> list[Tensor]:
+    """RᵀR (r×r) of whole M×r tensors, from this rank's pieces; one all-reduce for all that are sharded."""
+    grams = [r.T @ r for r in low_rank]
+    # where a matrix is sharded by columns, its M×r tensors are the same on all ranks
+    split = [i for i, m in enumerate(matrices) if not m.by_columns]
+    if split:
+        sums = sums_of_rows([grams[i] for i in split], [matrices[i].shard for i in split])
+        for i, total in zip(split, sums, strict=True):
+            grams[i] = total
+    return grams

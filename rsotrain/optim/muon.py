@@ -50,7 +50,7 @@ class Muon(ParamGroupOptimizer):
             wholes = [self._gathered(name, owner, step) for owner, name in enumerate(names[i : i + pieces])]
             updates = [None if w is None else self._orthogonalised(w) for w in wholes]
             for owner, (name, update) in enumerate(zip(names[i : i + pieces], updates, strict=True)):
-                self._move(name, update, owner, lr, step)
+                self._move(name, update, owner, step, lr)
 
     def _gathered(self, name: str, owner: int, step: int) -> Tensor | None:
         """Update the momentum; return the whole matrix to orthogonalise on the rank ``owner``, else None."""
@@ -67,12 +67,18 @@ class Muon(ParamGroupOptimizer):
     def _orthogonalised(self, update: Tensor) -> Tensor:
         return _zeropower_via_newtonschulz(update, NS_COEFFICIENTS, self.config.ns_steps, NS_EPS)
 
-    def _move(self, name: str, update: Tensor | None, owner: int, lr: float, step: int) -> None:
-        own = local(self.parameters[name]).detach()
+    def _move(self, name: str, update: Tensor | None, owner: int, step: int, lr: float) -> None:
+        """Send the pieces of the orthogonalised ``update``, which the rank ``owner`` has, and apply them."""
         # Newton-Schulz runs in, and returns, bfloat16
-        piece = self.shards[name].scatter(update, owner, own.device, torch.bfloat16)
-        weight = own.to(work_dtype(own.dtype))  # so that decay and update are rounded once
-        weight.mul_(1 - lr * self.settings.weight_decay)
-        weight.add_(piece, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
+        device = self.parameters[name].device
+        piece = self.shards[name].scatter(update, owner, device, torch.bfloat16)
+        self._apply(name, piece, step, lr)
+
+    def _apply(self, name: str, update: Tensor, step: int, lr: float) -> None:
+        """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once."""
+        own = local(self.parameters[name]).detach()
+        weight = own.to(work_dtype(own.dtype))
+        weight.mul_(1 - lr * self.decay_of(name))
+        weight.add_(update, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
         if weight is not own:
             self.weights.store(name, weight, step)

@@ -66,11 +66,12 @@ def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
     eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", sample: Sample = dominant,
     outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01, rounding: float = 0.0,
+    residual_lr: float | None = None,
 ) -> Tensor:  # fmt: skip
     """GaLore, or Fira and FRUGAL by ``outside="fira"`` or ``"frugal"``, which differ in the residual only.
 
     ``rounding``: relative rounding error of the arithmetic under test, below which FRUGAL's residual counts
-    as 0.
+    as 0. ``residual_lr``: of Fira's residual; None: ``lr``.
     """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
@@ -98,7 +99,7 @@ def galore(
             residual = residual * (N.norm(dim=1) / R.norm(dim=1))[:, None]
             residual = _limited(residual, residual_norm, max_growth)
             residual_norm = float(residual.norm())
-            W = W - lr * residual
+            W = W - (lr if residual_lr is None else residual_lr) * residual
         if outside == "frugal" and rank < W.shape[1]:
             noise = 4 * W.shape[1] ** 0.5 * rounding * A.norm(dim=1, keepdim=True)
             W = W - lr * free_scale * torch.sign(residual) * (residual.abs() > noise)
@@ -130,7 +131,7 @@ def apollo(
 
 def osd(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, betas: Betas, eps: float,
-    basis_lr: float, penalty: float, use_adam: bool = True,
+    basis_lr: float, penalty: float, use_adam: bool = True, basis_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Online subspace descent: Q starts at the first gradient's SVD and takes a step after each update of W.
 
@@ -139,9 +140,9 @@ def osd(
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
     Q = dominant(1, gradients[0], rank, None).requires_grad_()
-    solver: torch.optim.Optimizer = torch.optim.Adam([Q], lr=basis_lr)
+    solver: torch.optim.Optimizer = torch.optim.AdamW([Q], lr=basis_lr, weight_decay=basis_decay)
     if not use_adam:
-        solver = torch.optim.SGD([Q], lr=basis_lr)
+        solver = torch.optim.SGD([Q], lr=basis_lr, weight_decay=basis_decay)
     for t, A in enumerate(gradients, start=1):
         with torch.no_grad():
             R = A @ Q
@@ -162,7 +163,7 @@ def osd(
 def sn_sm(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int | None, gap: int, betas: Betas,
     eps: float, subset_size: int, on_refresh: str = "reset", sample: Sample = dominant,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.0, corrected: bool = True,
 ) -> Tensor:  # fmt: skip
     """Subset norm with subspace momentum; with momentum of full size (SN alone) if ``rank`` is None."""
     W, gradients, turned = _orient(weight, gradients)
@@ -189,7 +190,7 @@ def sn_sm(
         V = V + sums if betas[1] == 1 else betas[1] * V + (1 - betas[1]) * sums
         correction2 = 1.0 if betas[1] == 1 else 1 - betas[1] ** t
         denominator = (V.sqrt() + eps).repeat_interleave(subset_size, dim=1)
-        step_size = lr * correction2**0.5 / (1 - betas[0] ** t)
+        step_size = lr * correction2**0.5 / (1 - betas[0] ** t) if corrected else lr
         W = (1 - lr * weight_decay) * W - step_size * numerator / denominator
     return W.T if turned else W
 
@@ -277,3 +278,61 @@ def rso(
         B = B - rate * N
     assert Q is not None
     return W + B @ (basis_scale * Q).T
+
+
+def alice(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas, eps: float,
+    tracking: float, compensation: float, max_growth: float = 1.01, sample: Sample = dominant,
+    on_refresh: str = "keep", weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Alice; ``sample`` gets a matrix whose Gram matrix is AᵀA + β₃/(1−β₃)·U S Uᵀ, with β₃ = ``tracking``."""
+    W, gradients, turned = _orient(weight, gradients)
+    rows, size = W.shape
+    M = V = torch.zeros(rows, rank, dtype=W.dtype)
+    S, p = torch.zeros(rank, rank, dtype=W.dtype), torch.zeros(rows, dtype=W.dtype)
+    U, previous = None, 0.0
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            seen, old = A, U
+            if old is not None:
+                values, vectors = torch.linalg.eigh(S * tracking / (1 - tracking))
+                seen = torch.cat([A, (vectors * values.clamp(min=0).sqrt()).T @ old.T])
+            U = sample(t, seen, rank, old)
+            if old is not None and on_refresh == "transport":
+                C = U.T @ old
+                m, v = M / (1 - betas[0] ** (t - 1)), V / (1 - betas[1] ** (t - 1))
+                v = (((v - m**2) @ (C**2).T) + (m @ C.T) ** 2).abs()
+                M, V, S = M @ C.T, v * (1 - betas[1] ** (t - 1)), C @ S @ C.T
+        assert U is not None
+        R = A @ U
+        S = tracking * S + (1 - tracking) * R.T @ R
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        p = betas[0] * p + (1 - betas[0]) * ((A**2).sum(1) - (R**2).sum(1))
+        C = (size - rank) ** 0.5 * torch.diag(p**-0.5) @ (A - R @ U.T)
+        C = _limited(C, previous, max_growth)
+        previous = float(C.norm())
+        W = (1 - lr * weight_decay) * W - lr * ((M / (V.sqrt() + eps)) @ U.T + compensation * C)
+    return W.T if turned else W
+
+
+def sumo(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, momentum: float,
+    on_refresh: str = "transport", sample: Sample = dominant, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """SUMO with an SVD of the momentum."""
+    W, gradients, turned = _orient(weight, gradients)
+    M = torch.zeros(W.shape[0], rank, dtype=W.dtype)
+    Q = None
+    for t, A in enumerate(gradients, start=1):
+        if (t - 1) % gap == 0:
+            old, Q = Q, sample(t, A, rank, Q)
+            if old is not None and on_refresh == "transport":
+                M = M @ (Q.T @ old).T
+            if old is not None and on_refresh == "reset":
+                M = torch.zeros_like(M)
+        assert Q is not None
+        M = momentum * M + (1 - momentum) * A @ Q
+        left, _, right = torch.linalg.svd(M, full_matrices=False)
+        W = (1 - lr * weight_decay) * W - lr * 0.2 * W.shape[0] ** 0.5 * left @ right @ Q.T
+    return W.T if turned else W

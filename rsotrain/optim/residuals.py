@@ -47,11 +47,20 @@ class Fira(GaLore):
     """GaLore plus the residual, whose rows are scaled as Adam scales those of R (Fira, arXiv 2410.01623).
 
     W ← (1 − ηλ)W − η (lift(N) + limit(φ ⊙ (A − lift(R)))), φ_j = ‖N_j‖/‖R_j‖. The residual is the paper's;
-    the authors' code takes A − α·lift(R). At full rank there is no residual.
+    the authors' code takes A − α·lift(R). With ``residual_at_lr`` its rate is η/α, as theirs. At full rank
+    there is no residual.
     """
 
     replicated_state: ClassVar = GaLore.replicated_state | {"residual_norm"}
     needs_orthonormal: ClassVar = True
+
+    @classmethod
+    def refuse(cls, config: Any, sampler: Sampler | None) -> None:
+        super().refuse(config, sampler)
+        require(
+            config.scale > 0 or not config.residual_at_lr,
+            "optimizer.residual_at_lr is for optimizer.scale > 0; set it to false, or scale",
+        )
 
     def add_state(self, matrix: Matrix) -> None:
         super().add_state(matrix)
@@ -78,6 +87,8 @@ class Fira(GaLore):
             noise = rounding_noise(m.size, basis.dtype) * inside
             previous = self.state[m.name]["residual_norm"]
             limited = scales * -limited_growth_(norm, previous, self.config.max_growth, noise)
+            if self.config.residual_at_lr:
+                limited.div_(self.config.scale)
             outside = residual.mul_(limited.to(basis.dtype))  # mixed dtypes take four times as long
             add_lifted_(outside, update, basis, 1.0)
             self.apply_(m.name, outside, lr, step, m.side)

@@ -250,6 +250,8 @@ class RSO(OptimizerWithBases):
         has_seen_data = step > max(1, bases.schedule.offset(bases.positions[group.name]))
         if not bases.scaled or not bases.informed(step) or not has_seen_data:
             return 1.0
+        if bases.sampler.column_scales is not None:  # E[PPᵀ] = I, so E‖dB‖² = ‖dW‖²
+            return 1.0
         size, rank, scale = group.size, group.rank, (group.size / group.rank) ** 0.5
         informed = bases.sampler.num_informed(rank)
         if informed == rank:

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh, OptimizerConfig
+from rsotrain.config.methods import BiasCorrection, OnRefresh, OptimizerConfig
 from rsotrain.errors import UserError
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
-from rsotrain.optim.functional import scaled_subsets, subset_norm_factors_, transport_momentum_
+from rsotrain.optim.functional import Betas, scaled_subsets, subset_norm_factors_, transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
@@ -30,6 +30,11 @@ def resolve_subset_size(subset_size: int | None, size: int, name: str) -> int:
             " give a divisor of it, or null for whole rows"
         )
     return subset_size
+
+
+def _corrected(config: Any, betas: Betas) -> bool:
+    """Is there a bias correction? In the authors' code Adam's form alone has one."""
+    return config.bias_correction is BiasCorrection.all_forms or (betas[0] > 0 and betas[1] < 1)
 
 
 def _subsets(config: Any, matrix: MatrixSize) -> tuple[int, int]:
@@ -83,7 +88,9 @@ class SubsetNorm(ParamGroupOptimizer):
             exp_avg, subset_sq = wide
             exp_avg.lerp_(gradient, 1.0 - betas[0])
             sums = m.subset_sums(oriented(gradient, m.side), size)
-            factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
+            factors = subset_norm_factors_(
+                subset_sq, sums, step, betas, eps, corrected=_corrected(self.config, betas)
+            )
             momentum = oriented(exp_avg, m.side)
             update = scaled_subsets(momentum, factors, m.subsets_of_columns(size))
             self.apply_(m.name, update, lr, step, m.side)
@@ -134,7 +141,9 @@ class SubspaceMomentum(SubspaceOptimizer):
         for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
             size, basis = m.size // subset_sq.shape[1], self.basis(m)
             sums = m.subset_sums(a.to(difference.dtype), size)
-            factors = subset_norm_factors_(subset_sq, sums, step, betas, eps)
+            factors = subset_norm_factors_(
+                subset_sq, sums, step, betas, eps, corrected=_corrected(self.config, betas)
+            )
             numerator = a.to(basis.dtype, copy=True)
             add_lifted_(numerator, difference, basis, 1.0)
             update = scaled_subsets(numerator, factors, m.subsets_of_columns(size))

@@ -31,6 +31,7 @@ class MatrixSize:
 
     ``piece``: the shape of the piece, not oriented. ``size``: k. ``rows``: the rows of an M×r tensor on the
     rank, all M where the projected dimension k is sharded. ``shape``: of the whole, not oriented.
+    ``by_rows``: is it sharded by its rows in any case?
     """
 
     name: str
@@ -38,6 +39,7 @@ class MatrixSize:
     piece: Shape
     size: int
     rows: int
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,23 @@ class WeightsLayout:
         dim = preferred_dim(shape, self.pieces, rows=rows)
         return tuple(-(-n // self.pieces) if i == dim else n for i, n in enumerate(shape))
 
-    def matrix(self, weight: Weight) -> MatrixSize:
-        shape, piece = weight.shape, self.piece(weight.shape)
+    def matrix(self, weight: Weight, *, by_rows: bool = False) -> MatrixSize:
+        shape, piece = weight.shape, self.piece(weight.shape, rows=by_rows)
         if len(shape) < 2:
-            return MatrixSize(weight.name, shape, piece, piece[0], 1)
+            return MatrixSize(weight.name, shape, piece, piece[0], 1, by_rows)
         right = shape[0] >= shape[1]
-        by_columns = preferred_dim(shape, self.pieces, rows=False) == (1 if right else 0)
+        by_columns = preferred_dim(shape, self.pieces, rows=by_rows) == (1 if right else 0)
         rows = max(shape) if by_columns else -(-max(shape) // self.pieces)
-        return MatrixSize(weight.name, shape, piece, min(shape), rows)
+        return MatrixSize(weight.name, shape, piece, min(shape), rows, by_rows)
 
     def moment_bytes(self, shape: Shape, matrix: MatrixSize | None = None) -> int:
         """Of a moment like the piece of ``matrix`` if it has its shape, else of one sharded by rows."""
         count = math.prod(shape)
         if self.state_dtype is StateDtype.int8:
             like_matrix = matrix is not None and shape == matrix.piece
-            dim = block_dim(matrix.shape, matrix.shape, rows=False) if matrix and like_matrix else 1
+            dim = 1
+            if matrix is not None and like_matrix:
+                dim = block_dim(matrix.shape, matrix.shape, rows=matrix.by_rows)
             if block := block_size(shape, dim):
                 return count + 4 * count // block
         return (2 if self.state_dtype is StateDtype.bfloat16 else 4) * count

@@ -18,7 +18,7 @@ from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orth
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.projection import oriented, project_, resolve_rank
 from rsotrain.subspace.samplers import Sampler, orthonormalised
-from rsotrain.subspace.sources import GradientSource
+from rsotrain.subspace.sources import GradientSource, Source
 
 
 class SubspaceOptimizer(OptimizerWithBases):
@@ -116,6 +116,11 @@ class SubspaceOptimizer(OptimizerWithBases):
         """The tensor that the sampler uses; ``gradient``: the result of the method ``gradient``."""
         return gradient
 
+    def source(self, matrix: Matrix, gradient: Tensor, step: int) -> Source:
+        """Where the sampler finds the Gram matrix; ``gradient``: the result of the method ``gradient``."""
+        sampled = partial(self.sampled_gradient, matrix, gradient, step)
+        return GradientSource(sampled, matrix.shard, matrix.side, matrix.by_columns)
+
     # --- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -154,12 +159,7 @@ class SubspaceOptimizer(OptimizerWithBases):
     ) -> None:
         """Refresh the bases that are due before (or after) the update of ``step``."""
         due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
-        sources = {
-            m.name: GradientSource(
-                partial(self.sampled_gradient, m, gradients[m.name], step), m.shard, m.side, m.by_columns
-            )
-            for m in due
-        }
+        sources = {m.name: self.source(m, gradients[m.name], step) for m in due}
         for name, change in self.bases.refreshed(sources, step, lr_factor):
             self.basis_changed(self.by_name[name], change, step)
 

@@ -20,6 +20,7 @@ from rsotrain.subspace.projection import Side, add_lifted_, oriented
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 20, 1 << 23
 
 Factors = tuple[Tensor, ...]
+ALL_ROWS = slice(None)
 
 
 class Weights:
@@ -61,12 +62,25 @@ class Weights:
             stochastic_round_by_(weight[run], value[run], own)
 
     def add_(
-        self, name: str, update: Tensor, lr: float, step: int, *, decay: float, side: Side = Side.right
+        self,
+        name: str,
+        update: Tensor,
+        lr: float,
+        step: int,
+        *,
+        decay: float,
+        side: Side = Side.right,
+        rows: slice = ALL_ROWS,
     ) -> None:
-        """W ← (1 − ηλ)W + η·update, η: ``lr``, λ: ``decay``. May overwrite ``update``."""
-        weight = local(self.parameters[name]).detach()
+        """W ← (1 − ηλ)W + η·update, η: ``lr``, λ: ``decay``. May overwrite ``update``.
+
+        ``rows``: those of this rank's piece that ``update`` is for.
+        """
+        weight = local(self.parameters[name]).detach()[rows]
         update = oriented(update, side)
         factors = self.factors(name, step)
+        if factors is not None:
+            factors = (factors[0][rows], *factors[1:])
         if factors is None:
             if decay:
                 update = update.to(torch.promote_types(update.dtype, torch.float32)).sub_(weight, alpha=decay)

@@ -4,7 +4,7 @@ FSDP2 shards each weight in one dimension. The optimizer works on local pieces, 
 ``Shard`` which piece of the whole a rank has; a weight that is not sharded is its own only piece.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -169,23 +169,42 @@ def shard_of(parameter: Tensor) -> Shard:
     return Shard(shape, placement.dim, start, stop, group, mesh)
 
 
+def sums_of_rows(partials: list[Tensor], shards: list[Shard]) -> list[Tensor]:
+    """Sums over the pieces of several tensors of one dtype, by one all-reduce; they may be overwritten.
+
+    ``shards``: of the parameters that they belong to, which are all sharded over the same ranks, or none is.
+    """
+    if shards[0].dim is None:
+        return partials
+    flat = shards[0].sum_(torch.cat([partial.flatten() for partial in partials]))
+    pieces = flat.split([partial.numel() for partial in partials])
+    return [piece.view_as(partial) for piece, partial in zip(pieces, partials, strict=True)]
+
+
 def preferred_dim(shape: tuple[int, ...], pieces: int, *, rows: bool) -> int:
     """The dimension to shard a weight in: the one that is not projected.
 
     Low-rank methods project the smaller dimension of a matrix, so the larger one is sharded; FSDP2 cannot
     shard the second dimension unevenly, and the first one is then taken, projected or not. ``rows``: the
-    first in any case, for RSO, which always projects the second.
+    first in any case, for RSO, which always projects the second, and for methods that treat rows one by one.
     """
     if rows or len(shape) != 2 or shape[0] >= shape[1] or shape[1] % pieces:
         return 0
     return 1
 
 
-def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", precision: Precision) -> None:
+def shard_model(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: "DeviceMesh",
+    precision: Precision,
+    by_rows: Iterable[nn.Parameter] = (),
+) -> None:
     """Shard ``model`` in place: each block is gathered for itself, then all the rest together.
 
     Weights travel in the compute dtype. Gradients are summed, not averaged, in float32, and the sums stay in
-    it, whatever the dtype of the weights.
+    it, whatever the dtype of the weights. ``by_rows``: the parameters to shard in their first dimension in
+    any case.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -195,9 +214,12 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", p
         param_dtype=_COMPUTE[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
 
+    rows = {id(parameter) for parameter in by_rows}
+
     def place(parameter: nn.Parameter) -> ShardPlacement:
         # what is frozen here are the weights that RSO moves along their first dimension
-        return ShardPlacement(preferred_dim(tuple(parameter.shape), pieces, rows=not parameter.requires_grad))
+        first = id(parameter) in rows or not parameter.requires_grad
+        return ShardPlacement(preferred_dim(tuple(parameter.shape), pieces, rows=first))
 
     for module in [*blocks, model]:
         fully_shard(

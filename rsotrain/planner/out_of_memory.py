@@ -13,17 +13,8 @@ from typing import Any
 
 import torch
 
-from rsotrain.config.methods import (
-    BasisStorage,
-    CoordinateConfig,
-    GaussianConfig,
-    HaarConfig,
-    RSOConfig,
-    SRHTConfig,
-    StateDtype,
-    SubspaceConfig,
-    WeightRounding,
-)
+from rsotrain.config.methods import BasisStorage, RSOConfig, StateDtype, SubspaceConfig, WeightRounding
+from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World

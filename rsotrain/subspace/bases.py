@@ -29,22 +29,33 @@ _REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 @dataclass(frozen=True)
 class BasisChange:
-    """A refresh of one basis from ``old``, Q_old (k×r), to ``new``, Q_new; columns have norm ``scale``."""
+    """A refresh of one basis from ``old``, P_old = Q_old·S (k×r), to ``new``, P_new, of scaled columns.
+
+    ``scale``: the norm of all columns, or of each of those of ``old`` where they differ.
+    """
 
     old: Tensor
     new: Tensor
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @cached_property
     def transition(self) -> Tensor:
-        """Q_newᵀ Q_old / scale², r×r."""
+        """C = P_newᵀ P_old S⁻², r×r, which is Q_newᵀQ_old where all columns have one norm.
+
+        It takes A P_old to A Q_old Q_oldᵀ P_new: A P_old Cᵀ.
+        """
         wide = torch.promote_types(self.old.dtype, torch.float32)
         return (self.new.to(wide).T @ self.old.to(wide)) / self.scale**2
 
     def overlap(self, orthonormal: bool) -> Tensor:
         """‖Q_newᵀ Q_old‖_F² / r for orthonormal bases of both subspaces, which is 1 if these are the same."""
         transition = self.transition
-        if not orthonormal:
+        if isinstance(self.scale, Tensor):
+            old, new = (
+                torch.nn.functional.normalize(q.to(transition.dtype), dim=0) for q in (self.old, self.new)
+            )
+            transition = new.T @ old
+        elif not orthonormal:
             old, new = (orthonormalised(q.to(transition.dtype)) for q in (self.old, self.new))
             transition = new.T @ old
         return transition.square().sum() / self.old.shape[1]
@@ -58,8 +69,9 @@ class Bases:
     are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
     ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
     which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
-    sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones.
-    ``mesh``: the ranks that have the same bases; they call ``refreshed`` together.
+    sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones, or
+    by the sampler's ``column_scales``. ``mesh``: the ranks that have the same bases; they call ``refreshed``
+    together.
     """
 
     def __init__(
@@ -140,12 +152,21 @@ class Bases:
         basis = self.sampler.sample(request)
         if self.scaled:
             wide = torch.promote_types(self.dtype, basis.dtype)
-            basis = basis.to(wide) * self._scale(request.size, request.rank)
+            scales = self.sampler.column_scales
+            factors = None if scales is None else scales(request.size, request.rank).to(basis.device, wide)
+            basis = basis.to(wide) * (self._scale(request.size, request.rank) if factors is None else factors)
         # one memory layout for all: products with a stored and a regenerated basis are then bitwise equal
         return basis.to(self.dtype).contiguous()
 
     def _scale(self, size: int, rank: int) -> float:
         return (size / rank) ** 0.5 if self.scaled else 1.0
+
+    def _scale_in_use(self, name: str, basis: Tensor) -> float | Tensor:
+        """Norms of the columns of the basis in use, which a method may have placed with one scale for all."""
+        if not self.scaled or self.sampler.column_scales is None:
+            return self._scale(*self.sizes[name])
+        norms = torch.linalg.vector_norm(basis.to(torch.promote_types(basis.dtype, torch.float32)), dim=0)
+        return torch.where(norms > 0, norms, 1.0)
 
     def informed(self, step: int) -> bool:
         """Does a refresh for ``step`` need data?"""
@@ -295,7 +316,7 @@ class Bases:
         if new is None:
             return None
         first = name in self.waiting or step == 1
-        change = None if first else BasisChange(old.clone(), new, self._scale(*self.sizes[name]))
+        change = None if first else BasisChange(old.clone(), new, self._scale_in_use(name, old))
         if self.record.measures(index):
             self.record.sampled(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
@@ -323,7 +344,7 @@ class Bases:
         request.lr_factor = lr_factor
         request.state = self.state[name]
         if index > 0 and name not in self.waiting:
-            request.previous = old / self._scale(request.size, request.rank) if self.scaled else old
+            request.previous = old / self._scale_in_use(name, old) if self.scaled else old
         try:
             return _SAMPLED, self._sampled(request)
         except torch.linalg.LinAlgError:

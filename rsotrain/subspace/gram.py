@@ -131,6 +131,44 @@ class GradientGram:
         return self.normalised.to(torch.float64)
 
 
+class TrackedGram:
+    """AᵀA + weight · U S Uᵀ, a Gram matrix with what is remembered of earlier ones, scaled as that of A is.
+
+    ``gram``: of A, whose ``largest`` entry scales it. ``basis``: U, k×r; ``tracked``: S, r×r, symmetric and
+    positive, of gradients that are not scaled.
+    """
+
+    def __init__(self, gram: "Gram", largest: Tensor, basis: Tensor, tracked: Tensor, weight: float) -> None:
+        self.gram, self.basis = gram, basis
+        self.size, self.resolution = gram.size, gram.resolution
+        scale = torch.where(largest > 0, largest, 1.0).to(tracked.dtype)
+        self.tracked = tracked / scale / scale * weight
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        basis = self.basis.to(dtype)
+        return self.gram.matrix(dtype) + basis @ self.tracked.to(dtype) @ basis.T
+
+    def matmul(self, block: Tensor) -> Tensor:
+        basis = self.basis.to(block.dtype)
+        return self.gram.matmul(block) + basis @ (self.tracked.to(block.dtype) @ (basis.T @ block))
+
+    def energy(self) -> Tensor:
+        return self.gram.energy() + self.tracked.trace()
+
+    def diagonal(self) -> Tensor:
+        basis = self.basis.double()
+        return self.gram.diagonal() + (basis @ self.tracked.double()).mul_(basis).sum(1)
+
+    def factor(self) -> Tensor | None:
+        """A with rows S^½Uᵀ below it, whose Gram matrix this is."""
+        factor = self.gram.factor()
+        if factor is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.tracked.to(factor.dtype))
+        root = vectors * values.clamp(min=0).sqrt()
+        return torch.cat([factor, root.T @ self.basis.to(factor.dtype).T])
+
+
 class DenseGram:
     """A Gram matrix that is given as such; ``matrix``: k×k, symmetric, finite."""
 

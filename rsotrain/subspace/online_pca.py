@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import OnlinePCAConfig, PCASolver
+from rsotrain.config.samplers import OnlinePCAConfig, PCASolver
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state, orthonormalised
 from rsotrain.subspace.spectral import svd
@@ -33,7 +33,13 @@ def adam_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def online_pca(
-    request: SampleRequest, *, lr: float, penalty: float, use_adam: bool, orthonormalize: bool
+    request: SampleRequest,
+    *,
+    lr: float,
+    penalty: float,
+    use_adam: bool,
+    orthonormalize: bool,
+    weight_decay: float = 0.0,
 ) -> Tensor:
     """The SVD's basis at the first refresh, then one Adam (or SGD) step on the loss of ``pca_gradient``.
 
@@ -50,7 +56,8 @@ def online_pca(
         state["basis_step"] += 1.0
         moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
         update = _adam_negative_update(-update, *moments, state["basis_step"])
-    basis = torch.add(basis, update, alpha=lr * request.lr_factor)
+    rate = lr * request.lr_factor
+    basis = torch.add(basis * (1.0 - rate * weight_decay), update, alpha=rate)
     return orthonormalised(basis) if orthonormalize else basis
 
 
@@ -74,6 +81,7 @@ def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:
             penalty=config.penalty,
             use_adam=use_adam,
             orthonormalize=config.orthonormalize,
+            weight_decay=config.weight_decay or 0.0,
         ),
         Columns.orthonormal if config.orthonormalize else Columns.unit,
         informed=True,

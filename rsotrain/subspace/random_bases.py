@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
+from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.parallel.sharding import Shard
-from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, largest_entry
+from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, TrackedGram, largest_entry
 from rsotrain.subspace.projection import Side, oriented
 
 
@@ -80,6 +80,27 @@ class GradientSource:
             return GradientGram.of_finite(oriented(whole, self.side))
 
         return gram
+
+
+class TrackedSource:
+    """A gradient together with what is remembered of earlier ones: ``weight`` · U S Uᵀ (``TrackedGram``)."""
+
+    def __init__(self, source: GradientSource, basis: Tensor, tracked: Tensor, weight: float) -> None:
+        self.source, self.basis, self.tracked, self.weight = source, basis, tracked, weight
+        self.elements, self.cost = source.elements, source.cost
+
+    def everywhere(self) -> Gram | None:
+        return self._tracked(self.source.everywhere())
+
+    def at(self, owner: int) -> Callable[[], Gram | None]:
+        gathered = self.source.at(owner)
+        return lambda: self._tracked(gathered())
+
+    def _tracked(self, gram: Gram | None) -> Gram | None:
+        if gram is None:
+            return None
+        assert isinstance(gram, GradientGram | SummedGram)
+        return TrackedGram(gram, gram.largest, self.basis, self.tracked, self.weight)
 
 
 class SumSource:

@@ -7,13 +7,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import (
+from rsotrain.config.samplers import (
+    BlockPowerConfig,
+    DctConfig,
     GoLoreConfig,
     ImportanceConfig,
     MixtureConfig,
     RandomizedSvdConfig,
+    RowNormConfig,
     SvdConfig,
     SvdSolver,
+    SwitchingConfig,
     TopkNormConfig,
 )
 from rsotrain.subspace.gram import Gram
@@ -93,6 +97,15 @@ def full_svd(request: SampleRequest) -> Tensor:
     return torch.linalg.svd(factor.float(), full_matrices=False)[2][: request.rank].T
 
 
+def weighted_sample(logarithms: Tensor, request: SampleRequest) -> Tensor:
+    """Ascending indices of r of k items, drawn without replacement with weights exp(``logarithms``) (k)."""
+    # the indices of the r largest log w + Gumbel noise are such a sample
+    uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
+    gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+    keys = logarithms.to(gumbel.device) + gumbel
+    return keys.argsort(descending=True, stable=True)[: request.rank].sort().values
+
+
 def importance(request: SampleRequest, power: float) -> Tensor:
     """r singular vectors, sampled without replacement with weights σ^power (I3S, arXiv 2502.05790).
 
@@ -108,21 +121,20 @@ def importance(request: SampleRequest, power: float) -> Tensor:
         return values.dtype is torch.float64 or bound <= 0.01 * float(shares.sum())
 
     values, vectors = eigenbasis(request.gram, resolved)
-    # the indices of the r largest log w + Gumbel noise are a sample without replacement
-    uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
-    gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-    keys = 0.5 * power * values.double().log().to(gumbel.device) + gumbel
-    picked = keys.argsort(descending=True, stable=True)[: request.rank].sort().values
+    picked = weighted_sample(0.5 * power * values.double().log(), request)
     return align_signs(vectors[:, picked.to(vectors.device)].float(), request.previous)
 
 
-def randomized_svd(request: SampleRequest, rounds: int) -> Tensor:
+def randomized_svd(request: SampleRequest, rounds: int, svd_first: bool = False) -> Tensor:
     """``rounds`` block power iterations Q ← orth(AᵀA Q), starting from the basis in use.
 
-    The first refresh starts from a random basis and runs two more iterations. Columns for which AᵀA Q is only
-    rounding errors restart from random vectors, because they cannot return to the gradient's row space.
+    The first refresh starts from a random basis and runs two more iterations, or is svd (``svd_first``).
+    Columns for which AᵀA Q is only rounding errors restart from random vectors, because they cannot return to
+    the gradient's row space.
     """
     assert request.gram is not None
+    if svd_first and request.previous is None:
+        return svd(request)
     block = haar(request) if request.previous is None else request.previous.float()
     rounds = rounds + 2 if request.previous is None else rounds
     multiply: Callable[[Tensor], Tensor] = request.gram.matmul
@@ -137,6 +149,30 @@ def randomized_svd(request: SampleRequest, rounds: int) -> Tensor:
                 product = torch.where(left, multiply(haar(request)), product)
         block = orthonormalised(product)
     return block
+
+
+def row_norm(request: SampleRequest, power: float) -> Tensor:
+    """r axes sampled without replacement with weights ‖A e_i‖^power, ascending (Grass, arXiv 2406.17660)."""
+    assert request.gram is not None
+    logarithms = 0.5 * power * request.gram.diagonal().double().log()
+    picked = weighted_sample(logarithms, request)
+    return one_hot(picked.to(request.device), request.size)
+
+
+def cosine_basis(size: int, device: torch.device) -> Tensor:
+    """The orthonormal cosine transform (DCT-II), k×k in float32: column j is √(2/k)·cos(π(i + ½)j/k)."""
+    i, j = (torch.arange(size, dtype=torch.float64, device=device) for _ in range(2))
+    basis = torch.cos(torch.pi / size * (i[:, None] + 0.5) * j) * (2 / size) ** 0.5
+    basis[:, 0] = size**-0.5
+    return basis.float()
+
+
+def dct(request: SampleRequest) -> Tensor:
+    """The r columns D_j of the cosine transform with the largest ‖A D_j‖, in ascending order."""
+    assert request.gram is not None
+    basis = cosine_basis(request.size, request.device)
+    energies = (request.gram.matrix(torch.float32) @ basis).mul_(basis).sum(0)
+    return basis[:, energies.topk(request.rank).indices.sort().values]
 
 
 def topk_norm(request: SampleRequest) -> Tensor:
@@ -160,6 +196,34 @@ def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
     return align_signs(basis, request.previous)
 
 
+def mixture_scales(size: int, rank: int, principal_fraction: float) -> Tensor:
+    """1 for the r₁ principal columns, √((k−r₁)/r₂) for the r₂ random ones (PRAC, arXiv 2602.23111)."""
+    principal = num_principal(rank, principal_fraction)
+    scales = torch.ones(rank)
+    scales[principal:] = ((size - principal) / max(1, rank - principal)) ** 0.5
+    return scales
+
+
+def switching(request: SampleRequest, leading: int) -> Tensor:
+    """Leading directions of one power iteration, then random ones (Alice, arXiv 2502.07752, algorithm 2).
+
+    U is the eigenbasis of AᵀA in the subspace orth(AᵀA Q_old). Its ``leading`` first columns stay, and random
+    orthonormal vectors outside U replace the others, as many as there are. The first refresh is svd.
+    """
+    assert request.gram is not None
+    if request.previous is None:
+        return svd(request)
+    block = orthonormalised(request.gram.matmul(request.previous.float()))
+    _, rotation = torch.linalg.eigh(block.T @ request.gram.matmul(block))
+    subspace = block @ rotation.flip(1)
+    drawn = min(request.rank - min(leading, request.rank), request.size - request.rank)
+    if drawn > 0:
+        # orthonormalising leaves the first columns unchanged
+        more = orthonormalised(torch.cat([subspace, normal(request)[:, :drawn]], dim=1))[:, request.rank :]
+        subspace = torch.cat([subspace[:, : request.rank - drawn], more], dim=1)
+    return align_signs(subspace, request.previous)
+
+
 def golore(request: SampleRequest) -> Tensor:
     """svd, but haar after the switch, in the last share of training (GoLore, arXiv 2410.11289)."""
     return haar(request) if request.switched else svd(request)
@@ -180,8 +244,21 @@ def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
     return Sampler(config.name, sample, informed=True, by_products=True)
 
 
+def block_power_sampler(config: BlockPowerConfig) -> Sampler:
+    sample = partial(randomized_svd, rounds=config.rounds, svd_first=config.svd_first)
+    return Sampler(config.name, sample, informed=True, by_products=True)
+
+
 def topk_norm_sampler(config: TopkNormConfig) -> Sampler:
     return Sampler(config.name, topk_norm, Columns.axes, informed=True, by_products=True)
+
+
+def row_norm_sampler(config: RowNormConfig) -> Sampler:
+    return Sampler(config.name, partial(row_norm, power=config.power), Columns.axes, informed=True)
+
+
+def dct_sampler(config: DctConfig) -> Sampler:
+    return Sampler(config.name, dct, informed=True)
 
 
 def mixture_sampler(config: MixtureConfig) -> Sampler:
@@ -191,6 +268,17 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         partial(mixture, principal_fraction=fraction),
         informed=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
+        column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
+    )
+
+
+def switching_sampler(config: SwitchingConfig) -> Sampler:
+    return Sampler(
+        config.name,
+        partial(switching, leading=config.leading),
+        informed=True,
+        by_products=True,
+        informed_columns=partial(min, config.leading),
     )
 
 

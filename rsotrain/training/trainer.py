@@ -1,6 +1,6 @@
 """The training step and its state. The one clock is ``step``, the number of optimizer updates."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -120,11 +120,12 @@ class Trainer:
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
-    def _place(self, model: nn.Module) -> None:
+    def _place(self, model: nn.Module, by_rows: Iterable[nn.Parameter]) -> None:
         """Shard a model that has no memory yet, then give it memory and weights."""
         assert isinstance(model, Llama)
         if self.world.mesh is not None:
-            shard_model(model, list(model.model.layers), self.world.mesh, self.config.precision)
+            layers = list(model.model.layers)
+            shard_model(model, layers, self.world.mesh, self.config.precision, by_rows)
         materialize(model, self.device, self.config.seed)
 
     @property

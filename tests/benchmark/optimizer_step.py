@@ -21,16 +21,13 @@ from rsotrain.config.methods import (
     FiraConfig,
     FrugalConfig,
     GaLoreConfig,
-    HaarConfig,
     MuonConfig,
-    NoSamplerConfig,
-    OnlinePCAConfig,
     OptimizerConfig,
-    SamplerConfig,
     SNConfig,
     SNSMConfig,
     StateDtype,
 )
+from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 

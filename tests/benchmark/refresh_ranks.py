@@ -36,7 +36,7 @@ def refresh_seconds(config: Config, world: World) -> tuple[float, float]:
         config.model, vocab_size=64, precision=config.precision, device=torch.device("meta"), seed=0
     )
 
-    def place(model: torch.nn.Module) -> None:
+    def place(model: torch.nn.Module, by_rows: object) -> None:
         if world.mesh is not None:
             shard_model(model, list(model.model.layers), world.mesh, config.precision)
         materialize(model, world.device, 0)

@@ -38,8 +38,10 @@ RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore'
 # Methods with a recipe -> sizes; published settings of the method, then of single recipes. A rate or a rank
 # that is not here was not published.
 SIZES = {
-    "adam": "60m 130m 350m 1b 7b", "apollo": "60m 130m 350m 1b 7b", "apollo_mini": "60m 130m 350m 1b 7b",
-    "fira": "60m 130m 350m 1b", "galore": "60m 130m 350m 1b 7b", "i3s": "60m 130m 350m 1b",
+    "adam": "60m 130m 350m 1b 7b", "alice": "60m 130m 350m 1b", "apollo": "60m 130m 350m 1b 7b",
+    "apollo_mini": "60m 130m 350m 1b 7b",
+    "fira": "60m 130m 350m 1b", "foam": "60m 130m 350m 1b", "galore": "60m 130m 350m 1b 7b",
+    "i3s": "60m 130m 350m 1b", "racs": "60m 130m 350m 1b", "scale": "60m 130m 350m 1b 7b",
     "muon": "60m 130m 350m 1b", "osd": "60m 350m 1b 7b", "rso": "60m 130m 350m 1b 7b", "sn": "1b",
     "sn_sm": "60m 1b",
 }  # fmt: skip
@@ -51,24 +53,42 @@ OSD = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "adam": {"sampler.name": "none", "optimizer.scale": 1.0},  # one rate for all weights
+    "alice": {
+        "optimizer.lr": 0.02, "optimizer.scale": 0.3, "optimizer.update_proj_gap": 200,
+        "optimizer.tracking": 0.999, "optimizer.compensation": 0.4, "optimizer.subspace_betas": [0.9, 0.9],
+        "optimizer.max_growth": 1.01, "sampler.name": "switching", "sampler.leading": 40,
+    },
     "apollo": APOLLO | {"sampler.name": "gaussian", "optimizer.rank": 0.25},
     "apollo_mini": APOLLO | {"optimizer.rank": 1, "optimizer.per_tensor": True},
-    "fira": GALORE | {"sampler.name": "svd", "optimizer.max_growth": 1.01},
+    "fira": GALORE
+    | {"sampler.name": "svd", "optimizer.max_growth": 1.01, "optimizer.residual_at_lr": True},
+    "foam": {
+        "optimizer.lr": 0.01, "optimizer.scale": 0.25, "optimizer.betas": [0.9, 0.95], "optimizer.level": 2,
+    },
     "galore": GALORE | {"sampler.name": "svd"},
     "i3s": GALORE | {"sampler.name": "importance"},
     "muon": {"sampler.name": "none"},
     "osd": OSD,
+    "racs": {
+        "optimizer.scale": 0.05, "optimizer.scale_decay": 0.9, "optimizer.iterations": 5,
+        "optimizer.max_growth": 1.01,
+    },
     "rso": {"sampler.name": "haar"},
+    "scale": {"optimizer.lr": 0.001, "optimizer.scale": 1.0, "optimizer.momentum": 0.9},
     "sn": {"sampler.name": "none", "optimizer.subset_size": None},
     "sn_sm": {"sampler.name": "svd", "optimizer.update_proj_gap": 100, "optimizer.subset_size": None},
-}
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "adam_60m": {"optimizer.lr": 0.005},
+    "fira_1b": {"optimizer.scale": 0.0625},
     "galore_7b": {"optimizer.lr": 0.005, "optimizer.update_proj_gap": 500},
     "osd_60m": {"optimizer.lr": 0.01, "sampler.solver": "adam"},
     "osd_350m": {"optimizer.lr": 0.001},
     "osd_1b": {"optimizer.lr": 0.001},
     "osd_7b": {"sampler.solver": "sgd"},
+    "scale_60m": {"steps": 11_000},
+    "scale_1b": {"optimizer.scale": 0.2},
+    "scale_7b": {"optimizer.scale": 0.1},
     "sn_sm_60m": {"optimizer.rank": 128, "grad_clip": 1.0},
 }
 ADAM_GRID = (1e-2, 5e-3, 1e-3, 5e-4, 1e-4)
@@ -99,7 +119,7 @@ def published(name: str) -> dict[str, Any]:
     method, size = name.rsplit("_", 1)
     result = PROTOCOL | {"optimizer.name": method, "model.name": f"llama_{size}", "steps": STEPS[size]}
     result |= {"grad_clip": 1.0} if size in CLIPPED else {}
-    result |= {"optimizer.rank": RANKS[size]} if method in ("galore", "i3s", "fira") else {}
+    result |= {"optimizer.rank": RANKS[size]} if method in ("alice", "galore", "i3s", "fira") else {}
     return result | METHODS[method] | RECIPES.get(name, {})
 
 

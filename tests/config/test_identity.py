@@ -79,8 +79,43 @@ def test_settings_from_before_a_field_have_the_same_identity() -> None:
     old = without_later_fields(settings)
     assert "rope_scaling" not in old["model"]
     assert identity_of(old, config) == identity(config)
-    # a straight line has an end; that of a run without one compares with nothing
-    assert completed(old) == dict(flatten(settings)) | {"lr_scheduler.end": "at_last_update"}
+    assert completed(old) == dict(flatten(settings))  # and no later field of another optimizer or schedule
+
+
+@pytest.mark.parametrize(
+    ("choice", "key", "now", "before"),
+    [
+        ("optimizer=fira", "optimizer.residual_at_lr", True, False),
+        ("optimizer=sn", "optimizer.bias_correction", "adam_form", "all_forms"),
+        ("optimizer=sm", "optimizer.bias_correction", "adam_form", "all_forms"),
+        ("optimizer=ldadam", "sampler.svd_first", True, False),
+        ("optimizer=rso sampler=mixture", "sampler.unbiased", True, False),
+        ("optimizer=osd", "sampler.weight_decay", None, 0.0),
+    ],
+)
+def test_a_convention_that_has_changed_is_as_before_in_an_older_run(
+    choice: str, key: str, now: object, before: object
+) -> None:
+    config = compose(choice.split())
+    settings = plain(config)
+    assert dict(flatten(settings))[key] == now
+    old = without_keys(settings, later_fields(config))
+    assert as_before(old, config) == {key: before}
+    assert completed(old) == dict(flatten(settings)) | {key: before}
+    as_it_began = with_values(config, {key: before})
+    assert identity(as_it_began) == identity_of(old, config) != identity(config)
+    assert key not in identity(as_it_began)
+
+
+def test_a_sampler_of_the_same_older_keys_is_known_by_its_name() -> None:
+    old = without_later_fields(plain(compose(["optimizer=carry"])))  # randomized_svd: name and rounds
+    assert "sampler.svd_first" not in completed(old)
+
+
+def test_a_decay_at_another_rate_counts_where_there_is_a_decay() -> None:
+    flags = ["optimizer=galore", "optimizer.decay_at_lr=true"]
+    assert identity(compose(flags)) == identity(compose(["optimizer=galore"]))
+    assert identity(compose([*flags, "optimizer.weight_decay=0.1"]))["optimizer.decay_at_lr"] is True
 
 
 def test_a_key_that_is_later_in_one_schema_and_old_in_another_counts_where_it_is_old() -> None:
@@ -135,6 +170,44 @@ def test_a_field_without_effect_makes_no_difference() -> None:
     assert as_before(old, without_decay) == {}
     assert completed(old)["optimizer.decay_norms_and_embeddings"] is False
     assert "optimizer.decay_norms_and_embeddings" not in identity(without_decay)
+
+
+# an earlier folder goes on with them, named in these words
+CONVENTIONS = [
+    (["optimizer=fira", "optimizer.lr=0.01"], {"optimizer.residual_at_lr": "false"}),
+    (["optimizer=ldadam", "optimizer.lr=0.01"], {"sampler.svd_first": "false"}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (["optimizer=sn", "optimizer.betas=[0.9,1.0]"], {"optimizer.bias_correction": "all_forms"}),
+            (["optimizer=rso", "sampler=mixture", "optimizer.lr=0.01"], {"sampler.unbiased": "false"}),
+            (["optimizer=osd", "optimizer.weight_decay=0.5"], {"sampler.weight_decay": "0.0"}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("choice", "before"), CONVENTIONS)
+def test_an_older_run_keeps_the_convention_it_began_with(
+    tmp_path: Path, tiny: list[str], choice: list[str], before: dict[str, str]
+) -> None:
+    own = ["optimizer.decay_norms_and_embeddings=true"] if "optimizer.weight_decay=0.5" in choice else []
+    command = [*tiny, *choice, *own, f"output_dir={tmp_path}"]
+    explicit = [f"{key}={value}" for key, value in before.items()]
+    last = "checkpoints/step_00000006"
+    train(compose([*command, *explicit, "run_name=straight"]))
+    train(compose([*command, "run_name=now"]))
+    with pytest.raises(StoppedEarly):
+        train(compose([*command, *explicit, "run_name=r", "max_seconds=0.001"]))
+    file = tmp_path / "r/config.yaml"
+    settings = without_keys(yaml.safe_load(file.read_text()), before)
+    file.write_text(yaml.safe_dump(settings))
+    train(compose([*command, "run_name=r"]))
+    for words in explicit:
+        assert f"goes on as it began, with {words}" in (tmp_path / "r/train.log").read_text()
+    assert_same_tensors(tmp_path / "r" / last, tmp_path / "straight" / last)
+    with pytest.raises(AssertionError):  # the convention makes a difference
+        assert_same_tensors(tmp_path / "now" / last, tmp_path / "straight" / last)
 
 
 def test_an_older_run_goes_on_as_it_began_and_stays_old(tmp_path: Path, tiny: list[str]) -> None:

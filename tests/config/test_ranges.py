@@ -9,8 +9,9 @@ import pytest
 
 from rsotrain.config.data import TrainedTokenizerConfig
 from rsotrain.config.keys import kinds
-from rsotrain.config.methods import AdamConfig, MuonConfig, OptimizerConfig, RandomizedSvdConfig
+from rsotrain.config.methods import AdamConfig, MuonConfig, OptimizerConfig
 from rsotrain.config.ranges import Range, check_ranges, number, numbers, range_of
+from rsotrain.config.samplers import RandomizedSvdConfig
 from rsotrain.config.schema import SCHEMAS, Config, ModelConfig
 from rsotrain.errors import UserError
 

@@ -8,7 +8,8 @@ from helpers.methods import SAMPLERS
 from helpers.runs import OPTIMIZERS, compose
 
 from rsotrain.config import methods
-from rsotrain.config.methods import CODE, InnerSolver
+from rsotrain.config.methods import InnerSolver
+from rsotrain.config.registry import CODE
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import build_sampler, code_of, method_of
@@ -71,4 +72,4 @@ def test_a_file_with_an_unregistered_schema_is_told_where_to_register_it(cli: Cl
     (folder / "ours.yaml").write_text("defaults: [/schema/sampler/ours@_here_, _self_]\nname: ours\n")
     result = cli("--config-dir", str(tmp_path / "mine"), "sampler=ours", "optimizer=galore")
     assert result.returncode == 2
-    assert "names the schema ours, which nothing in rsotrain/config/methods.py registers" in result.stderr
+    assert "names the schema ours, which nothing in rsotrain/config/samplers.py registers" in result.stderr

@@ -6,10 +6,20 @@ from functools import cache
 from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
-from rsotrain.config.methods import InnerSolver, OptimizerConfig, SamplerConfig, SolverConfig, SubspaceConfig
+from rsotrain.config.methods import (
+    AdamMiniConfig,
+    InnerSolver,
+    OptimizerConfig,
+    ScaleConfig,
+    SolverConfig,
+    SubspaceConfig,
+)
+from rsotrain.config.samplers import SamplerConfig
 from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import method_of
 
+# Newton-Schulz has three significant digits.
+ORTHOGONALISED_IN_BFLOAT16 = ("muon", "normuon", "dion2")
 SAMPLERS = sorted(path.stem for path in (ROOT / "conf" / "sampler").glob("*.yaml"))
 
 
@@ -31,6 +41,10 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
         settings |= {
             "rank": min(rank, own_rank), "update_proj_gap": min(gap, optimizer.update_proj_gap),
         }  # fmt: skip
+    if isinstance(optimizer, ScaleConfig):  # these matrices are neither head nor embedding
+        settings |= {"momentum_parameters": [], "column_parameters": []}
+    if isinstance(optimizer, AdamMiniConfig):  # nor those of queries and keys
+        settings |= {"head_parameters": []}
     return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
 
 

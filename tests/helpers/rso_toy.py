@@ -5,15 +5,8 @@ from helpers.methods import SAMPLERS as CONF_SAMPLERS
 from helpers.methods import sampler_config
 from torch import Tensor, nn
 
-from rsotrain.config.methods import (
-    HaarConfig,
-    OnlinePCAConfig,
-    OnRefresh,
-    OptimizerConfig,
-    RSOConfig,
-    SamplerConfig,
-    SvdConfig,
-)
+from rsotrain.config.methods import OnRefresh, OptimizerConfig, RSOConfig
+from rsotrain.config.samplers import HaarConfig, OnlinePCAConfig, SamplerConfig, SvdConfig
 from rsotrain.models.layers import Linear, apply_shared
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rsotrain.config.methods import BasisStorage, HaarConfig, OnRefresh, RSOConfig, SamplerConfig, SvdConfig
+from rsotrain.config.methods import BasisStorage, OnRefresh, RSOConfig
+from rsotrain.config.samplers import HaarConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import AdamConfig, MuonConfig, NoSamplerConfig
+from rsotrain.config.methods import AdamConfig, MuonConfig
+from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import BUCKET_ELEMENTS, Settings, StateKeeper, buckets
 from rsotrain.optim.build import build_optimizer

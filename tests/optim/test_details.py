@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import (
-    ApolloConfig,
+from rsotrain.config.methods import ApolloConfig, GaLoreConfig
+from rsotrain.config.samplers import (
     CoordinateConfig,
-    GaLoreConfig,
     GoLoreConfig,
     HaarConfig,
     SamplerConfig,

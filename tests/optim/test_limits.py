@@ -8,24 +8,28 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import (
     AdamConfig,
+    AliceConfig,
     ApolloConfig,
-    CoordinateConfig,
     FiraConfig,
     FrugalConfig,
     GaLoreConfig,
-    GaussianConfig,
-    HaarConfig,
-    ImportanceConfig,
     MuonConfig,
-    NoSamplerConfig,
-    OnlinePCAConfig,
     OnRefresh,
     OptimizerConfig,
-    SamplerConfig,
     SNConfig,
     SNSMConfig,
     StateDtype,
     SubspaceConfig,
+    SumoConfig,
+)
+from rsotrain.config.samplers import (
+    CoordinateConfig,
+    GaussianConfig,
+    HaarConfig,
+    ImportanceConfig,
+    NoSamplerConfig,
+    OnlinePCAConfig,
+    SamplerConfig,
     SvdConfig,
 )
 from rsotrain.config.schema import Precision
@@ -291,3 +295,75 @@ def test_updates_of_bfloat16_weights_are_float32(monkeypatch: pytest.MonkeyPatch
         parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     assert dtypes == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_alice_at_full_rank_on_all_axes_is_adam_without_bias_correction(shape: tuple[int, int]) -> None:
+    """There is no residual; on the axes neither tracking nor a refresh turns anything."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random)
+    m = v = torch.zeros(shape)
+    for _ in range(STEPS):
+        gradient = torch.randn(shape, generator=random)
+        m, v = 0.9 * m + 0.1 * gradient, 0.9 * v + 0.1 * gradient**2
+        weight = weight - 0.01 * m / v.sqrt()
+    alice = low(AliceConfig, update_proj_gap=4)
+    assert close(run(alice, CoordinateConfig(name="coordinate"), shape), weight)
+
+
+def test_alice_leaves_residuals_of_rounding_errors_out() -> None:
+    """A gradient of rank 3 is all in its dominant subspace; divided by their own norm, errors would be 1."""
+    gradient = inside(SHAPES[0], 3, torch.Generator().manual_seed(0))
+    weights = []
+    for compensation in (0.4, 0.0):
+        parameter = nn.Parameter(torch.zeros(SHAPES[0]))
+        config = low(AliceConfig, rank=3, compensation=compensation)
+        optimizer = build_optimizer([("w", parameter)], config, SVD, seed=1, total_steps=2)
+        parameter.grad = gradient
+        optimizer.step()
+        weights.append(parameter.data)
+    assert torch.allclose(*weights, rtol=0, atol=1e-6)
+
+
+def test_what_alice_remembers_draws_the_subspace() -> None:
+    """One gradient that is small and elsewhere does not turn the leading directions of a hundred others."""
+    random = torch.Generator().manual_seed(0)
+    steady = inside((12, FULL), 1, random)
+    other = inside((12, FULL), 1, random) * 2
+    overlaps = []
+    for tracking in (0.99, 0.0):
+        parameter = nn.Parameter(torch.zeros(12, FULL))
+        config = low(AliceConfig, rank=1, update_proj_gap=100, tracking=tracking)
+        optimizer = build_optimizer([("w", parameter)], config, SVD, seed=1, total_steps=101)
+        for step in range(101):
+            parameter.grad = other if step == 100 else steady
+            optimizer.step()
+        direction = torch.linalg.svd(steady)[2][0]
+        overlaps.append(float((optimizer.state_dict()["w.basis"][:, 0] @ direction).abs()))
+    assert overlaps[0] > 0.99
+    assert overlaps[1] < 0.9
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sumo_at_full_rank_is_orthogonalised_momentum(shape: tuple[int, int]) -> None:
+    """In any basis, and whatever the refreshes, which carry the momentum over."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random)
+    momentum = torch.zeros(shape)
+    for _ in range(STEPS):
+        momentum = 0.95 * momentum + 0.05 * torch.randn(shape, generator=random)
+        left, _, right = torch.linalg.svd(momentum, full_matrices=False)
+        weight = weight - 0.01 * 0.2 * max(shape) ** 0.5 * left @ right
+    for sampler in (HaarConfig(name="haar"), SVD):
+        sumo = low(SumoConfig, update_proj_gap=4, on_refresh=OnRefresh.transport)
+        assert close(run(sumo, sampler, shape), weight)
+
+
+def test_sumo_leaves_directions_without_momentum_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(12, FULL))
+    optimizer = build_optimizer([("w", parameter)], low(SumoConfig), SVD, seed=1, total_steps=2)
+    parameter.grad = inside((12, FULL), 3, torch.Generator().manual_seed(0))
+    optimizer.step()
+    values = torch.linalg.svdvals(parameter.data)
+    assert torch.allclose(values[:3], torch.full((3,), 0.01 * 0.2 * 12**0.5), rtol=1e-4)
+    assert bool((values[3:] < 1e-7).all())

@@ -21,11 +21,11 @@ from rsotrain.config.methods import (
     ApolloConfig,
     FiraConfig,
     MuonConfig,
-    NoSamplerConfig,
     OnRefresh,
     OptimizerConfig,
     SNConfig,
 )
+from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, StateKeeper
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.residuals import Apollo, Fira

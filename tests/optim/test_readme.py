@@ -13,9 +13,9 @@ PROGRAM = """
 import sys, types
 from rsotrain.config import methods
 exec(open("settings.py").read(), vars(methods))
-module = types.ModuleType("rsotrain.optim.lion")
+module = types.ModuleType("rsotrain.optim.signum")
 sys.modules[module.__name__] = module
-exec(compile(open("code.py").read(), "lion.py", "exec"), vars(module))
+exec(compile(open("code.py").read(), "signum.py", "exec"), vars(module))
 from rsotrain.cli.entry import main
 main()
 """
@@ -27,18 +27,18 @@ def blocks() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lion")
+    folder = tmp_path_factory.mktemp("signum")
     parts = blocks()
     assert set(parts) == {"settings", "code", "conf"}
     for name in ("settings", "code"):
         (folder / f"{name}.py").write_text(parts[name])
     (folder / "mine/optimizer").mkdir(parents=True)
-    (folder / "mine/optimizer/lion.yaml").write_text(parts["conf"])
+    (folder / "mine/optimizer/signum.yaml").write_text(parts["conf"])
     return folder
 
 
 def call(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-c", PROGRAM, "--config-dir", "mine", "optimizer=lion", *arguments]
+    command = [sys.executable, "-c", PROGRAM, "--config-dir", "mine", "optimizer=signum", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -48,7 +48,7 @@ def test_it_trains_and_resumes_bitwise(folder: Path, tiny: list[str]) -> None:
     straight = call(
         folder, *tiny, "run_name=straight", "keep_checkpoints=9", "optimizer.state_dtype=bfloat16"
     )
-    assert "lion" in straight
+    assert "signum" in straight
     runs = folder / "outputs"
     (runs / "again/checkpoints").mkdir(parents=True)
     files = ("model.safetensors", "optimizer.safetensors")
@@ -63,5 +63,5 @@ def test_it_trains_and_resumes_bitwise(folder: Path, tiny: list[str]) -> None:
 
 def test_its_plan_is_its_formula(folder: Path) -> None:
     shown = call(folder, "mode=plan", "model=llama_tiny", "device=cpu", "logger=jsonl")
-    assert "lion" in shown
+    assert "signum" in shown
     assert "differs" not in shown

@@ -26,7 +26,8 @@ from helpers.rso_toy import (
 )
 from torch import Tensor, nn
 
-from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, SamplerConfig, StateDtype
+from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, StateDtype
+from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.models.layers import Linear
 from rsotrain.optim import reference

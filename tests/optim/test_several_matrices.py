@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from rsotrain.config.methods import (
     ApolloConfig,
     GaLoreConfig,
-    HaarConfig,
     InnerSolver,
-    NoSamplerConfig,
     OnRefresh,
     OptimizerConfig,
     RSOConfig,
-    SamplerConfig,
     SNSMConfig,
     StateDtype,
     SubspaceConfig,
-    SvdConfig,
 )
+from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import Precision
 from rsotrain.models.layers import Linear
 from rsotrain.optim import adamw, base, rso, subspace_optimizer

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import CoordinateConfig, FrugalConfig, GaLoreConfig, SamplerConfig, SvdConfig
+from rsotrain.config.methods import FrugalConfig, GaLoreConfig
+from rsotrain.config.samplers import CoordinateConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 from rsotrain.subspace.seeding import generator

@@ -8,7 +8,8 @@ from helpers import rso_toy
 from helpers.methods import OF_MATRICES, small
 from torch import Tensor, nn
 
-from rsotrain.config.methods import AdamConfig, NoSamplerConfig, WeightRounding
+from rsotrain.config.methods import AdamConfig, WeightRounding
+from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.weights import Weights

@@ -5,7 +5,7 @@ import torch
 from helpers.methods import SAMPLERS, sampler_config
 from torch import Tensor
 
-from rsotrain.config.methods import OnlinePCAConfig, PCASolver, SvdConfig, SvdSolver
+from rsotrain.config.samplers import OnlinePCAConfig, PCASolver, SvdConfig, SvdSolver
 from rsotrain.optim.build import build_sampler
 from rsotrain.subspace import random_bases, spectral
 from rsotrain.subspace.gram import DenseGram, GradientGram, add_gram_, mirrored_

@@ -12,6 +12,7 @@ from helpers.runs import OPTIMIZERS, compose, load_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rsotrain.config.methods import SubspaceConfig
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
 from rsotrain.parallel import exchange
@@ -79,20 +80,14 @@ def count(config: Config, data: Data, world: World) -> dict[str, tuple[dict[str,
 def traffic(
     request: pytest.FixtureRequest, tiny: list[str], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Strategy, dict[str, Any]]:
-    shared = [*tiny, "optimizer.rank=16", "steps=20"]
+    shared = [*tiny, "steps=20"]
     configs = {}
     for name in METHODS:
-        gap = (
-            [f"optimizer.update_proj_gap={GAP}"]
-            if name not in ("adam", "sn", "muon", "osd", "ldadam")
-            else []
-        )
-        own = (
-            shared
-            if name not in ("adam", "sn", "muon", "apollo_mini")
-            else [o for o in shared if "rank" not in o]
-        )
-        configs[name] = compose([*own, f"optimizer={name}", *gap])
+        own = []
+        if isinstance(compose([f"optimizer={name}"]).optimizer, SubspaceConfig):
+            own += ["optimizer.rank=16"] if name != "apollo_mini" else []
+            own += [f"optimizer.update_proj_gap={GAP}"] if name not in ("osd", "ldadam") else []
+        configs[name] = compose([*shared, f"optimizer={name}", *own])
     data = load_data(configs["adam"], cache_dir)
     checks = {name: partial(count, config, data) for name, config in configs.items()}
     found = ranks.run(2, checks, tmp_path_factory.mktemp("traffic"), request.param)
@@ -101,7 +96,7 @@ def traffic(
 
 def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     _, found = traffic
-    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry"):
+    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry", "foam", "lion"):
         assert found[name]["quiet"] == found["adam"]["quiet"], name
 
 
@@ -128,6 +123,35 @@ def test_norms_of_whole_matrices_cost_scalars(traffic: tuple[Strategy, dict[str,
             continue
         assert counts["allreduce"] - adam[0]["allreduce"] == reductions * matrices, name
         assert sizes["allreduce"] - adam[1]["allreduce"] == 4 * scalars * matrices, name
+
+
+def test_racs_sums_its_column_scales_by_few_reductions(traffic: tuple[Strategy, dict[str, Any]]) -> None:
+    strategy, found = traffic
+    adam, racs = found["adam"]["quiet"], found["racs"]["quiet"]
+    if strategy is Strategy.ddp:
+        assert racs == adam
+        return
+    # for all matrices together: the mean of the squares, five iterations, the norm of the update
+    assert racs[0]["allreduce"] - adam[0]["allreduce"] == 7
+    numbers = sum(1 + 5 * (columns + 1) + 1 for _, columns in found["adam"]["shapes"])
+    assert racs[1]["allreduce"] - adam[1]["allreduce"] == 4 * numbers
+
+
+def test_moments_in_the_subspace_are_orthogonalised_and_tracked_by_sums_of_their_rank(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    adam, matrices = found["adam"]["quiet"], len(found["adam"]["shapes"])
+    # RᵀR in float32, and the norm of the residual; MᵀM in float64; without tracking the norm alone
+    for name, each in (("alice", 4 * 16**2 + 4), ("sumo", 8 * 16**2), ("alice_0", 4)):
+        extra = found[name]["quiet"][1].get("allreduce", 0) - adam[1].get("allreduce", 0)
+        assert extra == (each * matrices if strategy is Strategy.fsdp else 0), name
+
+
+def test_scale_sums_the_columns_of_the_embedding_alone(traffic: tuple[Strategy, dict[str, Any]]) -> None:
+    strategy, found = traffic
+    adam, scale = found["adam"]["quiet"], found["scale"]["quiet"]
+    assert scale[0]["allreduce"] - adam[0]["allreduce"] == (strategy is Strategy.fsdp)
 
 
 def test_a_refresh_gathers_each_gradient_once_and_sends_each_basis_once(

@@ -1,0 +1,54 @@
+"""NorMuon: Muon's update with rows of one size (Li et al., arXiv 2510.05491)."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rsotrain.config.methods import OptimizerConfig
+from rsotrain.optim.base import Settings
+from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.muon import Muon
+from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.parallel.sharding import local
+
+ROW_EPS = 1e-8  # beside the root of a row's mean square, which is about 1/n
+
+
+class NorMuon(Muon):
+    """v_i ← β₂v_i + (1−β₂)·mean_j O_ij²;  U = O/√v · ‖O‖_F/‖O/√v‖_F, with Muon's orthogonalised O.
+
+    W ← (1 − ηλ)W − 0.2·√max(m, n)·ηU. The rows (outputs) of a matrix are on one rank each, so that only the
+    two norms are summed over ranks.
+    """
+
+    by_rows: ClassVar = True
+
+    def __init__(
+        self,
+        label: str,
+        parameters: dict[str, nn.Parameter],
+        peak_lr: float,
+        settings: Settings,
+        config: OptimizerConfig,
+    ) -> None:
+        super().__init__(label, parameters, peak_lr, settings, config)
+        for name, parameter in parameters.items():
+            rows = local(parameter).shape[0]
+            self.add_moment(name, "row_sq", (rows, 1), self.shards[name].dim)
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        return StateSize((matrix.piece, (matrix.piece[0], 1)))
+
+    def _move(self, name: str, update: Tensor | None, owner: int, step: int, lr: float) -> None:
+        shard, parameter = self.shards[name], self.parameters[name]
+        piece = shard.scatter(update, owner, parameter.device, torch.bfloat16)
+        piece = piece.to(work_dtype(parameter.dtype))
+        kept = [self.moments[name]["row_sq"]]
+        wide = self.keeper.read(kept)
+        wide[0].lerp_(piece.square().mean(1, keepdim=True), 1.0 - self.config.row_decay)
+        scaled = piece / wide[0].sqrt().add_(ROW_EPS)
+        self.keeper.write(kept, wide, step)
+        before, after = shard.norms(piece, scaled)
+        self._apply(name, scaled.mul_((before / after).where(after > 0, 0.0)), step, lr)

@@ -1,0 +1,75 @@
+"""SUMO: momentum orthogonalised in a subspace (Refael et al., NeurIPS 2025, arXiv 2505.24749)."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rsotrain.config.methods import OnRefresh
+from rsotrain.optim.functional import transport_momentum_
+from rsotrain.optim.matrix import Matrix, grams_of_rows
+from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.projection import resolve_rank
+
+UPDATE_RMS = 0.2  # of Adam's updates, as Muon's rule for rates has it
+
+
+def inverse_roots(grams: list[Tensor]) -> list[Tensor]:
+    """(MᵀM)^-½ (r×r, float64) for each MᵀM; 0 in the directions where M is only rounding errors of float32.
+
+    Matrices of one size are decomposed together.
+    """
+    result: dict[int, Tensor] = {}
+    for size in {len(gram) for gram in grams}:
+        chosen = [i for i, gram in enumerate(grams) if len(gram) == size]
+        values, vectors = torch.linalg.eigh(torch.stack([grams[i] for i in chosen]))
+        noise = (16 * torch.finfo(torch.float32).eps) ** 2
+        kept = values > noise * values[:, -1:].clamp(min=0)
+        roots = values.rsqrt().where(kept, 0.0)
+        result |= dict(zip(chosen, (vectors * roots.unsqueeze(1)) @ vectors.mT, strict=True))
+    return [result[i] for i in range(len(grams))]
+
+
+class Sumo(SubspaceOptimizer):
+    """M ← μM + (1−μ)R;  W ← (1 − ηλ)W − 0.2·√max(m, n)·η·lift(O), O = M(MᵀM)^-½.
+
+    O is the orthonormal matrix nearest to M. The paper takes it from an SVD. The eigenvectors of MᵀM in
+    float64 give the same to the precision of float32, and where M is sharded by rows only r×r numbers are
+    summed over ranks. A refresh transports M as in the paper, keeps or zeros it. The limiter of the paper is
+    left out: ‖O‖_F is √r in every step.
+    """
+
+    needs_orthonormal: ClassVar = True
+
+    def add_state(self, matrix: Matrix) -> None:
+        self.add_moment(matrix.name, "exp_avg", (matrix.num_rows, matrix.rank), matrix.rows_dim)
+
+    @classmethod
+    def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
+        rank = resolve_rank(config.rank, matrix.size, matrix.name)
+        return StateSize(((matrix.rows, rank),), ((matrix.size, rank),))
+
+    def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
+        exp_avg = self.moments[matrix.name]["exp_avg"]
+        if self.subspace.on_refresh is OnRefresh.reset:
+            exp_avg.zero_()
+        elif self.subspace.on_refresh is OnRefresh.transport:
+            wide = self.keeper.read([exp_avg])
+            transport_momentum_(wide[0], change.transition)
+            self.keeper.write([exp_avg], wide, step, "transport")
+
+    def apply(
+        self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
+    ) -> None:
+        moments = [self.moments[m.name]["exp_avg"] for m in bucket]
+        wide = self.keeper.read(moments)
+        torch._foreach_lerp_(wide, projected, 1.0 - self.config.momentum)
+        doubles = [exp_avg.double() for exp_avg in wide]
+        roots = inverse_roots(grams_of_rows(bucket, doubles))
+        for m, exp_avg, root in zip(bucket, doubles, roots, strict=True):
+            size = -UPDATE_RMS * max(m.shard.shape) ** 0.5
+            update = (exp_avg @ root).mul_(size).to(wide[0].dtype)
+            self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+        self.keeper.write(moments, wide, step)
