@@ -48,7 +48,7 @@ def later_fields_of(settings: Mapping[str, Any]) -> dict[str, Later]:
             for name, leaves in every.items()
             if {key for key, _, _ in leaves} - later_keys == given
         }
-        called = settings.get(f"{f.name}.name")
+        called = str(settings.get(f"{f.name}.name"))  # of a damaged folder it may be anything
         chosen = [fitting[called]] if called in fitting else list((fitting or every).values())
         for leaves in chosen:
             found |= _later(leaves)
