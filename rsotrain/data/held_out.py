@@ -26,10 +26,12 @@ def settle_split(train: Corpus, held_out: Corpus, cache_dir: Path, *, may_cut: b
         return train, held_out
     missing, advice = ("to train on", "lower") if found["held_out"] else ("to validate on", "raise")
     documents = f"{number:,} document{'s' * (number > 1)}"
-    none = f"data.validation_fraction={fraction} leaves none of the {documents} of {train.name} {missing}"
+    none = f"data.validation_fraction={fraction} leaves none of"
     if not may_cut:
-        raise UserError(f"{none}; {advice} it, or give data.validation_path=…")
-    note = f"{none}, so that the end of each of them is held out"
+        raise UserError(
+            f"{none} the {documents} of {train.name} {missing}; {advice} it, or give data.validation_path=…"
+        )
+    note = f"{none} {documents} {missing}, so the end of each is held out"
     note = note if train.note is None else f"{train.note}; {note}"
     cut, end = (replace(part, by_ends=True, note=note) for part in (train, held_out))
     return cut, end

@@ -319,9 +319,7 @@ def test_of_a_few_books_the_end_of_each_is_held_out(fraction: float, tmp_path: P
     for text, end in zip(whole, ends, strict=True):
         assert 0 <= fraction - len(end) / len(text) < 10 / len(text)  # less than a word and a space
     assert train.note is not None
-    assert re.search(
-        r"leaves none of the 3 documents .*, so that the end of each of them is held out$", train.note
-    )
+    assert re.search(r"leaves none of 3 documents .*, so the end of each is held out$", train.note)
     assert train.key() != replace(train, by_ends=False).key()
     again = open_corpora(data, tmp_path)  # from the cache
     assert (texts(again[0]), texts(again[1])) == (begins, ends)
