@@ -84,6 +84,10 @@ class OptimizerConfig:
         "stochastic by default with precision=bf16",
         later(WeightRounding.nearest, of_new_runs=WeightRounding.stochastic),
     )
+    update_in_backward: bool = means(
+        "update within the backward pass, and keep no gradients; for one process and one micro-batch",
+        later(False),
+    )
     block_parameters: list[str] = means(
         "regular expressions that find the names of the attention and MLP weights",
         field(

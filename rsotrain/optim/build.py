@@ -122,7 +122,7 @@ def build_optimizer(
         if undecayed:
             settings = replace(settings, weight_decay=0.0)
             optimizers.append(AdamW("rest: adam, no decay", undecayed, config.lr, settings, rest))
-    return CompositeOptimizer(optimizers, groups)
+    return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
 
 
 def _subspace(
