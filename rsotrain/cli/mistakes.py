@@ -14,10 +14,10 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.compose import conf_dir
 from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import chosen_options
 from rsotrain.cli.values import wrong_value
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import did_you_mean, known_keys
 from rsotrain.config.schema import SCHEMAS, Mode
 from rsotrain.errors import LostRankError, TrainingError, UserError

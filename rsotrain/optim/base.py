@@ -144,6 +144,11 @@ class ParamGroupOptimizer(ABC):
         return groups, {}
 
     @classmethod
+    def changes_modules(cls) -> bool:
+        """Does the method need the model itself, not parameters alone?"""
+        return cls.prepare_model.__func__ is not ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
+
+    @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
         matrices = [layout.matrix(weight, by_rows=cls.by_rows) for weight in weights]
