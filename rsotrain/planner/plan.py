@@ -207,6 +207,7 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "update_proj_gap": values["optimizer"].get("update_proj_gap"),
         "staggered": values["optimizer"].get("staggered"),
         "state_dtype": values["optimizer"]["state_dtype"],
+        "rest": values["optimizer"]["rest"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],
