@@ -144,6 +144,11 @@ class ParamGroupOptimizer(ABC):
         return groups, {}
 
     @classmethod
+    def changes_modules(cls) -> bool:
+        """Does the method need the model itself, not parameters alone?"""
+        return cls.prepare_model.__func__ is not ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
+
+    @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:
         """Bytes of the optimizer state on rank 0 in closed form, from the shapes of ``weights`` alone."""
         matrices = [layout.matrix(weight, by_rows=cls.by_rows) for weight in weights]
@@ -190,9 +195,10 @@ class ParamGroupOptimizer(ABC):
             return None
         require(
             along != dim,
-            f"optimizer.state_dtype=int8: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
+            f"moments in 8 bits: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
             f" its {shard.shape[1]} columns are not divisible by {shard.pieces}, and would cut the blocks of"
-            " its moments; use a number of ranks that divides the columns, or optimizer.state_dtype=bfloat16",
+            " its moments; use a number of ranks that divides the columns, or do without"
+            " optimizer.state_dtype=int8 and optimizer.rest=adam8bit",
         )
         return CodedMoment.zeros(
             shape,

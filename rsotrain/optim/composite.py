@@ -14,6 +14,7 @@ from rsotrain.optim.parameter_groups import GroupRow, ParameterGroups
 from rsotrain.parallel.sharding import Shard
 
 _STEP = "step"
+_HINT = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
 
 
 class CompositeOptimizer:
@@ -111,6 +112,12 @@ class CompositeOptimizer:
             return self.in_backward.most_bytes(blocks)
         return sum(tensors_bytes(group.gradients().values()) for group in blocks)
 
+    def clip_(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their ``norm``, the root of the sum of squares of all
+        ``gradient_norms``, is at most ``max_norm``."""
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self.gradients(), factor)
+
     @contextmanager
     def observing(self, valid_mask: Tensor | None = None) -> Iterator[None]:
         """A context for each forward pass of training; backward passes run outside it.
@@ -142,10 +149,12 @@ class CompositeOptimizer:
         return result
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``."""
+    def load_state_dict(self, state: dict[str, Tensor], hint: str = _HINT) -> None:
+        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``.
+
+        ``hint``: the end of its sentence, what to do then.
+        """
         own = self.state_dict()
-        hint = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
         for name in [*sorted(own.keys() - state.keys()), *sorted(state.keys() - own.keys())]:
             holds = "has no" if name in own else "has an unexpected"
             raise UserError(f"the checkpoint {holds} optimizer state {name!r}: {hint}")

@@ -212,6 +212,7 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "staggered": values["optimizer"].get("staggered"),
         "state_dtype": values["optimizer"]["state_dtype"],
         "update_in_backward": values["optimizer"]["update_in_backward"],
+        "rest": values["optimizer"]["rest"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],

@@ -117,6 +117,7 @@ class Bases:
         self.waiting = set(sizes) if stored else set()  # names whose first refresh has not succeeded yet
         self._first_refreshes = dict.fromkeys(sizes, 0)  # step of each first refresh in this process; 0: none
         self.record = RefreshRecord(gap, mesh)
+        self.lr_share = 1.0  # a second ``lr_factor``, for those who set the learning rate itself
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
@@ -349,7 +350,7 @@ class Bases:
                 return _ZERO, None
         request.gram = seen
         request.switched = self._switched(step)
-        request.lr_factor = lr_factor
+        request.lr_factor = lr_factor * self.lr_share
         request.state = self.state[name]
         if index > 0 and name not in self.waiting:
             request.previous = old / self._scale_in_use(name, old) if self.scaled else old

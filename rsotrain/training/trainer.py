@@ -248,8 +248,7 @@ class Trainer:
             result[1].sqrt_()
             norm = result[1].to(norm.dtype)
         if self.config.grad_clip is not None:
-            factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self.optimizer.gradients(), factor)
+            self.optimizer.clip_(norm, self.config.grad_clip)
         return result
 
     def evaluate(self, between: Between = go_on) -> dict[str, float]:

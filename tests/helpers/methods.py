@@ -15,7 +15,6 @@ from rsotrain.config.methods import (
     SubspaceConfig,
 )
 from rsotrain.config.samplers import SamplerConfig
-from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import method_of
 
 # Newton-Schulz has three significant digits.
@@ -48,13 +47,7 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
     return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
 
 
-def takes_any_matrix(name: str) -> bool:
-    """Does the method work on parameters alone, or does it change the model's modules?"""
-    own = method_of(_composed(name)[0]).prepare_model.__func__  # type: ignore[attr-defined]
-    return own is ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
-
-
-OF_MATRICES = [name for name in OPTIMIZERS if takes_any_matrix(name)]
+OF_MATRICES = [name for name in OPTIMIZERS if not method_of(_composed(name)[0]).changes_modules()]
 
 
 def solver_variants(name: str) -> dict[str, InnerSolver]:

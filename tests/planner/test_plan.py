@@ -146,7 +146,8 @@ def test_the_plan_for_two_ranks_is_that_of_rank_0(
     state: str, strategy: Strategy, tiny: list[str], cache_dir: Path, tmp_path: Path
 ) -> None:
     few = ["adam", "galore", "rso_pca"]
-    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state])
+    rest = ["optimizer.rest=adam_mini"] if state == "int8" else ["optimizer.rest=adam8bit"]
+    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state], *rest)
 
 
 @pytest.mark.slow
