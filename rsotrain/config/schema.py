@@ -31,6 +31,7 @@ from rsotrain.config.data import (
 )
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
+import rsotrain.config.adapters  # noqa: F401 (registers lora and relora)
 from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.model import ModelConfig
 from rsotrain.config.ranges import COUNT, FACTOR, number

@@ -13,6 +13,7 @@ from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precisi
 from rsotrain.errors import UserError
 from rsotrain.models.architecture import Kind, count_elements, weights_of
 from rsotrain.models.llama import Llama
+from rsotrain.models.lora_linear import adapter_values
 from rsotrain.models.pretrained import check_fit, load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
 
@@ -147,6 +148,8 @@ def _allocate(model: Llama, device: torch.device) -> None:
 def initialize(model: Llama, seed: int) -> None:
     """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
+    Of adapters B is 0 and A as ``adapter_values`` has it.
+
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the
     precision, the device or the number of ranks, and one weight at a time is whole.
@@ -156,12 +159,15 @@ def initialize(model: Llama, seed: int) -> None:
         parameter = parameters[weight.name]
         if weight.kind is Kind.gain:
             nn.init.ones_(local(parameter))
-        elif weight.kind is Kind.bias:
+        elif weight.kind in (Kind.bias, Kind.lora_B):
             nn.init.zeros_(local(parameter))
         else:
             generator = torch.Generator().manual_seed(_seed_of(weight.name, seed))
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, model.config.initializer_range, generator=generator)
+            if weight.kind is Kind.lora_A:
+                values = adapter_values(weight.shape, generator)
+            else:
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                values.normal_(0.0, model.config.initializer_range, generator=generator)
             local(parameter).copy_(shard_of(parameter).of(values))
 
 

@@ -218,6 +218,14 @@ class ParamGroupOptimizer(ABC):
                     )
         return result
 
+    def rate_factor(self, step: int) -> float:
+        """What the method multiplies the rates of all weights by in ``step`` (1-based), beside the schedule."""
+        return 1.0
+
+    def costliest_step(self) -> int | None:
+        """The first step (1-based) that does more than the others; None where all are alike."""
+        return None
+
     def state_bytes(self) -> int:
         """Bytes of the optimizer state on this rank."""
         return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())

@@ -127,6 +127,8 @@ def _steps(run: FakeRun) -> list[int]:
                 return sorted({1, min(2, run.config.steps)})
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
             return sorted({2, refresh} | ({1} if first else set()))
+        if (costliest := group.costliest_step()) is not None:
+            return sorted({1, min(costliest, run.config.steps)})
     return [1]
 
 

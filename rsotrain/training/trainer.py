@@ -138,7 +138,8 @@ class Trainer:
         return self.config.optimizer.lr * self._lr_factor(step)
 
     def _lr_factor(self, step: int) -> float:
-        return lr_factor(self.config.lr_scheduler, step, self.config.steps)
+        scheduled = lr_factor(self.config.lr_scheduler, step, self.config.steps)
+        return scheduled * self.optimizer.rate_factor(step + 1)
 
     @property
     def flops_per_token(self) -> int:
