@@ -11,6 +11,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+import rsotrain.config.adapters  # noqa: F401 (registers lora and relora)
 from rsotrain.config.data import (
     BenchmarkConfig,
     C4DataConfig,
@@ -31,7 +32,6 @@ from rsotrain.config.data import (
 )
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
-import rsotrain.config.adapters  # noqa: F401 (registers lora and relora)
 from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.model import ModelConfig
 from rsotrain.config.ranges import COUNT, FACTOR, number

@@ -19,8 +19,8 @@ class Kind(Enum):
     linear = "linear"  # (out, in)
     gain = "gain"  # of a norm
     bias = "bias"
-    lora_A = "lora_A"  # noqa: N815, the papers' names; (r, in)
-    lora_B = "lora_B"  # noqa: N815; (out, r)
+    down_factor = "down factor"  # A of an adapter, (r, in)
+    up_factor = "up factor"  # B of an adapter, (out, r)
 
 
 @dataclass(frozen=True)

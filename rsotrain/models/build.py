@@ -148,7 +148,7 @@ def _allocate(model: Llama, device: torch.device) -> None:
 def initialize(model: Llama, seed: int) -> None:
     """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
-    Of adapters B is 0 and A as ``adapter_values`` has it.
+    Of adapters A is ``adapter_values``, and B is 0.
 
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the

@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA (Hu et al., arXiv 2106.09685) and ReLoRA (Lialin et al., arXiv 2307.05695)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rsotrain.models.architecture import Kind
 from rsotrain.models.lora_linear import LoraLinear, adapter_values, attach_adapters, factor_names
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import Settings
-from rsotrain.optim.moments import Moment, work_dtype
+from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.state_size import Weight, WeightsLayout
 from rsotrain.optim.weights import Weights
@@ -45,6 +45,7 @@ class LoRA(AdamW):
         super().__init__(label, parameters, peak_lr, settings, config)
         assert set(parameters) == {factor for name in adapted for factor in factor_names(name)}
         self.adapted = adapted
+        self.frozen = {name: layer.weight for name, layer in adapted.items()}
 
     @classmethod
     def prepare_model(
@@ -70,6 +71,10 @@ class LoRA(AdamW):
             down, up = factor_names(weight.name)
             factors += [Weight(down, (rank, columns), Kind.lora_A), Weight(up, (rows, rank), Kind.lora_B)]
         return super().state_bytes_formula(config, factors, layout)
+
+    def weights_held(self) -> Iterable[Tensor]:
+        yield from super().weights_held()
+        yield from self.frozen.values()
 
     def ranks(self) -> list[int]:
         return [layer.lora_A.shape[0] for layer in self.adapted.values()]
@@ -104,11 +109,12 @@ class ReLoRA(LoRA):
         adapted: dict[str, LoraLinear],
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings, config, adapted=adapted)
-        frozen = {name: layer.weight for name, layer in adapted.items()}
-        shards = {name: shard_of(weight) for name, weight in frozen.items()}
-        self.frozen = Weights(frozen, shards, settings.weight_rounding, self.keeper.seed)
+        shards = {name: shard_of(weight) for name, weight in self.frozen.items()}
+        self.targets = Weights(self.frozen, shards, settings.weight_rounding, self.keeper.seed)
         for name in adapted:
-            assert shards[name].dim == self.shards[factor_names(name)[1]].dim, "W and B share their rows alike"
+            assert shards[name].dim == self.shards[factor_names(name)[1]].dim, (
+                "W and B share their rows alike"
+            )
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
@@ -139,7 +145,7 @@ class ReLoRA(LoRA):
         A, B = (local(self.parameters[factor]).detach() for factor in (down, up))
         wide, shard = work_dtype(A.dtype), self.shards[down]
         basis = shard.all_gather(A).to(wide).T
-        self.frozen.add_lifted_(name, B.to(wide), basis, self.adapted[name].scale, step, decay=0.0)
+        self.targets.add_lifted_(name, B.to(wide), basis, self.adapted[name].scale, step, decay=0.0)
         random = generator(self.keeper.seed, "lora_A", name, step, device=A.device)
         A.copy_(shard.of(adapter_values(shard.shape, random)))
         B.zero_()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rsotrain.config.adapters import LoRAConfig
 from rsotrain.config.methods import BasisStorage, RSOConfig, StateDtype, SubspaceConfig, WeightRounding
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
@@ -107,7 +108,7 @@ def options(config: Config) -> Iterator[Option]:
 
     if optimizer.state_dtype is not StateDtype.int8:
         yield with_optimizer("optimizer.state_dtype=int8", state_dtype=StateDtype.int8)
-    if isinstance(optimizer, SubspaceConfig):
+    if isinstance(optimizer, SubspaceConfig | LoRAConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
             yield with_optimizer(f"optimizer.rank={rank}", rank=rank)

@@ -20,7 +20,7 @@ from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes on one rank. ``blocks``: the share of the attention and MLP weights, which the method updates."""
+    """Bytes on one rank. ``blocks``: the share of the attention and MLP weights, and of their adapters."""
 
     total: int
     blocks: int
@@ -74,7 +74,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         assert micro is not None
         parameters = Share(
             tensors_bytes(trainer.model.parameters()),
-            tensors_bytes(optimizer.parameter_groups.blocks.values()),
+            tensors_bytes(optimizer.groups[0].weights_held()) if has_blocks else 0,
         )
         gradients = Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0)
         state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
