@@ -23,6 +23,9 @@ class Kind(Enum):
     up_factor = "up factor"  # B of an adapter, (out, r)
 
 
+FACTORS = (Kind.down_factor, Kind.up_factor)
+
+
 @dataclass(frozen=True)
 class Weight:
     """``shape``: (out, in), or (size,). ``input_group``: for a linear whose input can be projected, the name

@@ -11,9 +11,8 @@ from torch import nn
 from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
-from rsotrain.models.architecture import Kind, count_elements, weights_of
+from rsotrain.models.architecture import FACTORS, Kind, count_elements, weights_of
 from rsotrain.models.llama import Llama
-from rsotrain.models.lora_linear import adapter_values
 from rsotrain.models.pretrained import check_fit, load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
 
@@ -148,7 +147,7 @@ def _allocate(model: Llama, device: torch.device) -> None:
 def initialize(model: Llama, seed: int) -> None:
     """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
-    Of adapters A is ``adapter_values``, and B is 0.
+    Adapters get their values from the method that adds them.
 
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the
@@ -159,21 +158,19 @@ def initialize(model: Llama, seed: int) -> None:
         parameter = parameters[weight.name]
         if weight.kind is Kind.gain:
             nn.init.ones_(local(parameter))
-        elif weight.kind in (Kind.bias, Kind.lora_B):
+        elif weight.kind is Kind.bias:
             nn.init.zeros_(local(parameter))
-        else:
-            generator = torch.Generator().manual_seed(_seed_of(weight.name, seed))
-            if weight.kind is Kind.lora_A:
-                values = adapter_values(weight.shape, generator)
-            else:
-                values = torch.empty(parameter.shape, dtype=torch.float32)
-                values.normal_(0.0, model.config.initializer_range, generator=generator)
+        elif weight.kind not in FACTORS:
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            random = initial_generator(weight.name, seed)
+            values.normal_(0.0, model.config.initializer_range, generator=random)
             local(parameter).copy_(shard_of(parameter).of(values))
 
 
-def _seed_of(name: str, seed: int) -> int:
+def initial_generator(name: str, seed: int) -> torch.Generator:
+    """For the initial values of the parameter ``name``, on the CPU."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def model_without_memory(config: ModelConfig, vocab_size: int) -> Llama:

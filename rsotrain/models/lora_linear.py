@@ -142,7 +142,7 @@ class LoraLinear(Linear):
     ``lora_A`` (r × in) and ``lora_B`` (out × r) are parameters of the weight's dtype.
     """
 
-    kinds: ClassVar = Linear.kinds | {"lora_A": Kind.lora_A, "lora_B": Kind.lora_B}
+    kinds: ClassVar = Linear.kinds | {"lora_A": Kind.down_factor, "lora_B": Kind.up_factor}
 
     def __init__(self, replaced: Linear, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)

@@ -11,6 +11,7 @@ from rsotrain.config.adapters import LoRAConfig, Pruning, ReLoRAConfig
 from rsotrain.errors import require
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import Kind
+from rsotrain.models.build import initial_generator
 from rsotrain.models.lora_linear import LoraLinear, adapter_values, attach_adapters, factor_names
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import Settings
@@ -46,6 +47,17 @@ class LoRA(AdamW):
         assert set(parameters) == {factor for name in adapted for factor in factor_names(name)}
         self.adapted = adapted
         self.frozen = {name: layer.weight for name, layer in adapted.items()}
+        for name in adapted:
+            self._begin(name, initial_generator(factor_names(name)[0], self.keeper.seed))
+
+    @torch.no_grad()
+    def _begin(self, name: str, random: torch.Generator) -> None:
+        """A drawn from ``random``, B = 0."""
+        down, up = factor_names(name)
+        A, B, shard = local(self.parameters[down]), local(self.parameters[up]), self.shards[down]
+        B.zero_()
+        if not A.is_meta:  # random numbers may come from the CPU, which takes seconds for a large model
+            A.copy_(shard.of(adapter_values(shard.shape, random)))
 
     @classmethod
     def prepare_model(
@@ -69,7 +81,10 @@ class LoRA(AdamW):
             rows, columns = weight.shape
             rank = resolve_rank(config.rank, min(weight.shape), weight.name)
             down, up = factor_names(weight.name)
-            factors += [Weight(down, (rank, columns), Kind.lora_A), Weight(up, (rows, rank), Kind.lora_B)]
+            factors += [
+                Weight(down, (rank, columns), Kind.down_factor),
+                Weight(up, (rows, rank), Kind.up_factor),
+            ]
         return super().state_bytes_formula(config, factors, layout)
 
     def weights_held(self) -> Iterable[Tensor]:
@@ -143,12 +158,10 @@ class ReLoRA(LoRA):
     def _merge(self, name: str, step: int) -> None:
         down, up = factor_names(name)
         A, B = (local(self.parameters[factor]).detach() for factor in (down, up))
-        wide, shard = work_dtype(A.dtype), self.shards[down]
-        basis = shard.all_gather(A).to(wide).T
+        wide = work_dtype(A.dtype)
+        basis = self.shards[down].all_gather(A).to(wide).T
         self.targets.add_lifted_(name, B.to(wide), basis, self.adapted[name].scale, step, decay=0.0)
-        random = generator(self.keeper.seed, "lora_A", name, step, device=A.device)
-        A.copy_(shard.of(adapter_values(shard.shape, random)))
-        B.zero_()
+        self._begin(name, generator(self.keeper.seed, "lora_A", name, step, device=A.device))
         for factor in (down, up):
             self._prune(factor, step)
 

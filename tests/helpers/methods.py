@@ -6,6 +6,7 @@ from functools import cache
 from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
+from rsotrain.config.adapters import LoRAConfig, ReLoRAConfig
 from rsotrain.config.methods import (
     AdamMiniConfig,
     InnerSolver,
@@ -41,6 +42,10 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
         settings |= {
             "rank": min(rank, own_rank), "update_proj_gap": min(gap, optimizer.update_proj_gap),
         }  # fmt: skip
+    if isinstance(optimizer, LoRAConfig):
+        settings |= {"rank": rank}
+    if isinstance(optimizer, ReLoRAConfig):
+        settings |= {"merge_every": gap, "restart_warmup_steps": 1}
     if isinstance(optimizer, ScaleConfig):  # these matrices are neither head nor embedding
         settings |= {"momentum_parameters": [], "column_parameters": []}
     if isinstance(optimizer, AdamMiniConfig):  # nor those of queries and keys
@@ -52,6 +57,14 @@ def takes_any_matrix(name: str) -> bool:
     """Does the method work on parameters alone, or does it change the model's modules?"""
     own = method_of(_composed(name)[0]).prepare_model.__func__  # type: ignore[attr-defined]
     return own is ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
+
+
+def refreshed_every(name: str, steps: int) -> list[str]:
+    """Overrides by which ``optimizer=name`` draws its bases, or merges its adapters, so often."""
+    config, _ = _composed(name)
+    if isinstance(config, ReLoRAConfig):
+        return [f"optimizer.merge_every={steps}", "optimizer.restart_warmup_steps=1"]
+    return [f"optimizer.update_proj_gap={steps}"] if isinstance(config, SubspaceConfig) else []
 
 
 OF_MATRICES = [name for name in OPTIMIZERS if takes_any_matrix(name)]
