@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import pytest
 import torch
+
+# What runs in the background or without a terminal ignores these, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = ["helpers.wandb_harness", "helpers.report_harness"]  # their fixtures
 

@@ -58,7 +58,7 @@ class BackgroundSaver:
         """Begin to write; what was begun before must have been waited for."""
         assert self._running is None
         self.begun, self._writing = step, True
-        staged = {kind: {name: _copied(t) for name, t in tensors[kind].items()} for kind in KINDS}
+        staged = {kind: {name: copied_to_host(t) for name, t in tensors[kind].items()} for kind in KINDS}
         future: futures.Future[Path] = futures.Future()
         # a daemon: it may wait for a rank that never answers, and must not keep the process from ending
         thread = threading.Thread(
@@ -163,5 +163,5 @@ def _check(step: int, tensors: Mapping[str, Tensors]) -> None:
         raise NonFiniteError(f"step {step}: {error}, so no checkpoint of it is kept") from error
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
+def copied_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -12,10 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.compose import checked_config, conf_dir, register_schemas
+from rsotrain.cli.compose import checked_config, register_schemas
 from rsotrain.cli.mistakes import explain
 from rsotrain.cli.overrides import check_overrides, normalise
 from rsotrain.cli.text_keys import quote
+from rsotrain.config.defaults import conf_dir
 from rsotrain.errors import UserError
 
 MOST_TRIED = 128  # members of a sweep; composing and checking one takes about 0.15 s

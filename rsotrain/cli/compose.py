@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import check_tuned, key_of
 from rsotrain.cli.text_keys import keep_text_of_config_files
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import flatten, known_keys, plain
 from rsotrain.config.methods import WeightRounding
 from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
@@ -20,15 +21,6 @@ from rsotrain.config.schema import SCHEMAS, Config, Precision
 from rsotrain.config.text import check_path
 from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
-
-
-def conf_dir() -> Path:
-    """The folder of YAML groups: inside the installed package, else at the top of the repository."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "conf", package.parent / "conf"):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise FileNotFoundError(f"no conf/config.yaml beside {package}: the installation is incomplete")
 
 
 def register_schemas() -> None:

@@ -15,12 +15,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rsotrain.cli.compose import checked_config, conf_dir, register_schemas
+from rsotrain.cli.compose import checked_config, register_schemas
 from rsotrain.cli.flags import split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_length, check_overrides, normalise
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Mode
 from rsotrain.data.validation import check_files

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rsotrain.cli.compose import conf_dir
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import kinds
 from rsotrain.config.meanings import meaning_of, unit_of
 from rsotrain.tracking.escaping import for_terminal

@@ -11,7 +11,6 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-import rsotrain.config.adapters  # noqa: F401 (registers lora and relora)
 from rsotrain.config.data import (
     BenchmarkConfig,
     C4DataConfig,

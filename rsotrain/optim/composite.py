@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from rsotrain.errors import UserError
+from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.optim.base import ParamGroupOptimizer
+from rsotrain.optim.in_backward import UpdatesInBackward
 from rsotrain.optim.parameter_groups import GroupRow, ParameterGroups
 from rsotrain.parallel.sharding import Shard
 
 _STEP = "step"
+_HINT = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
 
 
 class CompositeOptimizer:
@@ -20,14 +23,23 @@ class CompositeOptimizer:
 
     Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all of them exist
     from construction on. The schedule acts on the learning rates through ``set_lr_factor`` only.
+    ``in_backward``: the parameters are updated within ``backward_pass``, and ``step`` has only to end the
+    step. One process, one backward pass a step; nothing may need all gradients at a time.
     """
 
-    def __init__(self, groups: list[ParamGroupOptimizer], parameter_groups: ParameterGroups) -> None:
+    def __init__(
+        self,
+        groups: list[ParamGroupOptimizer],
+        parameter_groups: ParameterGroups,
+        *,
+        in_backward: bool = False,
+    ) -> None:
         names = [name for group in groups for name in group.parameters]
         trained = [*parameter_groups.blocks, *parameter_groups.rest]
         assert sorted(names) == sorted(trained), "each parameter in exactly one group"
         self.groups = groups
         self.parameter_groups = parameter_groups
+        self.in_backward = UpdatesInBackward(groups) if in_backward else None
         self.lr_factor = 1.0
         self.steps_done = 0
 
@@ -40,15 +52,30 @@ class CompositeOptimizer:
         return math.prod(group.rate_factor(step) for group in self.groups)
 
     def step(self) -> None:
-        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient."""
+        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient.
+
+        With ``in_backward`` the update is done, and the error comes too late for the other parameters.
+        """
+        if self.in_backward is not None:
+            self.in_backward.check()
+            self.steps_done += 1
+            return
         self.gradients()
         self.steps_done += 1
         for group in self.groups:
             group.update(self.steps_done, self.lr_factor)
 
     def zero_grad(self) -> None:
+        if self.in_backward is not None:
+            self.in_backward.clear()
         for group in self.groups:
             group.zero_grad()
+
+    def backward_pass(self) -> AbstractContextManager[None]:
+        """Around each backward pass of training, in which the parameters are updated with ``in_backward``."""
+        if self.in_backward is None:
+            return nullcontext()
+        return self.in_backward.updating(self.steps_done + 1, self.lr_factor)
 
     def gradient_holders(self) -> list[Tensor]:
         """The leaf tensors whose gradients ``step`` reads, each once."""
@@ -64,12 +91,37 @@ class CompositeOptimizer:
             group.reduce_gradients()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing.
+
+        With ``in_backward`` there are none after the backward pass.
+        """
+        if self.in_backward is not None:
+            return []
         return [gradient for group in self.groups for gradient in group.gradients().values()]
 
     def gradient_norms(self) -> list[Tensor]:
         """Norms (0-d, float32) whose squares sum to the squared gradient norm that is logged and clipped."""
+        if self.in_backward is not None:
+            self.in_backward.check()
+            return self.in_backward.norms
         return [norm for group in self.groups for norm in group.gradient_norms(self.steps_done + 1)]
+
+    def gradients_bytes(self) -> int:
+        """Bytes of the gradients of a step; with ``in_backward`` the most of them at a time so far."""
+        return tensors_bytes(self.gradients()) if self.in_backward is None else self.in_backward.most_bytes()
+
+    def block_gradients_bytes(self) -> int:
+        """The same of the attention and MLP weights alone."""
+        blocks = [group for group in self.groups if self._is_of_blocks(group)]
+        if self.in_backward is not None:
+            return self.in_backward.most_bytes(blocks)
+        return sum(tensors_bytes(group.gradients().values()) for group in blocks)
+
+    def clip_(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their ``norm``, the root of the sum of squares of all
+        ``gradient_norms``, is at most ``max_norm``."""
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self.gradients(), factor)
 
     @contextmanager
     def observing(self, valid_mask: Tensor | None = None) -> Iterator[None]:
@@ -102,10 +154,12 @@ class CompositeOptimizer:
         return result
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``."""
+    def load_state_dict(self, state: dict[str, Tensor], hint: str = _HINT) -> None:
+        """Raises UserError and changes nothing if names, shapes or dtypes differ from ``state_dict``.
+
+        ``hint``: the end of its sentence, what to do then.
+        """
         own = self.state_dict()
-        hint = "resume with the settings it was saved with, or take only its weights: checkpoint.load=weights"
         for name in [*sorted(own.keys() - state.keys()), *sorted(state.keys() - own.keys())]:
             holds = "has no" if name in own else "has an unexpected"
             raise UserError(f"the checkpoint {holds} optimizer state {name!r}: {hint}")

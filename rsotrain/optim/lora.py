@@ -1,13 +1,14 @@
 """Low-rank adapters: LoRA (Hu et al., arXiv 2106.09685) and ReLoRA (Lialin et al., arXiv 2307.05695)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.adapters import LoRAConfig, Pruning, ReLoRAConfig
+from rsotrain.config.choices import Pruning
+from rsotrain.config.methods import LoRAConfig, ReLoRAConfig
 from rsotrain.errors import require
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import Kind
@@ -147,13 +148,18 @@ class ReLoRA(LoRA):
     def costliest_step(self) -> int | None:
         return self.config.merge_every
 
+    def units(self) -> list[list[str]]:
+        """A merge needs both factors of a linear, after their update."""
+        return [list(factor_names(name)) for name in self.adapted]
+
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
-        super().update(step, lr_factor)
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
+        super().update_of(names, step, lr_factor)
         if step % self.config.merge_every == 0:
             with phase(Phase.refresh):
                 for name in self.adapted:
-                    self._merge(name, step)
+                    if factor_names(name)[0] in names:
+                        self._merge(name, step)
 
     def _merge(self, name: str, step: int) -> None:
         down, up = factor_names(name)

@@ -20,17 +20,19 @@ from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
-from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
+from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
 from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
 from rsotrain.training.trainer import Trainer, model_without_memory
 
+_CPU = torch.device("cpu")
+
 
 class _Answers(TorchDispatchMode):
     """Returns values where code reads a fake tensor's value.
 
-    Booleans are True, integers 0 and floats 1, as for a finite loss or a successful decomposition.
+    All are 1: a loss is finite, a condition holds, a batch has tokens.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,7 +42,7 @@ class _Answers(TorchDispatchMode):
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 class _PassesDone(Exception):  # noqa: N818 (it is no error)
@@ -104,13 +106,12 @@ def world_size(config: Config) -> int:
 
 
 @contextmanager
-def fake_world(config: Config) -> Iterator[World]:
-    """Rank 0 of ``parallelism.world_size`` ranks, on the CPU; the other ranks do not exist.
+def fake_world(config: Config, device: torch.device = _CPU) -> Iterator[World]:
+    """Rank 0 of ``parallelism.world_size`` ranks, on ``device``; the other ranks do not exist.
 
     Rank 0 has the largest pieces of all tensors. The process must not be a rank of a run.
     """
     size = world_size(config)
-    device = torch.device("cpu")
     if size == 1:
         yield World(device)
         return
@@ -121,7 +122,8 @@ def fake_world(config: Config) -> Iterator[World]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         mesh = build_mesh(config.parallelism, device.type)
-        yield World(device, rank=0, size=size, mesh=mesh, cpu_mesh=mesh)
+        cpu_mesh = mesh if device == _CPU else build_mesh(config.parallelism, "cpu")
+        yield World(device, rank=0, size=size, mesh=mesh, cpu_mesh=cpu_mesh)
     finally:
         destroy_groups()
 
@@ -129,12 +131,14 @@ def fake_world(config: Config) -> Iterator[World]:
 class FakeRun:
     """A context manager with a Trainer whose tensors are fake. ``kind``: the kind of device to plan for.
 
-    Micro-batches after the second do not change the peak, so a step has at most two.
+    Micro-batches after the second do not change the peak, so a step has at most two. The fake tensors are on
+    ``device``: torch carries those of a kind of device only where it was built for it.
     """
 
-    def __init__(self, config: Config, kind: str) -> None:
+    def __init__(self, config: Config, kind: str, device: torch.device = _CPU) -> None:
         self.config = config
         self.kind = kind
+        self._device = device
         self._stack = ExitStack()
 
     def __enter__(self) -> "FakeRun":
@@ -152,36 +156,47 @@ class FakeRun:
         # the plan does not cover compiled code, and the values of the initial weights do not matter
         config = replace(self.config, compile=False, model=replace(self.config.model, init_from=None))
         config = with_micro_batches(config)
-        world = self._stack.enter_context(fake_world(config))
+        world = self._stack.enter_context(fake_world(config, self._device))
         data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
         model = model_without_memory(config, data.tokenizer)  # not fake: fake tensors cannot leave "meta"
         model.device_kind = self.kind
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._fake, _Answers():
+        with self.faking():
             self.trainer = _FakeTrainer(config, data, world, model)
         self.saved_activations_bytes = 0
-        self.gradients_bytes: list[int] = []  # of each parameter group
+        self.gradients_bytes = self.block_gradients_bytes = 0
 
     def use_micro_batch(self, size: int) -> None:
         """Use micro-batches of ``size`` sequences from now on."""
         self.trainer.config = with_micro_batches(self.trainer.config, size)
+
+    @contextmanager
+    def faking(self) -> Iterator[None]:
+        """What is done inside is done with fake tensors."""
+        with self._fake, _Answers():
+            yield
+
+    def go_to(self, number: int) -> None:
+        """Let the next step be step ``number`` (1-based)."""
+        trainer = self.trainer
+        trainer.step = trainer.optimizer.steps_done = number - 1
+        if number > 1:
+            for group in trainer.optimizer.groups:
+                group.resume()
 
     def step(self, number: int) -> MemoryTracker:
         """Run step ``number`` (1-based), with the refreshes of that step; return its memory."""
         return self._step(number, whole=True)
 
     def passes(self, number: int) -> MemoryTracker:
-        """The same for the forward and backward passes of the step only."""
+        """The same for the passes alone, without an update that comes after them."""
         return self._step(number, whole=False)
 
     def _step(self, number: int, *, whole: bool) -> MemoryTracker:
         trainer = self.trainer
         tracker = MemoryTracker(CUDA_BLOCK_BYTES if self.kind == "cuda" else 1)
-        with self._fake, _Answers():
-            trainer.step = trainer.optimizer.steps_done = number - 1
-            if number > 1:
-                for group in trainer.optimizer.groups:
-                    group.resume()
+        with self.faking():
+            self.go_to(number)
             trainer.saved_activations_bytes = 0  # measured here
             with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
@@ -192,15 +207,18 @@ class FakeRun:
 
     def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
         trainer, optimizer = self.trainer, self.trainer.optimizer
+        in_backward = optimizer.in_backward is not None
 
         def keep(tensor: torch.Tensor) -> None:
             tracker.mark([tensor], Kind.activations)
 
         @contextmanager
         def watch(name: Phase) -> Iterator[None]:
-            if name is Phase.optimizer_step and not whole:
+            if name is Phase.optimizer_step and not whole and not in_backward:
                 raise _PassesDone
             with tracker.phase(name):
+                if name is Phase.optimizer_step and in_backward:
+                    tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 if name is Phase.forward:
                     with saved_activation_bytes(trainer.live_tensors(), keep) as saved:
                         yield
@@ -211,8 +229,7 @@ class FakeRun:
                     tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 elif name is Phase.optimizer_step:  # gradients that the optimizer itself has reduced
                     tracker.mark(optimizer.gradients(), Kind.gradients)
-                    self.gradients_bytes = [
-                        tensors_bytes(group.gradients().values()) for group in optimizer.groups
-                    ]
+                    self.gradients_bytes = optimizer.gradients_bytes()
+                    self.block_gradients_bytes = optimizer.block_gradients_bytes()
 
         return watch

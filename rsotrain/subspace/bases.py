@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Elements of gathered matrices that one rank holds while it samples the bases of a round: 128 MiB in float32.
 _ROUND_ELEMENTS = 1 << 25
-_SAMPLED, _NOT_FINITE, _ZERO, _FAILED = range(4)
+_SAMPLED, _NOT_FINITE, _ZERO, _FAILED = range(1, 5)  # a plan reads 1 from every tensor
 _REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
 
 
@@ -68,7 +68,8 @@ class Bases:
     is zero until the first refresh, so that nothing is projected before there is a subspace. Random numbers
     are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
     ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
-    which lets a run that resumes with other settings keep the basis that its moments refer to. ``scaled``:
+    which lets a run that resumes with other settings, or on another kind of device, keep the basis that its
+    moments refer to. ``scaled``:
     sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones, or
     by the sampler's ``column_scales``. ``mesh``: the ranks that have the same bases; they call ``refreshed``
     together.
@@ -116,6 +117,7 @@ class Bases:
         self.waiting = set(sizes) if stored else set()  # names whose first refresh has not succeeded yet
         self._first_refreshes = dict.fromkeys(sizes, 0)  # step of each first refresh in this process; 0: none
         self.record = RefreshRecord(gap, mesh)
+        self.lr_share = 1.0  # a second ``lr_factor``, for those who set the learning rate itself
 
     def __getitem__(self, name: str) -> Tensor:
         if self.stored:
@@ -130,7 +132,12 @@ class Bases:
             self.seeds = {name: int(self.state[name]["basis_seed"]) for name in self.sizes}
 
     def _seed_of(self, name: str, index: int | str) -> int:
-        return seed_of(self.seed, "basis", name, index)
+        """The seed of a refresh; its complement, which is negative, where normal numbers are counted.
+
+        So a basis that was drawn on one kind of device is drawn again the same on the other.
+        """
+        seed = seed_of(self.seed, "basis", name, index)
+        return seed if self.devices[name].type == "cpu" else ~seed
 
     def request(self, name: str, index: int | str) -> SampleRequest:
         """The request for the refresh ``index``, without data."""
@@ -138,7 +145,9 @@ class Bases:
 
     def _request(self, name: str, seed: int) -> SampleRequest:
         size, rank = self.sizes[name]
-        return SampleRequest(size, rank, None, torch.Generator().manual_seed(seed), self.devices[name])
+        counted = ~seed if seed < 0 else None
+        random = torch.Generator().manual_seed(seed if counted is None else counted)
+        return SampleRequest(size, rank, None, random, self.devices[name], counted=counted)
 
     def place(self, name: str, basis: Tensor) -> None:
         """Replace the basis in use by an orthonormal ``basis``, which is scaled if ``scaled``."""
@@ -337,11 +346,11 @@ class Bases:
         if self.informed(step):
             if seen is None:
                 return _NOT_FINITE, None
-            if not bool(seen.energy() > 0):
+            if seen.is_zero:
                 return _ZERO, None
         request.gram = seen
         request.switched = self._switched(step)
-        request.lr_factor = lr_factor
+        request.lr_factor = lr_factor * self.lr_share
         request.state = self.state[name]
         if index > 0 and name not in self.waiting:
             request.previous = old / self._scale_in_use(name, old) if self.scaled else old

@@ -4,7 +4,9 @@ Both sum over the dimension that is not projected, so a sharded A needs only one
 matrix.
 """
 
+import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -48,11 +50,15 @@ def largest_entry(matrix: Tensor) -> Tensor:
 class Gram(Protocol):
     """The Gram matrix AᵀA (k×k) of an oriented matrix A (M×k).
 
-    ``size``: k. ``resolution``: the relative size below which entries of A are rounding errors.
+    ``size``: k. ``resolution``: the relative size below which entries of A are rounding errors. ``is_zero``:
+    is A zero? The host knows it.
     """
 
     size: int
     resolution: float
+
+    @property
+    def is_zero(self) -> bool: ...
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """AᵀA, accumulated in ``dtype``."""
@@ -75,7 +81,26 @@ class Gram(Protocol):
         ...
 
 
-class GradientGram:
+class Scaled:
+    """A Gram matrix with the ``largest`` entry of A, 0-d on the device, which the host reads once."""
+
+    largest: Tensor
+
+    @cached_property
+    def largest_value(self) -> float:
+        """Synchronises with the device."""
+        return float(self.largest)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.largest_value)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.largest_value == 0
+
+
+class GradientGram(Scaled):
     """The Gram matrix of a gradient, scaled to a largest entry of 1 so that no square under- or overflows.
 
     ``gradient``: oriented, M×k, any float dtype, finite. ``largest``: max |A| of the whole matrix, where
@@ -97,7 +122,7 @@ class GradientGram:
     def of_finite(cls, gradient: Tensor) -> "GradientGram | None":
         """The Gram matrix, or None if an entry is not finite. The check synchronises with the device."""
         gram = cls(gradient)
-        return gram if bool(gram.largest.isfinite()) else None
+        return gram if gram.is_finite else None
 
     def _blocks(self) -> Iterator[Tensor]:
         rows = max(1, _BLOCK_ELEMENTS // self.size)
@@ -144,6 +169,10 @@ class TrackedGram:
         scale = torch.where(largest > 0, largest, 1.0).to(tracked.dtype)
         self.tracked = tracked / scale / scale * weight
 
+    @property
+    def is_zero(self) -> bool:
+        return self.gram.is_zero and not bool(self.energy() > 0)
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         basis = self.basis.to(dtype)
         return self.gram.matrix(dtype) + basis @ self.tracked.to(dtype) @ basis.T
@@ -169,14 +198,20 @@ class TrackedGram:
         return torch.cat([factor, root.T @ self.basis.to(factor.dtype).T])
 
 
-class DenseGram:
-    """A Gram matrix that is given as such; ``matrix``: k×k, symmetric, finite."""
+class DenseGram(Scaled):
+    """A Gram matrix that is given as such; ``matrix``: k×k, symmetric."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.size = matrix.shape[0]
         self.resolution = torch.finfo(matrix.dtype).eps
-        largest = matrix.abs().amax()
-        self.normalised = matrix / torch.where(largest > 0, largest, 1.0)
+        self.largest = matrix.abs().amax()  # NaN if an entry is NaN
+        self.normalised = matrix / torch.where(self.largest > 0, self.largest, 1.0)
+
+    @classmethod
+    def of_finite(cls, matrix: Tensor) -> "DenseGram | None":
+        """The same, or None if an entry is not finite. The check synchronises with the device."""
+        gram = cls(matrix)
+        return gram if gram.is_finite else None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.normalised.to(dtype)

@@ -7,18 +7,14 @@ from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfi
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
 
 
-def normal(request: SampleRequest) -> Tensor:
-    return torch.randn(request.size, request.rank, generator=request.generator).to(request.device)
-
-
 def haar(request: SampleRequest) -> Tensor:
     """Uniformly distributed orthonormal columns."""
-    return orthonormalised(normal(request))
+    return orthonormalised(request.normal())
 
 
 def gaussian(request: SampleRequest) -> Tensor:
     """Independent N(0, 1/r) entries: E[PPᵀ] = I, but not orthonormal; column norms are about √(k/r)."""
-    return normal(request) * request.rank**-0.5
+    return request.normal() * request.rank**-0.5
 
 
 def coordinate(request: SampleRequest) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.seeding import counted_normals, seed_of
 
 
 @dataclass
@@ -22,6 +23,8 @@ class SampleRequest:
     ``size``, ``rank``: k and r. ``previous``: the basis in use (k×r), None at the first refresh.
     ``switched``: training is past the sampler's ``switch``. ``lr_factor``: of the learning-rate schedule, 1
     at the peak. ``state``: the sampler's own tensors for this matrix, which it updates in place.
+    ``counted``: the seed of normal numbers that are a function of their place, as a GPU draws them; None:
+    ``generator`` draws them.
     """
 
     size: int
@@ -33,6 +36,16 @@ class SampleRequest:
     switched: bool = False
     lr_factor: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
+    counted: int | None = None
+    _drawn: int = 0  # how many times
+
+    def normal(self) -> Tensor:
+        """Independent N(0, 1) numbers, k×r in float32, others at each call."""
+        self._drawn += 1
+        if self.counted is not None:
+            seed = seed_of(self.counted, self._drawn)
+            return counted_normals(self.size, self.rank, seed, self.device)
+        return torch.randn(self.size, self.rank, generator=self.generator).to(self.device)
 
 
 def no_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:

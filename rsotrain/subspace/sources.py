@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsotrain.parallel.sharding import Shard
-from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, TrackedGram, largest_entry
+from rsotrain.subspace.gram import DenseGram, GradientGram, Gram, Scaled, TrackedGram, largest_entry
 from rsotrain.subspace.projection import Side, oriented
 
 
@@ -115,7 +115,7 @@ class SumSource:
         matrix = self.summand()
         if self.shared:
             dist.all_reduce(matrix)
-        return _dense(matrix)
+        return DenseGram.of_finite(matrix)
 
     def at(self, owner: int) -> Callable[[], Gram | None]:
         matrix = self.summand()
@@ -124,16 +124,12 @@ class SumSource:
 
         def gram() -> Gram | None:
             work.wait()
-            return _dense(matrix) if dist.get_rank() == owner else None
+            return DenseGram.of_finite(matrix) if dist.get_rank() == owner else None
 
         return gram
 
 
-def _dense(matrix: Tensor) -> DenseGram | None:
-    return DenseGram(matrix) if bool(matrix.isfinite().all()) else None
-
-
-class SummedGram:
+class SummedGram(Scaled):
     """A GradientGram of a gradient whose rows are sharded over the ranks of ``shard``, scaled alike.
 
     Each method all-reduces its result.
@@ -153,7 +149,7 @@ class SummedGram:
     @classmethod
     def of_finite(cls, gradient: Tensor, shard: Shard) -> "SummedGram | None":
         gram = cls(gradient, shard)
-        return gram if bool(gram.largest.isfinite()) else None
+        return gram if gram.is_finite else None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.shard.sum_(self.piece.matrix(dtype))

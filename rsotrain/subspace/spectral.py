@@ -21,7 +21,7 @@ from rsotrain.config.samplers import (
     TopkNormConfig,
 )
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.random_bases import haar, normal
+from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
 
 
@@ -192,7 +192,7 @@ def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
         return haar(request)
     dominant = svd(replace(request, rank=principal, previous=None))
     # orthonormalising leaves the first columns, which are orthonormal already, unchanged
-    basis = orthonormalised(torch.cat([dominant, normal(request)[:, principal:]], dim=1))
+    basis = orthonormalised(torch.cat([dominant, request.normal()[:, principal:]], dim=1))
     return align_signs(basis, request.previous)
 
 
@@ -219,7 +219,7 @@ def switching(request: SampleRequest, leading: int) -> Tensor:
     drawn = min(request.rank - min(leading, request.rank), request.size - request.rank)
     if drawn > 0:
         # orthonormalising leaves the first columns unchanged
-        more = orthonormalised(torch.cat([subspace, normal(request)[:, :drawn]], dim=1))[:, request.rank :]
+        more = orthonormalised(torch.cat([subspace, request.normal()[:, :drawn]], dim=1))[:, request.rank :]
         subspace = torch.cat([subspace[:, : request.rank - drawn], more], dim=1)
     return align_signs(subspace, request.previous)
 

@@ -125,7 +125,8 @@ def composing() -> Any:
     """Inside, ``compose`` reads the configuration."""
     from hydra import initialize_config_dir
 
-    from rsotrain.cli.compose import conf_dir, register_schemas
+    from rsotrain.cli.compose import register_schemas
+    from rsotrain.config.defaults import conf_dir
 
     register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):

@@ -13,8 +13,7 @@ from helpers.runs import compose, load_data
 
 from rsotrain.cli import entry as cli
 from rsotrain.config.keys import flatten, plain
-from rsotrain.config.adapters import LoRAConfig, ReLoRAConfig
-from rsotrain.config.methods import SubspaceConfig
+from rsotrain.config.methods import LoRAConfig, ReLoRAConfig, SubspaceConfig
 from rsotrain.config.schema import Config, Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.build import Data
@@ -45,7 +44,8 @@ SIZES = {
     "apollo_mini": "60m 130m 350m 1b 7b",
     "fira": "60m 130m 350m 1b", "foam": "60m 130m 350m 1b", "galore": "60m 130m 350m 1b 7b",
     "i3s": "60m 130m 350m 1b", "lora": "60m 130m 350m 1b", "racs": "60m 130m 350m 1b",
-    "relora": "60m 130m 350m 1b", "scale": "60m 130m 350m 1b 7b", "muon": "60m 130m 350m 1b", "osd": "60m 350m 1b 7b", "rso": "60m 130m 350m 1b 7b", "sn": "1b",
+    "relora": "60m 130m 350m 1b", "scale": "60m 130m 350m 1b 7b",
+    "muon": "60m 130m 350m 1b", "osd": "60m 350m 1b 7b", "rso": "60m 130m 350m 1b 7b", "sn": "1b",
     "sn_sm": "60m 1b",
 }  # fmt: skip
 GALORE = {"optimizer.lr": 0.01, "optimizer.scale": 0.25, "optimizer.update_proj_gap": 200}

@@ -108,7 +108,8 @@ def test_text_in_a_file_of_the_users_is_kept(text: str, tmp_path: Path, cli: Cli
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+    from rsotrain.cli.compose import register_schemas, to_config
+    from rsotrain.config.defaults import conf_dir
 
     for folder in ("experiment", "model"):
         (tmp_path / "mine" / folder).mkdir(parents=True)

@@ -89,7 +89,9 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
     return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("outputs/*/summary.json")}
 
 
-@pytest.mark.parametrize(("name", "count"), [("optimizers.yaml", 2), ("learning_rate.yaml", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [pytest.param("optimizers.yaml", 2, marks=pytest.mark.slow), ("learning_rate.yaml", 1)]
+)
 def test_members_of_a_shipped_sweep_arrive(
     name: str, count: int, server: FakeWandbServer, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -66,7 +66,7 @@ def forget_the_position(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["written now", "of an earlier version"])
-@pytest.mark.parametrize(("before", "after"), [(16, 8), (8, 16), (8, 12)])
+@pytest.mark.parametrize(("before", "after"), [(16, 8), pytest.param(8, 16, marks=pytest.mark.slow), (8, 12)])
 def test_another_batch_size_neither_repeats_nor_skips_a_sequence(
     kind: str, before: int, after: int, seen: Seen, tmp_path: Path, whole: list[Row]
 ) -> None:

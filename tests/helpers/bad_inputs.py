@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from rsotrain.cli.compose import conf_dir
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import kinds
 from rsotrain.config.ranges import Range, range_of
 from rsotrain.config.schema import SCHEMAS, Config

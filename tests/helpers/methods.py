@@ -6,17 +6,17 @@ from functools import cache
 from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
-from rsotrain.config.adapters import LoRAConfig, ReLoRAConfig
 from rsotrain.config.methods import (
     AdamMiniConfig,
     InnerSolver,
+    LoRAConfig,
     OptimizerConfig,
+    ReLoRAConfig,
     ScaleConfig,
     SolverConfig,
     SubspaceConfig,
 )
 from rsotrain.config.samplers import SamplerConfig
-from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import method_of
 
 # Newton-Schulz has three significant digits.
@@ -53,12 +53,6 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
     return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
 
 
-def takes_any_matrix(name: str) -> bool:
-    """Does the method work on parameters alone, or does it change the model's modules?"""
-    own = method_of(_composed(name)[0]).prepare_model.__func__  # type: ignore[attr-defined]
-    return own is ParamGroupOptimizer.prepare_model.__func__  # type: ignore[attr-defined]
-
-
 def refreshed_every(name: str, steps: int) -> list[str]:
     """Overrides by which ``optimizer=name`` draws its bases, or merges its adapters, so often."""
     config, _ = _composed(name)
@@ -67,7 +61,7 @@ def refreshed_every(name: str, steps: int) -> list[str]:
     return [f"optimizer.update_proj_gap={steps}"] if isinstance(config, SubspaceConfig) else []
 
 
-OF_MATRICES = [name for name in OPTIMIZERS if takes_any_matrix(name)]
+OF_MATRICES = [name for name in OPTIMIZERS if not method_of(_composed(name)[0]).changes_modules()]
 
 
 def solver_variants(name: str) -> dict[str, InnerSolver]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from helpers.command import ROOT
 
-from rsotrain.cli.compose import conf_dir, register_schemas, to_config
+from rsotrain.cli.compose import register_schemas, to_config
+from rsotrain.config.defaults import conf_dir
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data, build_data
 from rsotrain.training.trainer import Trainer

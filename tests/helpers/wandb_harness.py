@@ -139,6 +139,6 @@ def log_unhindered(logger: WandbLogger, num_records: int = 200) -> None:
         logger.log({"train/loss": 1 / step, "tokens": 10 * step}, step)
         longest = max(longest, time.perf_counter() - start)
         time.sleep(0.001)
-    # Every wait for the network lasts at least 2 s in these tests; the scheduler of a busy machine may hold up
-    # any call for a good part of a second.
+    # Every wait for the network lasts at least 2 s in these tests. The scheduler of a busy machine may hold
+    # up any call for a good part of a second.
     assert longest < 2.0

@@ -12,7 +12,7 @@ from helpers.variations import TINY, batch, random_model
 from torch import Tensor
 from torch.func import functional_call
 
-from rsotrain.config.adapters import Pruning
+from rsotrain.config.choices import Pruning
 from rsotrain.config.methods import WeightRounding
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama

@@ -1,4 +1,4 @@
-"""The worked example of rsotrain/optim/README.md is run as it stands."""
+"""The worked examples of rsotrain/optim/README.md are run as they stand."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def blocks() -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signum")
     parts = blocks()
-    assert set(parts) == {"settings", "code", "conf"}
+    assert set(parts) == {"trainer", "settings", "code", "conf"}
     for name in ("settings", "code"):
         (folder / f"{name}.py").write_text(parts[name])
     (folder / "mine/optimizer").mkdir(parents=True)
@@ -65,3 +65,11 @@ def test_its_plan_is_its_formula(folder: Path) -> None:
     shown = call(folder, "mode=plan", "model=llama_tiny", "device=cpu", "logger=jsonl")
     assert "signum" in shown
     assert "differs" not in shown
+
+
+def test_its_program_with_transformers_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", blocks()["trainer"]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "foam/checkpoint-4/optimizer.pt").is_file()
+    assert (tmp_path / "optimizer.pt").is_file()

@@ -166,7 +166,7 @@ def test_mistakes_get_a_sentence_and_leave_the_model(
 
 @pytest.mark.parametrize("sampler", ["haar", "svd"])
 def test_a_model_without_memory_samples_nothing(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsotrain.subspace.random_bases.normal", None)
+    monkeypatch.setattr(SampleRequest, "normal", None)
     optimizer = build(Toy(torch.float32).to("meta"), config(), SAMPLERS[sampler])
     assert all(group.basis is not None and group.basis.is_meta for group in rso_of(optimizer).input_groups)
 

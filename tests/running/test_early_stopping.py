@@ -69,7 +69,7 @@ def test_training_ends_when_evaluations_get_no_better(
     assert train(run_of(tiny, tmp_path, "s", *RUN))["ended"] == "all 12 steps"
 
 
-@pytest.mark.parametrize("stop", [5, 6, 7, 8])
+@pytest.mark.parametrize("stop", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 7, 8))])
 def test_what_patience_remembers_is_in_the_checkpoint(
     stop: int, tiny: list[str], tmp_path: Path, given_losses: None
 ) -> None:

@@ -179,7 +179,7 @@ def assert_survives(run: tuple[Config, Path], name: str, file: str, damage: Dama
             assert "step_00000004 cannot be read and is passed over" in log or "resumed" in log, name
 
 
-@pytest.mark.parametrize(("name", "file", "damage"), CASES[::9], ids=[name for name, _, _ in CASES[::9]])
+@pytest.mark.parametrize(("name", "file", "damage"), CASES[::18], ids=[name for name, _, _ in CASES[::18]])
 def test_a_hostile_file_gets_one_sentence(
     name: str, file: str, damage: Damage, run: tuple[Config, Path]
 ) -> None:

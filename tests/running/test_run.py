@@ -143,7 +143,14 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGINT,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_saves_and_exits_with_75(number: int, tmp_path: Path, tiny: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rsotrain", *tiny, "steps=100000", "save_every=null", "run_name=r"],
@@ -265,8 +272,8 @@ def test_other_data_under_the_same_path_is_refused(cli: Cli, tmp_path: Path, tin
     ("name", "content", "status", "sentence"),
     [
         ("config.yaml", "a: [", 2, "config.yaml is damaged"),
-        ("config.yaml", "", 2, "config.yaml is damaged"),
-        ("run.json", "", 75, "resumed from"),
+        pytest.param("config.yaml", "", 2, "config.yaml is damaged", marks=pytest.mark.slow),
+        pytest.param("run.json", "", 75, "resumed from", marks=pytest.mark.slow),
         ("summary.json", "[]", 75, "resumed from"),
     ],
 )
@@ -314,10 +321,10 @@ def test_an_experiment_sets_top_level_keys_and_the_command_line_wins(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "is empty"),
+        pytest.param("", "is empty", marks=pytest.mark.slow),
         ("{not json\n", "JSON"),
         ('{"body": "x"}\n', "text"),
-        ('{"text": "too short"}\n', "seq_len"),
+        pytest.param('{"text": "too short"}\n', "seq_len", marks=pytest.mark.slow),
     ],
 )
 def test_bad_data_files(content: str, sentence: str, cli: Cli, tmp_path: Path, tiny: list[str]) -> None:

@@ -80,7 +80,7 @@ def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[s
     assert whole.step == parts.step == 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "bf16_mixed"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     optimizer: str, precision: str, tiny: list[str], cache_dir: Path

@@ -1,0 +1,150 @@
+"""Counts what a GPU would be asked for, from fake CUDA tensors: launches, host syncs, mixed devices."""
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rsotrain
+from rsotrain.instruments.phases import Phase, watching
+
+_PACKAGE = str(Path(rsotrain.__file__).parent)
+# No kernel: memory alone, or a value on its way to the host (counted as a sync).
+_NO_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "set_", "resize_", "record_stream", "is_same_size")
+# About how many kernels an operation is that is more than one: cuSOLVER's for each matrix, others a call.
+_PER_MATRIX = {"linalg_qr": 60, "_linalg_eigh": 200, "_linalg_svd": 300, "linalg_householder_product": 30}
+_PER_CALL = {"sort": 4, "argsort": 4, "topk": 4, "embedding_dense_backward": 8, "linalg_vector_norm": 2}
+# Operations after which the host waits: a value goes to it, a result has a size that it must know, or it asks
+# whether a decomposition has converged.
+_VALUES = ("_local_scalar_dense", "equal")
+_SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
+_DECOMPOSITIONS = ("_linalg_eigh", "_linalg_svd", "_linalg_check_errors")
+_WAITING = (*_VALUES, *_SIZES, *_DECOMPOSITIONS)
+# From ATen's MultiTensorApply.cuh: tensors of one launch by the number of lists, elements of a chunk,
+# and blocks of one launch.
+_TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+_CHUNK_ELEMENTS, _BLOCKS_OF_LAUNCH = 65536, 320
+
+
+class GpuWatch(TorchDispatchMode):
+    """``launches``: number of kernels by phase of the step, in ``operations`` by (phase, operation).
+
+    ``syncs``: how often the host waits for the device, by place in the package. ``problems``: what a GPU
+    would refuse.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._idle = False  # the host has waited, and launched nothing since
+        self._phase = "other"
+        self.launches: Counter[str] = Counter()
+        self.operations: Counter[tuple[str, str]] = Counter()
+        self.syncs: Counter[str] = Counter()
+        self.problems: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        """Forget what was counted, but for problems."""
+        for counter in (self.launches, self.operations, self.syncs):
+            counter.clear()
+
+    @contextmanager
+    def phases(self) -> Iterator[None]:
+        """Count launches by phase inside."""
+
+        @contextmanager
+        def watch(name: Phase) -> Iterator[None]:
+            before, self._phase = self._phase, name.value
+            try:
+                yield
+            finally:
+                self._phase = before
+
+        with watching(watch):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._check_devices(func, name, args, kwargs, inputs)
+        result = func(*args, **kwargs)
+        tensors = [*inputs, *(x for x in tree_leaves(result) if isinstance(x, Tensor))]
+        if any(x.is_cuda for x in tensors) and not _is_free(func, name):
+            number = _launches(name, args, inputs)
+            self._idle = False
+            self.launches[self._phase] += number
+            self.operations[self._phase, name] += number
+        return result
+
+    def _check_devices(self, func: Any, name: str, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> None:
+        kinds = {x.device.type for x in inputs if x.dim() > 0}
+        on_gpu = "cuda" in {x.device.type for x in inputs}
+        generator = kwargs.get("generator")
+        if generator is not None:
+            device = inputs[0].device if inputs else torch.device(kwargs.get("device") or "cpu")
+            if generator.device.type != device.type:
+                self.problems[
+                    f"{name}: a generator of {generator.device.type} on {device.type}{self._where()}"
+                ] += 1
+        if func.namespace == "aten" and name in ("_to_copy", "copy_"):
+            self._check_copy(name, args, kwargs, inputs)
+        elif name.startswith(("index", "_index")) and on_gpu:
+            for index in (x for x in tree_leaves(args[1:2]) if isinstance(x, Tensor)):
+                if index.dtype is torch.bool:
+                    self.syncs["a boolean index" + self._where()] += 1
+                elif not index.is_cuda:
+                    self.syncs["an index on the CPU" + self._where()] += 1
+        elif len(kinds) > 1:
+            self.problems[f"{name}: tensors of {' and '.join(sorted(kinds))}{self._where()}"] += 1
+        if on_gpu and name in _WAITING:
+            self.syncs[name + self._where()] += not self._idle
+            self._idle = True
+        if name.startswith("_fused"):
+            lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+            for of_one in zip(*lists[:4], strict=True):
+                if len({(x.dtype, x.device, x.shape, x.stride()) for x in of_one}) > 1:
+                    self.problems[f"{name}: one dtype, device and layout for all lists{self._where()}"] += 1
+
+    def _check_copy(self, name: str, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> None:
+        if name == "copy_":
+            target, source = inputs[0].device.type, inputs[1].device.type
+            blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        else:
+            source = inputs[0].device.type
+            target = torch.device(kwargs.get("device") or source).type
+            blocking = not kwargs.get("non_blocking")
+        if source != target and blocking:
+            self.syncs[f"a copy from {source} to {target}" + self._where()] += 1
+
+    def _where(self) -> str:
+        for frame in reversed(traceback.extract_stack()):
+            if frame.filename.startswith(_PACKAGE):
+                return f" at {frame.filename[len(_PACKAGE) + 1 :]}:{frame.lineno}"
+        return ""
+
+
+def _is_free(func: Any, name: str) -> bool:
+    if func.namespace == "prim" or func.is_view or name.startswith(_NO_KERNEL):
+        return True
+    return name in ("lift_fresh", "_unsafe_view", "_reshape_alias", "detach")
+
+
+def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
+    if name.startswith(("_foreach", "_fused")):
+        lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+        if not lists:
+            return 0
+        elements = sum(x.numel() for x in lists[0])
+        by_tensors = -(-len(lists[0]) // _TENSORS_OF_LAUNCH[min(5, len(lists))])
+        number = max(by_tensors, -(-elements // (_CHUNK_ELEMENTS * _BLOCKS_OF_LAUNCH)))
+        return number + (name == "_foreach_norm")
+    if name in _PER_MATRIX:
+        return _PER_MATRIX[name] * max(1, inputs[0][..., 0, 0].numel())
+    return _PER_CALL.get(name, 1)

@@ -1,0 +1,130 @@
+"""Every method's path on GPUs, walked with fake CUDA tensors by ``tools/gpu_path.py`` in its own process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from helpers.command import ROOT
+
+OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+
+# For llama_tiny, whose 14 matrices have 3 shapes: launches of the optimizer's part of a step, and of one in
+# which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
+BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
+    "adam": (12, 12, 1, 1),
+    "adam_mini": (202, 202, 1, 1),
+    "alice": (784, 5292, 1, 29),
+    "alice_0": (756, 5040, 1, 29),
+    "apollo": (434, 4424, 1, 1),
+    "apollo_mini": (434, 4424, 1, 1),
+    "carry": (334, 4884, 1, 29),
+    "dion2": (626, 626, 1, 1),
+    "fira": (574, 4004, 1, 43),
+    "foam": (234, 234, 1, 1),
+    "frugal": (166, 502, 1, 15),
+    "galore": (110, 3540, 1, 43),
+    "i3s": (110, 3680, 1, 85),
+    "ldadam": (3946, 3792, 29, 29),
+    "lion": (80, 80, 1, 1),
+    "muon": (346, 346, 1, 1),
+    "normuon": (570, 570, 1, 1),
+    "osd": (2588, 1720, 15, 15),
+    "racs": (1298, 1298, 1, 1),
+    "rso": (68, 1486, 1, 1),
+    "rso_pca": (72, 2228, 1, 25),
+    "scale": (125, 125, 1, 1),
+    "sm": (208, 3652, 1, 43),
+    "sn": (162, 162, 1, 1),
+    "sn_sm": (234, 3678, 1, 43),
+    "sumo": (2974, 7286, 2, 30),
+}
+
+OPTIMIZER_PHASES = ("optimizer step", "refresh")
+
+# One sampler of each way to draw with a method that takes it
+SAMPLERS = (
+    "block_power dct golore importance mixture online_pca randomized_svd row_norm srht switching topk_norm"
+)
+SAMPLED = ("rso:coordinate", *(f"galore:{sampler}" for sampler in SAMPLERS.split()))
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs a C++ compiler for torch's device guard"
+)
+
+
+def walked(methods: Sequence[str], *options: str) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / "counted.json"
+        command = [sys.executable, "tests/tools/gpu_path.py", "--json", str(target), *methods, *options]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+        return json.loads(target.read_text())  # type: ignore[no-any-return]
+
+
+@cache
+def on_one_gpu() -> dict[str, Any]:
+    return walked(OPTIMIZERS)
+
+
+def assert_whole(result: Mapping[str, Any]) -> None:
+    assert result["failure"] is None
+    assert result["problems"] == {}
+    assert "step after load" in result["stages"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_tensor_is_where_its_operation_is(optimizer: str) -> None:
+    assert_whole(on_one_gpu()[optimizer])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_launches_and_waits_stay_within_the_budget(optimizer: str) -> None:
+    stages = on_one_gpu()[optimizer]["stages"]
+    step, refresh = stages["step 2"], stages.get("refresh", stages["step 2"])
+    launches = [sum(s["launches"].get(phase, 0) for phase in OPTIMIZER_PHASES) for s in (step, refresh)]
+    waits = [sum(s["syncs"].values()) for s in (step, refresh)]
+    for counted, allowed in zip([*launches, *waits], BUDGETS[optimizer], strict=True):
+        assert counted <= allowed
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
+def test_four_gpus(strategy: str) -> None:
+    """Methods with state of each kind: elementwise, bases of coefficients, sums over ranks."""
+    for result in walked(["adam", "rso_pca", "racs"], "--ranks", "4", "--strategy", strategy).values():
+        assert_whole(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
+def test_every_method_on_four_gpus(strategy: str) -> None:
+    for optimizer, result in walked(OPTIMIZERS, "--ranks", "4", "--strategy", strategy).items():
+        assert result["failure"] is None, optimizer
+        assert result["problems"] == {}, optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_sampler(ranks: int) -> None:
+    for method, result in walked(SAMPLED, "--ranks", str(ranks)).items():
+        assert result["failure"] is None, method
+        assert result["problems"] == {}, method
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("a basis on the CPU", "tensors of cpu and cuda"),
+        ("a generator of the CPU", "a generator of cpu on cuda"),
+        ("a value is read", "_local_scalar_dense at optim/composite.py"),
+    ],
+)
+def test_a_mistake_is_found(mistake: str, said: str) -> None:
+    result = walked(["rso"], "--mistake", mistake, "--", "precision=bf16")["rso"]
+    found = [str(result["failure"]), *result["problems"], *result["stages"]["step 2"]["syncs"]]
+    assert any(said in each for each in found), found
