@@ -39,8 +39,8 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     ``params``: the model, or its named parameters; RSO and LoRA need the model. Each group of
     ``param_groups`` has its own ``lr``: that of the method's matrices is lr × scale, that of the others lr.
-    This is what a step uses, so schedulers of torch work. The optimizer state is made at once, on the devices of the parameters:
-    move the model first. Every parameter needs a gradient in each step.
+    This is what a step uses, so schedulers of torch work. The optimizer state is made at once, on the devices
+    of the parameters: move the model first. Every parameter needs a gradient in each step.
 
     LoRA and ReLoRA add parameters to the model, and no scheduler need know of ReLoRA's restarts. RSO changes
     the linears of the model, of Hugging Face's as of ours, and their weights get no gradients: what has them
