@@ -31,6 +31,8 @@ def load_record(path: Path) -> dict[str, Any]:
     record = read_json(path / RECORD)
     if not isinstance(record, dict) or not _is_count(record.get("step")):
         raise DamagedError(f"{RECORD} is damaged")
+    if not _is_number(record.get("adapter_alpha", 1.0)):
+        raise DamagedError(f"{RECORD} is damaged")
     evaluation = _evaluation(path)
     if evaluation is None:
         return record

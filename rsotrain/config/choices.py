@@ -62,3 +62,11 @@ class BasisStorage(Enum):
 
     stored = "stored"
     regenerated = "regenerated"
+
+
+class Pruning(Enum):
+    """Which entries of the moments become zero when the factors are reset: those that are smallest in
+    magnitude, or random ones."""
+
+    magnitude = "magnitude"
+    random = "random"

@@ -21,6 +21,7 @@ from rsotrain.files import read_yaml
 from rsotrain.models.build import build_model
 from rsotrain.models.fit import first_difference
 from rsotrain.models.llama import Llama
+from rsotrain.models.lora_linear import merged
 from rsotrain.models.pretrained import EMBEDDING, read_huggingface
 from rsotrain.tracking.run_files import CONFIG
 
@@ -88,6 +89,8 @@ def _from_run(run: Path, checkpoint: Path, device: torch.device, precision: Prec
         tensors, _, record = load_checkpoint(checkpoint, torch.device("cpu"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{checkpoint} cannot be read ({error})") from error
+    if (alpha := record.get("adapter_alpha")) is not None:
+        tensors = merged(tensors, alpha)
     embedding = tensors.get(EMBEDDING)
     if embedding is None or embedding.ndim != 2:
         raise UserError(f"{checkpoint} holds no model: it has no {EMBEDDING} with a row for each token")

@@ -19,6 +19,11 @@ class Kind(Enum):
     linear = "linear"  # (out, in)
     gain = "gain"  # of a norm
     bias = "bias"
+    down_factor = "down factor"  # A of an adapter, (r, in)
+    up_factor = "up factor"  # B of an adapter, (out, r)
+
+
+FACTORS = (Kind.down_factor, Kind.up_factor)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from rsotrain.config.rules import validate_model
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.errors import UserError
-from rsotrain.models.architecture import Kind, count_elements, weights_of
+from rsotrain.models.architecture import FACTORS, Kind, count_elements, weights_of
 from rsotrain.models.llama import Llama
 from rsotrain.models.pretrained import check_fit, load_weights, read_huggingface
 from rsotrain.parallel.sharding import local, shard_of
@@ -147,6 +147,8 @@ def _allocate(model: Llama, device: torch.device) -> None:
 def initialize(model: Llama, seed: int) -> None:
     """Gains 1, biases 0, every other weight normal with standard deviation ``initializer_range``.
 
+    Adapters get their values from the method that adds them.
+
     Each parameter has its own generator, seeded from (seed, name), and is drawn in fp32 on the CPU, of
     which a rank keeps its piece: its values depend neither on the order of construction, nor on the
     precision, the device or the number of ranks, and one weight at a time is whole.
@@ -158,16 +160,17 @@ def initialize(model: Llama, seed: int) -> None:
             nn.init.ones_(local(parameter))
         elif weight.kind is Kind.bias:
             nn.init.zeros_(local(parameter))
-        else:
-            generator = torch.Generator().manual_seed(_seed_of(weight.name, seed))
+        elif weight.kind not in FACTORS:
             values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, model.config.initializer_range, generator=generator)
+            random = initial_generator(weight.name, seed)
+            values.normal_(0.0, model.config.initializer_range, generator=random)
             local(parameter).copy_(shard_of(parameter).of(values))
 
 
-def _seed_of(name: str, seed: int) -> int:
+def initial_generator(name: str, seed: int) -> torch.Generator:
+    """For the initial values of the parameter ``name``, on the CPU."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def model_without_memory(config: ModelConfig, vocab_size: int) -> Llama:

@@ -1,4 +1,4 @@
-"""Lets RSO have the linears of a model that is not ours: of Hugging Face's LLaMA, say."""
+"""Lets RSO and LoRA have the linears of a model that is not ours: of Hugging Face's LLaMA, say."""
 
 import re
 from collections.abc import Iterable, Sequence

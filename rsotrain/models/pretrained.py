@@ -19,6 +19,7 @@ from rsotrain.files import read_json
 from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.huggingface_config import read_config, read_window
 from rsotrain.models.llama import Llama
+from rsotrain.models.lora_linear import is_factor
 from rsotrain.parallel.sharding import local, shard_of
 
 # In the order in which transformers looks for them; an index names the files of a sharded model.
@@ -148,9 +149,11 @@ def _shares_its_head(folder: Path) -> bool:
 def check_fit(model: nn.Module, folder: HuggingFaceFolder) -> None:
     """Raise UserError unless the folder's weights are those of ``model``, which may be without memory.
 
-    Embedding and head may have more rows in the model.
+    Embedding and head may have more rows in the model, and its linears adapters.
     """
-    here: dict[str, Described] = {name: (tuple(p.shape), None) for name, p in model.named_parameters()}
+    here: dict[str, Described] = {
+        name: (tuple(p.shape), None) for name, p in model.named_parameters() if not is_factor(name)
+    }
     there = {}
     rows = folder.config.vocab_size
     for name, shape, _ in folder.tensors():

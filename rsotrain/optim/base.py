@@ -243,9 +243,21 @@ class ParamGroupOptimizer(ABC):
                     )
         return result
 
+    def rate_factor(self, step: int) -> float:
+        """What the method multiplies the rates of all weights by in ``step`` (1-based)."""
+        return 1.0
+
+    def costliest_step(self) -> int | None:
+        """The first step (1-based) that does more than the others; None where all are alike."""
+        return None
+
     def state_bytes(self) -> int:
         """Bytes of the optimizer state on this rank."""
         return sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values())
+
+    def weights_held(self) -> Iterable[Tensor]:
+        """The parameters that the method trains, and those that it has frozen to train others."""
+        return self.parameters.values()
 
     def resume(self) -> None:  # noqa: B027, most methods have nothing to do
         """Called after the optimizer state has been loaded."""

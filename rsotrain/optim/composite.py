@@ -1,5 +1,6 @@
 """The optimizer of a run: one optimizer for each group of parameters, all with one clock."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -45,6 +46,10 @@ class CompositeOptimizer:
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rate of every group to its peak rate times ``factor``."""
         self.lr_factor = factor
+
+    def rate_factor(self, step: int) -> float:
+        """What the methods multiply all rates by in ``step`` (1-based), beside the schedule."""
+        return math.prod(group.rate_factor(step) for group in self.groups)
 
     def step(self) -> None:
         """One update. Raises RuntimeError and changes nothing if a parameter has no gradient.

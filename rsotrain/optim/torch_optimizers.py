@@ -37,13 +37,14 @@ _STEPS = "steps_done"  # of each param_group
 class MethodOptimizer(torch.optim.Optimizer):
     """The method for the attention and MLP weights and AdamW for the rest, as in a run.
 
-    ``params``: the model, or its named parameters; RSO needs the model. Each group of ``param_groups`` has
-    its own ``lr``: that of the method's matrices is lr × scale, that of the others lr. This is what a step
-    uses, so schedulers of torch work. The optimizer state is made at once, on the devices of the parameters:
-    move the model first. Every parameter needs a gradient in each step.
+    ``params``: the model, or its named parameters; RSO and LoRA need the model. Each group of
+    ``param_groups`` has its own ``lr``: that of the method's matrices is lr × scale, that of the others lr.
+    This is what a step uses, so schedulers of torch work. The optimizer state is made at once, on the devices
+    of the parameters: move the model first. Every parameter needs a gradient in each step.
 
-    RSO changes the linears of the model, of Hugging Face's as of ours, and their weights get no gradients:
-    what has them is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``),
+    LoRA and ReLoRA add parameters to the model, and no scheduler need know of ReLoRA's restarts. RSO changes
+    the linears of the model, of Hugging Face's as of ours, and their weights get no gradients: what has them
+    is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``),
     nor does DistributedDataParallel (refused).
 
     ``sampler``: a name of ``conf/sampler``, or settings; None: the method's own. ``seed``: of all random
@@ -137,6 +138,7 @@ class MethodOptimizer(torch.optim.Optimizer):
             self._composite.clip_(torch.linalg.vector_norm(torch.stack(norms)), self._grad_clip)
         for inner, group, peak in zip(self._composite.groups, self.param_groups, self._peaks, strict=True):
             _set_lr(inner, float(group["lr"]), peak)
+        self._composite.set_lr_factor(self._composite.rate_factor(self._composite.steps_done + 1))
         self._composite.step()
         for group in self.param_groups:
             group[_STEPS] = self._composite.steps_done
@@ -191,8 +193,11 @@ class MethodOptimizer(torch.optim.Optimizer):
         if self._is_checked:
             return
         for inner in self._composite.groups:
+            holders = inner.gradient_holders()
             require(
-                not inner.changes_modules() or not dist.is_initialized() or dist.get_world_size() == 1,
+                all(holders[name] is parameter for name, parameter in inner.parameters.items())
+                or not dist.is_initialized()
+                or dist.get_world_size() == 1,
                 f"{self.method} has gradients that are no parameter's, which DistributedDataParallel does not"
                 " sum: use one process, or rsotrain's own runs",
             )

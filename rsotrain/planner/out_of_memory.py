@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rsotrain.config.choices import BasisStorage, RestRule, StateDtype, WeightRounding
-from rsotrain.config.methods import RSOConfig, SubspaceConfig
+from rsotrain.config.methods import LoRAConfig, RSOConfig, SubspaceConfig
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
@@ -110,7 +110,7 @@ def options(config: Config) -> Iterator[Option]:
         yield with_optimizer("optimizer.state_dtype=int8", state_dtype=StateDtype.int8)
         if optimizer.rest is RestRule.adam:
             yield with_optimizer("optimizer.rest=adam8bit", rest=RestRule.adam8bit)
-    if isinstance(optimizer, SubspaceConfig):
+    if isinstance(optimizer, SubspaceConfig | LoRAConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
             yield with_optimizer(f"optimizer.rank={rank}", rank=rank)

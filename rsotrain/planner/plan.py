@@ -20,7 +20,7 @@ from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes on one rank. ``blocks``: the share of the attention and MLP weights, which the method updates."""
+    """Bytes on one rank. ``blocks``: the share of the attention and MLP weights, and of their adapters."""
 
     total: int
     blocks: int
@@ -74,7 +74,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         assert micro is not None
         parameters = Share(
             tensors_bytes(trainer.model.parameters()),
-            tensors_bytes(optimizer.parameter_groups.blocks.values()),
+            tensors_bytes(optimizer.groups[0].weights_held()) if has_blocks else 0,
         )
         gradients = Share(run.gradients_bytes, run.block_gradients_bytes)
         state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
@@ -128,6 +128,8 @@ def _steps(run: FakeRun) -> list[int]:
                 return sorted({1, min(2, run.config.steps)})
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
             return sorted({2, refresh} | ({1} if first else set()))
+        if (costliest := group.costliest_step()) is not None:
+            return sorted({1, min(costliest, run.config.steps)})
     return [1]
 
 

@@ -15,6 +15,7 @@ from rsotrain.config.schema import LoadWhat
 from rsotrain.data.position import other_order
 from rsotrain.errors import UserError, require
 from rsotrain.files import finite, read_yaml
+from rsotrain.models.lora_linear import is_factor
 from rsotrain.running.early_stopping import Patience
 from rsotrain.tracking.run_files import CONFIG
 from rsotrain.training.trainer import Trainer
@@ -114,7 +115,7 @@ class _Resumption:
             if found is None:
                 continue
             if weights_only:
-                self.trainer.load_weights(found[0]["model"])
+                self.trainer.load_weights(found[0]["model"], found[0]["trainer"].get("adapter_alpha"))
                 self.notify(f"begins with the weights of {path}")
                 return None
             progress = self._take_up(
@@ -150,9 +151,13 @@ class _Resumption:
     def _read(self, path: Path, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What ``load_state_dict`` takes, and the run's own record; None, said aloud, if it is damaged."""
 
+        shards = self.trainer.shards()
+        if kinds != KINDS:  # weights are merged with adapters that are whole
+            shards = {name: shard for name, shard in shards.items() if not is_factor(name)}
+
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
             try:
-                return read_checkpoint(path, self.trainer.shards(), self.world, kinds)
+                return read_checkpoint(path, shards, self.world, kinds)
             except _UNREADABLE as error:
                 said = str(error).strip().split("\n")[0][:300]
                 raise OSError(said or type(error).__name__) from error

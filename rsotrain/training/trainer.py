@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.methods import LoRAConfig, WeightRounding
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.data.tokenizer import Tokenizer
-from rsotrain.errors import NonFiniteError, UserError
+from rsotrain.errors import NonFiniteError, UserError, require
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
@@ -25,12 +25,15 @@ from rsotrain.models.compiling import compile_blocks
 from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.generation import generate_texts
 from rsotrain.models.llama import Llama
+from rsotrain.models.lora_linear import is_factor, merged
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import World, resolve_device
 from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.bad_steps import BadSteps
 from rsotrain.training.evaluation import Between, evaluate, go_on
 from rsotrain.training.lr_scheduler import lr_factor
+
+_ALPHA = "adapter_alpha"  # in a checkpoint's record
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class Trainer:
         return self.config.optimizer.lr * self._lr_factor(step)
 
     def _lr_factor(self, step: int) -> float:
-        return lr_factor(self.config.lr_scheduler, step, self.config.steps)
+        scheduled = lr_factor(self.config.lr_scheduler, step, self.config.steps)
+        return scheduled * self.optimizer.rate_factor(step + 1)
 
     @property
     def flops_per_token(self) -> int:
@@ -322,9 +326,15 @@ class Trainer:
                 "order": order_record(train, self.config.seed),
                 "data": data,
                 "lr": self.last_lr,
+                **self._adapter_record(),
                 **self.bad_steps.state_dict(),
             },
         }
+
+    def _adapter_record(self) -> dict[str, float]:
+        """How much the adapters among the weights count; nothing where there are none."""
+        own = self.config.optimizer
+        return {_ALPHA: own.alpha} if isinstance(own, LoRAConfig) else {}
 
     def shards(self) -> dict[str, Shard]:
         """Which piece of the whole each tensor of ``state_dict`` is, by name; the others are whole."""
@@ -337,6 +347,12 @@ class Trainer:
         Training continues with the sequence after the last one taken, whatever the batch size was.
         """
         position = saved_position(state["trainer"], self.data.train, self.config.batch_size)
+        saved, own = state["trainer"].get(_ALPHA), self._adapter_record().get(_ALPHA)
+        require(
+            saved == own or None in (saved, own),  # then names differ, too
+            f"the checkpoint's adapters have α={saved}, which optimizer.alpha={own} would not mean; give the"
+            " same, or take its weights alone with checkpoint.load=weights",
+        )
         self._check_weights(state["model"], same_dtype=True)
         bad_steps = self.bad_steps.restored(state["trainer"])
         self.data.train.load_state_dict(state["trainer"].get("data", {}), position)
@@ -347,8 +363,15 @@ class Trainer:
         self.step = state["trainer"]["step"]
         self.tokens = state["trainer"]["tokens"]
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Load weights alone, of any dtype, for a new run; UserError if they are of another model."""
+    def load_weights(self, weights: Mapping[str, torch.Tensor], adapter_alpha: float | None = None) -> None:
+        """Load weights alone, of any dtype, for a new run; UserError if they are of another model.
+
+        ``adapter_alpha``: α of the adapters among them, which are whole, and are merged; those of this run
+        stay as they begin.
+        """
+        shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+        if adapter_alpha is not None:
+            weights = merged(weights, adapter_alpha, shards)
         self._check_weights(weights, same_dtype=False)
         self._copy_weights(weights)
 
@@ -362,7 +385,8 @@ class Trainer:
                 shape = shard.shape
             return shape, tensor.dtype if same_dtype else None
 
-        here = {name: described(name, local(p)) for name, p in self.model.named_parameters()}
+        named = self.model.named_parameters()
+        here = {name: described(name, local(p)) for name, p in named if same_dtype or not is_factor(name)}
         there = {name: described(name, tensor) for name, tensor in saved.items()}
         if difference := first_difference(here, there):
             raise UserError(f"the checkpoint is of another model: {difference}; give the model it is of")
@@ -370,4 +394,5 @@ class Trainer:
     @torch.no_grad()
     def _copy_weights(self, saved: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            local(parameter).copy_(saved[name])
+            if name in saved:
+                local(parameter).copy_(saved[name])

@@ -13,7 +13,7 @@ from helpers.runs import compose, load_data
 
 from rsotrain.cli import entry as cli
 from rsotrain.config.keys import flatten, plain
-from rsotrain.config.methods import SubspaceConfig
+from rsotrain.config.methods import LoRAConfig, ReLoRAConfig, SubspaceConfig
 from rsotrain.config.schema import Config, Mode
 from rsotrain.config.validation import validate
 from rsotrain.data.build import Data
@@ -35,18 +35,26 @@ PARAMETERS = {
 CLIPPED = ("7b",)  # by the protocol; some methods clip at every size
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore's
 
+RANKED = ("alice", "fira", "galore", "i3s", "lora", "relora")  # with GaLore's ranks
+
 # Methods with a recipe -> sizes; published settings of the method, then of single recipes. A rate or a rank
 # that is not here was not published.
 SIZES = {
     "adam": "60m 130m 350m 1b 7b", "alice": "60m 130m 350m 1b", "apollo": "60m 130m 350m 1b 7b",
     "apollo_mini": "60m 130m 350m 1b 7b",
     "fira": "60m 130m 350m 1b", "foam": "60m 130m 350m 1b", "galore": "60m 130m 350m 1b 7b",
-    "i3s": "60m 130m 350m 1b", "racs": "60m 130m 350m 1b", "scale": "60m 130m 350m 1b 7b",
+    "i3s": "60m 130m 350m 1b", "lora": "60m 130m 350m 1b", "racs": "60m 130m 350m 1b",
+    "relora": "60m 130m 350m 1b", "scale": "60m 130m 350m 1b 7b",
     "muon": "60m 130m 350m 1b", "osd": "60m 350m 1b 7b", "rso": "60m 130m 350m 1b 7b", "sn": "1b",
     "sn_sm": "60m 1b",
 }  # fmt: skip
 GALORE = {"optimizer.lr": 0.01, "optimizer.scale": 0.25, "optimizer.update_proj_gap": 200}
 APOLLO = {"optimizer.lr": 0.01, "optimizer.update_proj_gap": 200, "optimizer.eps": 1e-6}
+# of ReLoRA's code (arXiv 2307.05695), as the tables do not say
+LORA = {"sampler.name": "none", "optimizer.lr": 0.001, "optimizer.scale": 1.0, "optimizer.alpha": 32.0}
+RELORA = {
+    "optimizer.restart_warmup_steps": 100, "optimizer.pruning": "magnitude", "optimizer.prune_ratio": 0.99,
+}  # fmt: skip
 OSD = {
     "sampler.name": "online_pca", "sampler.lr": 0.005, "sampler.penalty": 0.1, "optimizer.scale": 0.25,
     "optimizer.rank": 512, "optimizer.update_proj_gap": 1, "grad_clip": 1.0, "steps": 10_000,
@@ -67,12 +75,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "galore": GALORE | {"sampler.name": "svd"},
     "i3s": GALORE | {"sampler.name": "importance"},
+    "lora": LORA,
     "muon": {"sampler.name": "none"},
     "osd": OSD,
     "racs": {
         "optimizer.scale": 0.05, "optimizer.scale_decay": 0.9, "optimizer.iterations": 5,
         "optimizer.max_growth": 1.01,
     },
+    "relora": LORA | RELORA,
     "rso": {"sampler.name": "haar"},
     "scale": {"optimizer.lr": 0.001, "optimizer.scale": 1.0, "optimizer.momentum": 0.9},
     "sn": {"sampler.name": "none", "optimizer.subset_size": None},
@@ -119,7 +129,9 @@ def published(name: str) -> dict[str, Any]:
     method, size = name.rsplit("_", 1)
     result = PROTOCOL | {"optimizer.name": method, "model.name": f"llama_{size}", "steps": STEPS[size]}
     result |= {"grad_clip": 1.0} if size in CLIPPED else {}
-    result |= {"optimizer.rank": RANKS[size]} if method in ("alice", "galore", "i3s", "fira") else {}
+    result |= {"optimizer.rank": RANKS[size]} if method in RANKED else {}
+    if method == "relora":
+        result |= {"optimizer.merge_every": STEPS[size] // 4}
     return result | METHODS[method] | RECIPES.get(name, {})
 
 
@@ -250,6 +262,10 @@ def shrunken(name: str) -> Config:
     if isinstance(config.optimizer, SubspaceConfig):
         rank, gap = config.optimizer.rank, config.optimizer.update_proj_gap
         own = {"rank": min(rank, 16), "update_proj_gap": min(gap, 2)}
+    if isinstance(config.optimizer, LoRAConfig):
+        own = {"rank": 16}
+    if isinstance(config.optimizer, ReLoRAConfig):
+        own |= {"merge_every": 2, "restart_warmup_steps": 1}
     return replace(
         small,
         optimizer=replace(config.optimizer, **own),
@@ -272,18 +288,24 @@ def test_a_shrunken_recipe_trains(name: str, data: Data) -> None:
     assert all(p.dtype is torch.bfloat16 for p in after.values())
     moved = [key for key in before if not torch.equal(before[key], after[key])]
     # the gains of the norms stand at 1, where bf16 has steps of 1/128: more than small rates
-    assert set(moved) >= {key for key, p in after.items() if p.ndim == 2}
+    still = set(trained.optimizer.parameter_groups.frozen if config.optimizer.name == "lora" else ())
+    assert set(moved) >= {key for key, p in after.items() if p.ndim == 2} - still
+    assert not still & set(moved)
 
 
-QUICK_PLANS = ["galore_60m", "rso_60m"]
+QUICK_PLANS = ["galore_60m", "lora_60m", "rso_60m"]
 
 
 def check_plan(name: str) -> None:
     config = replace(recipe(name), mode=Mode.plan)
     validate(config)
     plan = make_plan(config, gpus=False)
-    weights = PARAMETERS[name.rsplit("_", 1)[1]]
-    assert plan.parameters.total == 2 * weights  # bf16, 32,000 pieces
+    weights, adapters = PARAMETERS[name.rsplit("_", 1)[1]], 0
+    if isinstance(config.optimizer, LoRAConfig):
+        model, rank = config.model, config.optimizer.rank
+        sums = 4 * 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
+        adapters = int(model.num_hidden_layers * rank * sums)
+    assert plan.parameters.total == 2 * (weights + adapters)  # bf16, 32,000 pieces
     assert plan.optimizer_state == plan.formula_state
     width = {"float32": 4, "bfloat16": 2}[settings(config)["optimizer.state_dtype"]]
     if config.optimizer.name == "adam":

@@ -99,13 +99,13 @@ def test_array_and_sweep_are_the_runs_of_the_multirun() -> None:
         for seed in str(swept["seed"]).split(",")
     }
     lines = read_list(ROOT / "sweeps/study.txt")
-    assert len(lines) == len(expected) == 78
+    assert len(lines) == len(expected) == 84
     assert {tuple(line) for line in lines} == expected
     sweep = yaml.safe_load((ROOT / "sweeps/study.yaml").read_text())
-    assert check_sweep(Path("study.yaml"), sweep) == 78
+    assert check_sweep(Path("study.yaml"), sweep) == 84
     assert sweep["parameters"]["tuned"]["values"] == swept["tuned"].split(",")
     assert ",".join(map(str, sweep["parameters"]["seed"]["values"])) == swept["seed"]
-    assert "--array=0-77 " in (ROOT / "sweeps/study.txt").read_text()
+    assert "--array=0-83 " in (ROOT / "sweeps/study.txt").read_text()
 
 
 def test_the_report_is_validated(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from helpers.runs import OPTIMIZERS, compose
 from rsotrain.config.methods import (
     AdamMiniConfig,
     InnerSolver,
+    LoRAConfig,
     OptimizerConfig,
+    ReLoRAConfig,
     ScaleConfig,
     SolverConfig,
     SubspaceConfig,
@@ -40,11 +42,23 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
         settings |= {
             "rank": min(rank, own_rank), "update_proj_gap": min(gap, optimizer.update_proj_gap),
         }  # fmt: skip
+    if isinstance(optimizer, LoRAConfig):
+        settings |= {"rank": rank}
+    if isinstance(optimizer, ReLoRAConfig):
+        settings |= {"merge_every": gap, "restart_warmup_steps": 1}
     if isinstance(optimizer, ScaleConfig):  # these matrices are neither head nor embedding
         settings |= {"momentum_parameters": [], "column_parameters": []}
     if isinstance(optimizer, AdamMiniConfig):  # nor those of queries and keys
         settings |= {"head_parameters": []}
     return replace(optimizer, **settings), replace(sampler)  # type: ignore[arg-type]
+
+
+def refreshed_every(name: str, steps: int) -> list[str]:
+    """Overrides by which ``optimizer=name`` draws its bases, or merges its adapters, so often."""
+    config, _ = _composed(name)
+    if isinstance(config, ReLoRAConfig):
+        return [f"optimizer.merge_every={steps}", "optimizer.restart_warmup_steps=1"]
+    return [f"optimizer.update_proj_gap={steps}"] if isinstance(config, SubspaceConfig) else []
 
 
 OF_MATRICES = [name for name in OPTIMIZERS if not method_of(_composed(name)[0]).changes_modules()]

@@ -65,6 +65,7 @@ def losses(config: Config, steps: int, world: World | None = None) -> list[float
         (["rso_pca", "optimizer.update_proj_gap=1"], 1),
         (["adam", *VARIED, "activation_checkpointing=mlp"], 1),
         (["rso", *VARIED], 1),
+        (["relora", *VARIED, "optimizer.merge_every=2", "optimizer.restart_warmup_steps=1"], 1),
     ],
 )
 def test_no_block_breaks_its_graph(options: list[str], number: int) -> None:
@@ -79,7 +80,7 @@ def test_no_block_breaks_its_graph(options: list[str], number: int) -> None:
     assert compiled == pytest.approx(eager, rel=1e-5 if "precision=bf16_mixed" not in options else 1e-3)
 
 
-@pytest.mark.parametrize(("optimizer", "model"), [("galore", []), ("rso", []), ("rso", VARIED)])
+@pytest.mark.parametrize(("optimizer", "model"), [("galore", []), ("rso", []), ("rso", VARIED), ("lora", [])])
 def test_sharded_blocks_have_one_graph_too(optimizer: str, model: list[str], tmp_path: Path) -> None:
     """FSDP's hooks stay outside of it."""
     config = compose([*SMALL, f"optimizer={optimizer}", "parallelism=fsdp", *model])

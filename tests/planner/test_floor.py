@@ -9,7 +9,7 @@ from rsotrain.planner.plan import make_plan
 SMALL = ["model=llama_tiny", "seq_len=32", "tokenizer.vocab_size=300", "precision=bf16"]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "galore", "rso_pca"])
+@pytest.mark.parametrize("optimizer", ["adam", "galore", "rso_pca", "lora"])
 def test_no_peak_is_below_its_floor(optimizer: str) -> None:
     plan = make_plan(
         compose([*SMALL, f"optimizer={optimizer}", "batch_size=2", "micro_batch_size=1"]), gpus=False

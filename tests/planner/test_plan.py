@@ -221,6 +221,21 @@ def test_each_phase_holds_what_it_must(tiny: list[str]) -> None:
     assert refresh[Phase.refresh].by_kind[Kind.temporaries] > 0
 
 
+def test_a_plan_has_the_step_that_merges_adapters(tiny: list[str]) -> None:
+    merging = ["optimizer.merge_every=3", "optimizer.restart_warmup_steps=1", "precision=bf16", "steps=5"]
+    plan = make_plan(config_of("relora", "llama_tiny", tiny, *merging), gpus=False)
+    assert Phase.refresh.value in plan.phases
+    down = 64 * 176  # the largest weight: its product is whole in float32 for a moment
+    assert plan.phases[Phase.refresh.value]["temporaries"] >= 4 * down
+    assert Phase.refresh.value not in make_plan(config_of("lora", "llama_tiny", tiny), gpus=False).phases
+    # weights with their adapters; gradients and states of the adapters alone
+    elements = 2 * (4 * 64 * 64 + 3 * 64 * 176)
+    factors = 2 * 16 * (4 * 2 * 64 + 3 * (64 + 176))
+    assert plan.parameters.blocks == 2 * (elements + factors)
+    assert plan.gradients.blocks == 4 * factors  # of two micro-batches in float32
+    assert plan.optimizer_state.blocks == 2 * 4 * factors
+
+
 def test_a_tracker_knows_when_a_storage_ends_and_what_it_was_for() -> None:
     tracker = MemoryTracker()
     with tracker:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.methods import refreshed_every
 from helpers.runs import OPTIMIZERS, compose, load_data, trainer
 
 from rsotrain.errors import NonFiniteError
@@ -44,11 +45,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_a_skipped_batch_leaves_no_trace_but_the_position(
     optimizer: str, tiny: list[str], cache_dir: Path
 ) -> None:
-    gap = (
-        ["optimizer.update_proj_gap=2"]
-        if hasattr(compose([f"optimizer={optimizer}"]).optimizer, "rank")
-        else []
-    )
+    gap = refreshed_every(optimizer, 2)
     overrides = [*tiny, f"optimizer={optimizer}", *gap, "max_bad_steps=2"]
     made = with_bad_batches(overrides, cache_dir, {1, 3})  # in the steps that a refresh follows, too
     skipped = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.methods import refreshed_every
 from helpers.runs import OPTIMIZERS, compose, load_data, trainer
 
 from rsotrain.config.identity import identity
@@ -19,9 +20,7 @@ IN_BACKWARD = "optimizer.update_in_backward=true"
 
 def settings_of(optimizer: str, tiny: list[str], *more: str) -> list[str]:
     """Refreshes in steps 1 and 3 of a method that has them."""
-    has_bases = hasattr(compose([f"optimizer={optimizer}"]).optimizer, "update_proj_gap")
-    gap = ["optimizer.update_proj_gap=2"] if has_bases else []
-    return [*tiny, f"optimizer={optimizer}", *gap, *more]
+    return [*tiny, f"optimizer={optimizer}", *refreshed_every(optimizer, 2), *more]
 
 
 def tensors(trained: Trainer) -> dict[str, torch.Tensor]:
@@ -65,8 +64,9 @@ def test_the_weights_are_those_of_updates_after_the_backward_pass(
         ("galore", ["precision=bf16", "optimizer.state_dtype=bfloat16", "activation_checkpointing=mlp"]),
         ("galore", ["precision=fp32", "sampler=online_pca", "model.freeze=['embed_tokens','norm']"]),
         ("rso", ["precision=bf16", "optimizer.proximal_eta=1.0", "optimizer.refresh_warmup_steps=1"]),
+        ("relora", ["precision=bf16_mixed", "activation_checkpointing=block"]),
     ],
-    ids=["tied", "checkpointed", "staggered", "rounded", "frozen", "proximal"],
+    ids=["tied", "checkpointed", "staggered", "rounded", "frozen", "proximal", "merged"],
 )
 def test_other_settings_change_nothing_about_that(
     optimizer: str, more: list[str], tiny: list[str], cache_dir: Path
