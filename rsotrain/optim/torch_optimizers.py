@@ -20,6 +20,7 @@ from torch import nn
 
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
 from rsotrain.config.methods import WeightRounding
+from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError, require
@@ -46,7 +47,8 @@ class MethodOptimizer(torch.optim.Optimizer):
     what has them is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``),
     nor does DistributedDataParallel (refused).
 
-    ``sampler``: a name of ``conf/sampler``, or settings; None: the method's own. ``seed``: of all random
+    ``sampler``: a name of ``conf/sampler``, or ``sampler_settings(name, …)`` for other settings than the
+    file's; None: the method's own. ``seed``: of all random
     numbers. ``total_steps``: for ``sampler=golore`` alone, which changes at a share of them.
     ``bf16_products``: project in bfloat16; None: where the method's weights are bfloat16. ``grad_clip``: as
     in a run, a limit on the norm of the gradients, which ``step`` applies. ``settings``: the keys of
@@ -75,12 +77,24 @@ class MethodOptimizer(torch.optim.Optimizer):
         if low:  # as in a run with precision=bf16
             values = {"weight_rounding": WeightRounding.stochastic} | values
         config = method_settings(self.method, values)
+        validate_decay(config)
+        require(
+            low or config.weight_rounding is WeightRounding.nearest,
+            "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
+        )
         chosen = method_defaults(self.method).sampler if sampler is None else sampler
         subspace = sampler_settings(chosen) if isinstance(chosen, str) else chosen
         built = build_sampler(subspace)
+        switches = built is not None and built.switch is not None
         require(
-            built is None or built.switch is None or total_steps is not None,
-            f"sampler={subspace.name} changes at a share of the training: give total_steps=…",
+            switches == (total_steps is not None),
+            f"sampler={subspace.name} changes at a share of the training: give total_steps=…"
+            if switches
+            else f"total_steps={total_steps} does nothing with sampler={subspace.name}: leave it out",
+        )
+        require(
+            built is not None or bf16_products is None,
+            f"{self.method} projects nothing, so bf16_products would do nothing: leave it out",
         )
         if method_of(config).changes_modules():
             if not isinstance(model, nn.Module):
@@ -101,6 +115,12 @@ class MethodOptimizer(torch.optim.Optimizer):
             precision=Precision.bf16 if low else Precision.fp32,
             seed=seed,
             total_steps=total_steps or 1,
+        )
+        groups_of = self._composite.parameter_groups
+        require(
+            bool(groups_of.blocks) or not groups_of.patterns,
+            f"all matrices that block_parameters finds are frozen, as RSO leaves them: give {self.method} a"
+            " model that trains them, which no RSO had before",
         )
         self._grad_clip = grad_clip
         self._peaks = [inner.peak_lr for inner in self._composite.groups]
