@@ -85,6 +85,8 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
         (trainer.optimizer, "reduce_gradients", OPTIMIZER, OTHER),
         (trainer.optimizer, "step", OPTIMIZER, OTHER),
     ]
+    if trainer.optimizer.in_backward is not None:
+        wraps.append((trainer.optimizer.in_backward, "update", OPTIMIZER, None))
     for group in groups_with_bases(trainer):
         wraps += [(owner, name, REFRESH, None) for owner, name in group.refresh_work()]
     for owner, name, inside, after in wraps:

@@ -17,8 +17,9 @@ _PROCESSES = "; start the processes with torchrun --nproc_per_node 4 -m rsotrain
 _WANDB = "; logger=wandb is Weights & Biases, and logger=jsonl leaves it out"
 # What other tools call it (without a group, in lower case) -> our key, or the end of a sentence.
 _OTHER_NAMES = {
-    "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "peak_lr": "optimizer.lr",
-    "max_lr": "optimizer.lr", "beta1": "optimizer.betas", "beta2": "optimizer.betas",
+    "lr": "optimizer.lr", "learn_rate": "optimizer.lr", "learning_rate": "optimizer.lr",
+    "peak_lr": "optimizer.lr", "max_lr": "optimizer.lr", "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
     "proj_gap": "optimizer.update_proj_gap",
     "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
     "max_steps": "steps", "num_steps": "steps", "total_steps": "steps", "num_training_steps": "steps",
@@ -43,7 +44,11 @@ _OTHER_NAMES = {
     "dataset_name": "data", "save_dir": "output_dir", "out_dir": "output_dir", "exp_name": "run_name",
     "eval_interval": "eval_every", "eval_steps": "eval_every", "save_steps": "save_every",
     "save_interval": "save_every", "logging_steps": "log_every", "log_interval": "log_every",
-    "torch_compile": "compile",
+    "torch_compile": "compile", "dim": "model.hidden_size", "d_model": "model.hidden_size",
+    "n_embd": "model.hidden_size", "embed_dim": "model.hidden_size", "n_layer": "model.num_hidden_layers",
+    "n_layers": "model.num_hidden_layers", "num_layers": "model.num_hidden_layers",
+    "n_head": "model.num_attention_heads", "n_heads": "model.num_attention_heads",
+    "num_heads": "model.num_attention_heads", "ffn_dim": "model.intermediate_size",
 }  # fmt: skip
 
 

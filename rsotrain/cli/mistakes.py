@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import chosen_options
+from rsotrain.cli.values import wrong_value
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import did_you_mean, known_keys
-from rsotrain.config.schema import SCHEMAS
+from rsotrain.config.schema import SCHEMAS, Mode
 from rsotrain.errors import LostRankError, TrainingError, UserError
 from rsotrain.tracking.escaping import one_line, print_line
 
@@ -89,6 +90,8 @@ def explain(error: Exception, given: Sequence[str] | None = None) -> str:
         near = did_you_mean(option, options)
         return f"{group}={option} does not exist{near} (there are: {', '.join(options)})"
     if isinstance(error, OverrideParseException):
+        if re.fullmatch(r"[\w-]+", error.override or ""):
+            return _bare_word(error.override)
         return (
             f"{error.override!r} is not of the form key=value"
             " (quote values that contain spaces, commas, brackets or '=' as key=\"'…'\")"
@@ -119,7 +122,16 @@ def explain(error: Exception, given: Sequence[str] | None = None) -> str:
         return f"{several[1]} is several runs; start them with rsotrain -m …"
     if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
         key = next((word.partition("=")[0] for word in arguments if unresolved[1] in word), None)
+    if key and (sentence := wrong_value(key, text)) is not None:
+        return sentence
     return f"{key}: {text}" if key else " ".join(text.split())
+
+
+def _bare_word(word: str) -> str:
+    """The sentence for a word without a value: train, optimizer, help."""
+    meant = f"mode={word}" if word in Mode.__members__ else f"{word}=…" if word in known_keys() else ""
+    say = f"; say {meant}" if meant else "; rsotrain --help lists all keys"
+    return f"{word!r} is not of the form key=value{say}"
 
 
 def _users_own(error: BaseException | None) -> UserError | None:

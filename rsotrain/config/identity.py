@@ -15,10 +15,10 @@ from rsotrain.config.schema import Config
 # What can change between two starts of one run, since the weights do not depend on it.
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
-    "save_every", "log_every", "max_bad_steps", "logger", "parallelism", "micro_batch_size", "generate",
-    "export", "benchmark", "report", "data.workers", "evaluation.samples", "evaluation.tasks",
-    "evaluation.tasks_path", "evaluation.num_fewshot", "evaluation.task_limit",
-    "evaluation.micro_batch_size", "evaluation.legacy_divisor",
+    "save_every", "log_every", "max_bad_steps", "logger", "parallelism", "micro_batch_size",
+    "optimizer.update_in_backward", "generate", "export", "benchmark", "report", "data.workers",
+    "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path", "evaluation.num_fewshot",
+    "evaluation.task_limit", "evaluation.micro_batch_size", "evaluation.legacy_divisor",
 )  # fmt: skip
 # The same, but they take part in the names that are made from settings, as they always did. With the run_name
 # of a run they may change in its folder.

@@ -111,13 +111,31 @@ def known_keys() -> list[str]:
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """ "; did you mean a, b?" with the nearest names, or the empty string."""
-    candidates = [c for c in candidates if c != name]
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
-    if not near:  # the last part alone: optimizer.learning_rate, or lr for optimizer.lr
-        last = {c: c.rsplit(".", 1)[-1] for c in candidates}
-        near_last = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last.values()))
-        near = [c for c in candidates if last[c] in near_last]
+    near = _near(name, [c for c in candidates if c != name and not name.startswith(f"{c}.")])
     return f"; did you mean {', '.join(near[:3])}?" if near else ""
+
+
+def _near(name: str, candidates: Sequence[str]) -> list[str]:
+    """Keys of the same group by the last part alone, since all have the rest in common; else keys as a whole.
+
+    Where there is no such group, keys by the last part (optimizer.lr for lr), else groups (evaluation.… for
+    evalation).
+    """
+    group, point, last = name.rpartition(".")
+    own = {c.removeprefix(f"{group}."): c for c in candidates if point and c.startswith(f"{group}.")}
+    if own and (near := [own[c] for c in difflib.get_close_matches(last, own)]):
+        return near
+    others = [c for c in candidates if ("." in c) == bool(point) and c not in own.values()]
+    if near := difflib.get_close_matches(name, others):
+        return near
+    if own:
+        return []
+    lasts = {c: c.rpartition(".")[2] for c in candidates}
+    alike = difflib.get_close_matches(last, list(lasts.values()))
+    if near := [c for c in candidates if lasts[c] in alike]:
+        return near
+    groups = {c.partition(".")[0] for c in candidates if "." in c}
+    return [f"{found}.…" for found in difflib.get_close_matches(name, sorted(groups))]
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,40 +7,22 @@ the builder imports its code, and tests and tables go through ``OPTIMIZERS``. Th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.choices import (
+    BasisStorage,
+    BiasCorrection,
+    InnerSolver,
+    OnRefresh,
+    RestRule,
+    StateDtype,
+    WeightRounding,
+)
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.ranges import COUNT, FACTOR, SIZE, SMALL, Range, number, numbers
 from rsotrain.config.registry import Settings, registering
-
-
-class OnRefresh(Enum):
-    """What a refresh of the basis does to the moments."""
-
-    keep = "keep"
-    reset = "reset"
-    transport = "transport"
-
-
-class StateDtype(Enum):
-    """int8: 8 bits an element and a float32 scale a block (``rsotrain.optim.blocks``)."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
-class WeightRounding(Enum):
-    """How an updated bfloat16 weight is rounded. stochastic: up or down at random, such that no update is
-    lost on average; the gains of norms, which lie around 1 and move by little, are float32 then. nearest: as
-    in the papers' runs, with bfloat16 gains; updates below 2⁻⁹ of a weight are lost."""
-
-    stochastic = "stochastic"
-    nearest = "nearest"
-
 
 # Name of the schema -> settings.
 OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
@@ -80,9 +62,17 @@ class OptimizerConfig:
         later(False, matters_with="weight_decay"),
     )
     state_dtype: StateDtype = means("how the moments are stored", StateDtype.float32)
+    rest: RestRule = means(
+        "rule of the other matrices, which are embedding and head; norms and biases always have Adam",
+        later(RestRule.adam),
+    )
     weight_rounding: WeightRounding = means(
         "stochastic by default with precision=bf16",
         later(WeightRounding.nearest, of_new_runs=WeightRounding.stochastic),
+    )
+    update_in_backward: bool = means(
+        "update within the backward pass, and keep no gradients; for one process and one micro-batch",
+        later(False),
     )
     block_parameters: list[str] = means(
         "regular expressions that find the names of the attention and MLP weights",
@@ -118,14 +108,6 @@ class SubspaceConfig(OptimizerConfig):
     )
 
 
-class InnerSolver(Enum):
-    """The update rule in the subspace. momentum: the bias-corrected average of gradients, with betas[0]."""
-
-    adam = "adam"
-    momentum = "momentum"
-    adagrad = "adagrad"
-
-
 @dataclass
 class SolverConfig(SubspaceConfig):
     """The settings of optimizers with a choice of the rule in the subspace; all were published with Adam."""
@@ -137,13 +119,6 @@ class SolverConfig(SubspaceConfig):
 @dataclass
 class GaLoreConfig(SolverConfig):
     """Adam in the subspace, no update outside (GaLore, arXiv 2403.03507; I3S and OSD by their samplers)."""
-
-
-class BiasCorrection(Enum):
-    """adam_form: none for AdaGrad (``betas[1]`` = 1) and RMSProp (``betas[0]`` = 0), as in SN-SM's code."""
-
-    all_forms = "all_forms"
-    adam_form = "adam_form"
 
 
 @optimizer("sn", "rsotrain.optim.sn_sm:SubsetNorm")
@@ -259,13 +234,6 @@ class Dion2Config(OptimizerConfig):
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
-class BasisStorage(Enum):
-    """stored: bases are optimizer state. regenerated: each use samples the basis again from its seed."""
-
-    stored = "stored"
-    regenerated = "regenerated"
-
-
 @optimizer("rso", "rsotrain.optim.rso:RSO")
 @dataclass
 class RSOConfig(SubspaceConfig):
@@ -321,11 +289,11 @@ class ScaleConfig(OptimizerConfig):
     momentum: float = means("decay of the momentum", number(0.9, at_least=0, below=1))
     momentum_parameters: list[str] = means(
         "regular expressions that find, of block_parameters, those with momentum: the head",
-        field(default_factory=list),
+        field(default_factory=lambda: [r"^lm_head\.weight$"]),
     )
     column_parameters: list[str] = means(
         "regular expressions that find those normalised by columns, not by rows: the embedding",
-        field(default_factory=list),
+        field(default_factory=lambda: [r"(^|\.)embed_tokens\.weight$"]),
     )
 
 
@@ -387,6 +355,6 @@ class AdamMiniConfig(OptimizerConfig):
 
     head_parameters: list[str] = means(
         "regular expressions that find the matrices, of queries and keys, with one second moment a head",
-        field(default_factory=lambda: [r"\.self_attn\.[qk]_proj\.weight$"]),
+        field(default_factory=list),
     )
     num_heads: int = means("heads of the queries", number(1, above=0, at_most=SIZE), unit="heads")

@@ -71,6 +71,34 @@ def validate_weight_rounding(config: Config) -> None:
     )
 
 
+def validate_update_in_backward(config: Config) -> None:
+    """A gradient must be whole when it arrives, and no other may be needed for the update."""
+    if not config.optimizer.update_in_backward or config.mode in (Mode.evaluate, Mode.generate, Mode.export):
+        return
+    begin = "optimizer.update_in_backward=true updates a parameter as soon as its gradient is there"
+    micro = config.micro_batch_size
+    require(
+        config.parallelism.strategy is Strategy.single,
+        f"{begin}, and parallelism={config.parallelism.strategy.name} adds gradients up over processes;"
+        " leave it out, or take parallelism=single",
+    )
+    require(
+        micro is None or micro == config.batch_size,
+        f"{begin}, and micro_batch_size={micro} adds gradients up over the micro-batches of"
+        f" batch_size={config.batch_size}; leave it out, or make them equal",
+    )
+    require(
+        config.grad_clip is None,
+        f"{begin}, and grad_clip={config.grad_clip} needs the norm of all gradients first; leave one of them"
+        " out",
+    )
+    require(
+        config.max_bad_steps == 0,
+        f"{begin}, and max_bad_steps={config.max_bad_steps} judges a batch by the norm of all gradients"
+        " before it; leave one of them out",
+    )
+
+
 def validate_model(model: ModelConfig) -> None:
     """Raise UserError for sizes out of range, or that do not fit together."""
     check_ranges(model, "model.")

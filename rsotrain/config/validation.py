@@ -11,6 +11,7 @@ from rsotrain.config.rules import (
     validate_model,
     validate_parallelism,
     validate_training,
+    validate_update_in_backward,
     validate_weight_rounding,
 )
 from rsotrain.config.rules_data import validate_data, validate_tokenizer
@@ -30,6 +31,7 @@ def validate(config: Config) -> None:
     validate_parallelism(config, processes().size)
     validate_model(config.model)
     validate_weight_rounding(config)
+    validate_update_in_backward(config)
     longest = config.model.max_position_embeddings
     require(
         config.seq_len <= longest

@@ -145,7 +145,7 @@ def _tokens(
     """The stream of a corpus, and what determines it."""
 
     def build(file: BinaryIO) -> Facts:
-        notify(f"tokenising {corpus.name}")
+        notify(f"tokenising {corpus.described}")
         start = perf_counter()
         with documents_with_bar(corpus, notify) as documents:
             facts = write_tokens(file, batches(documents, ENCODED_CHARACTERS), tokenizer, max_tokens)

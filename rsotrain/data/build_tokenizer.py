@@ -13,8 +13,9 @@ from rsotrain.config.data import (
 from rsotrain.data.cache import BrokenFileError, Facts, cached_file
 from rsotrain.data.documents import Corpus, Notify, sample_texts
 from rsotrain.data.rows import reason
-from rsotrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from rsotrain.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer
+from rsotrain.data.tokenizer_process import train_tokenizer_apart
 from rsotrain.errors import UserError
 
 STREAMED_SAMPLES = 4  # a streamed corpus is read this many times the sample's size to draw it
@@ -50,7 +51,7 @@ def _trained(
         texts = sample_texts(train.documents(notify), config.max_training_bytes, limit)
         if not texts:
             raise UserError(f"{train.name} has no documents; give another")
-        file.write(train_tokenizer(texts, config))
+        file.write(train_tokenizer_apart(texts, config))
         return {}
 
     settings = {

@@ -1,6 +1,7 @@
 """Rows -> documents: which field of a row is text, which documents belong to a part, which rows are bad."""
 
 import heapq
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,9 @@ def _string(row: Row, name: str, where: str, key: str, example: Callable[[Row], 
             f" {key}=…{example(row)}"
         ) from error
     if not isinstance(text, str):
-        raise BadRow(f"{where} has a {type(text).__name__} in the field {name!r}; make it a string")
+        raise BadRow(
+            f"{where} has a value of type {type(text).__name__} in the field {name!r}; make it a string"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which is no character
@@ -119,7 +122,10 @@ class Shard(Protocol):
 
 
 class Part(Enum):
-    """All documents, or those whose text's hash lies above or below the held-out fraction."""
+    """All documents, or those whose text's hash lies above or below the held-out fraction.
+
+    Of a few long texts (``Corpus.by_ends``) the beginning or the end of each, instead.
+    """
 
     whole = "whole"
     train = "train"
@@ -147,7 +153,8 @@ class BadRows:
 class Corpus:
     """Shards in order, and what of them is a document.
 
-    ``remote``: the shards come over a network, so none should be read twice. ``fingerprint``: of the
+    ``by_ends``: the held-out part is the end of each document. ``remote``: the shards come over a network, so
+    none should be read twice. ``fingerprint``: of the
     bytes, or of whatever else determines them. ``note``: what a user should hear of before it is read.
     """
 
@@ -157,6 +164,7 @@ class Corpus:
     fingerprint: str
     part: Part = Part.whole
     fraction: float = 0.0
+    by_ends: bool = False
     max_bad_rows: int = 0
     remote: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +177,15 @@ class Corpus:
             key["template"] = self.fields.template
         if self.part is not Part.whole:
             key |= {"part": self.part.name, "fraction": self.fraction}
+        if self.by_ends:
+            key["by_ends"] = True
         return key
+
+    @property
+    def described(self) -> str:
+        """The name, and which part of it this is."""
+        words = {Part.whole: "", Part.train: "the training part of ", Part.held_out: "the held-out part of "}
+        return words[self.part] + self.name
 
     def shard_documents(
         self,
@@ -193,8 +209,8 @@ class Corpus:
             except BadRow as error:
                 bad.add(shard.name, error)
                 continue
-            if document.text and self._includes(document):
-                yield number, document
+            if document.text and (own := self._own(document)).text:
+                yield number, own
 
     def documents(self, notify: Notify, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
         """All documents, in order; ``progress`` is told now and then how many bytes of the files are read."""
@@ -211,11 +227,28 @@ class Corpus:
         if bad.count > NUM_BAD_ROWS_SHOWN:
             notify(f"warning: {self.name}: {bad.count} bad rows were skipped")
 
-    def _includes(self, document: Document) -> bool:
+    def _own(self, document: Document) -> Document:
+        """What of a document is in this part; it has no text where nothing is."""
         if self.part is Part.whole:
-            return True
-        held_out = _hash(document.prompt + document.text) < self.fraction * 2**64
-        return held_out == (self.part is Part.held_out)
+            return document
+        if self.by_ends:
+            end = _begin_of_end(document.text, self.fraction)
+            own = document.text[:end] if self.part is Part.train else document.text[end:]
+            return document._replace(text=own)
+        own_hash = is_held_out(document, self.fraction) == (self.part is Part.held_out)
+        return document if own_hash else Document("")
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document, as a whole, is one of those to validate on."""
+    return _hash(document.prompt + document.text) < fraction * 2**64
+
+
+def _begin_of_end(text: str, fraction: float) -> int:
+    """Where the last ``fraction`` of a text begins: after the next space or line break, if there is one."""
+    begin = round(len(text) * (1 - fraction))
+    space = re.compile(r"\s").search(text, begin)
+    return space.end() if space is not None and space.end() < len(text) else begin
 
 
 def _hash(text: str) -> int:

@@ -13,8 +13,16 @@ from rsotrain.config.data import (
     SyntheticDataConfig,
 )
 from rsotrain.data.documents import Corpus, Fields, InstructionFields, Part, TextField
-from rsotrain.data.finding import file_stamp, find_files, folder_files, shown
+from rsotrain.data.finding import (
+    TEXT_SUFFIXES,
+    data_suffix,
+    file_stamp,
+    find_files,
+    folder_files,
+    shown,
+)
 from rsotrain.data.fingerprint import files_fingerprint
+from rsotrain.data.held_out import settle_split
 from rsotrain.data.hub import HubShard, HubSource, folder_stamps, open_split
 from rsotrain.data.readers import FileShard
 from rsotrain.data.synthetic import SyntheticShard
@@ -25,10 +33,10 @@ VALIDATION = "data.validation_path"
 
 
 def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
-    """(training, validation) of a configuration; no document is read yet.
+    """(training, validation) of a configuration; no more is read than tells that both have documents.
 
-    Raises UserError for files that are missing, empty or of an unknown kind and for a hub that cannot be
-    reached.
+    Raises UserError for files that are missing, empty or of an unknown kind, for a hub that cannot be
+    reached, and for a fraction of local files that leaves one of the two without documents.
     """
     match data:
         case EmbeddedDataConfig():
@@ -68,16 +76,18 @@ def _local(data: FilesDataConfig | InstructionsDataConfig, cache_dir: Path) -> t
         fields, sample_by = TextField(data.text_field), data.sample_by or SampleBy.document
     files = find_files(data.path, "data.path")
     if data.validation_path is not None:
-        held_out = find_files(data.validation_path, VALIDATION)
+        others = find_files(data.validation_path, VALIDATION)
         return (
             _files(data, files, fields, cache_dir, sample_by),
-            _files(data, held_out, fields, cache_dir, sample_by, is_read_whole=True),
+            _files(data, others, fields, cache_dir, sample_by, is_read_whole=True),
         )
     assert data.validation_fraction is not None  # validate() has seen to it
-    return (
-        _files(data, files, fields, cache_dir, sample_by, Part.train, data.validation_fraction),
-        _files(data, files, fields, cache_dir, sample_by, Part.held_out, data.validation_fraction),
+    train, held_out = (
+        _files(data, files, fields, cache_dir, sample_by, part, data.validation_fraction)
+        for part in (Part.train, Part.held_out)
     )
+    texts = sample_by is SampleBy.document and all(data_suffix(file) in TEXT_SUFFIXES for file in files)
+    return settle_split(train, held_out, cache_dir, may_cut=texts)
 
 
 def _files(

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 # torch types the context of an autograd.Function too loosely to name what save_for_backward brings.
 Context = Any
+# Elements of an embedding's gradient that are added up in float32 at a time: 16 MiB
+_SUMMED_ELEMENTS = 1 << 22
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -209,6 +211,40 @@ def shared_input_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():  # torch.compile miscounts the arguments of a variadic forward then
         return products(x, weights)
     return _SharedInputLinear.apply(x, *weights)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        flat, width = grad.reshape(-1, grad.shape[-1]), grad.shape[-1]
+        result = flat.new_empty(ctx.rows, width)
+        columns = max(1, _SUMMED_ELEMENTS // ctx.rows)
+        for start in range(0, width, columns):
+            run = slice(start, start + columns)
+            result[:, run] = torch.ops.aten.embedding_dense_backward(
+                flat[:, run].to(torch.float32), tokens.reshape(-1), ctx.rows, -1, False
+            )
+        return result, None
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """The rows of ``weight`` (rows, width) for ``tokens`` (...): (..., width).
+
+    A row's gradient is a sum over all its tokens, which may be thousands. torch adds those of a bfloat16
+    weight up in bfloat16 on a CPU, where small summands are lost beside a large sum; here they are added in
+    float32, some columns at a time, and rounded once.
+    """
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.embedding(tokens, weight)
+    return _Embedding.apply(weight, tokens)
 
 
 def rotary_tables(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig
-from rsotrain.models.functional import rotary_tables
+from rsotrain.models.functional import embedding, rotary_tables
 from rsotrain.models.layers import Linear, RMSNorm
 from rsotrain.models.loss import linear_cross_entropy
 from rsotrain.models.parts import build_block
@@ -46,7 +46,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        x = embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         tables = rotary_tables(
             tokens.shape[1], self.head_dim, self.rope_theta, tokens.device, self.rope_scaling
         )

@@ -1,5 +1,6 @@
 """AdamW at full rank."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +56,18 @@ class AdamW(ParamGroupOptimizer):
         return StateSize((matrix.piece, matrix.piece))
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         # the kernel takes lists of one dtype and device, and one decay
         kinds: dict[tuple[torch.dtype, torch.device, float], list[str]] = {}
-        for name, parameter in self.parameters.items():
+        for name in names:
+            parameter = self.parameters[name]
             kinds.setdefault((parameter.dtype, parameter.device, self.decay_of(name)), []).append(name)
-        for (dtype, device, decay), names in kinds.items():
+        for (dtype, device, decay), own in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.reduced
             largest = PIECE_ELEMENTS if device.type == "cpu" else BUCKET_ELEMENTS
             limit = largest if copies else None
-            pieces = [piece for name in names for piece in self._pieces(name, limit, step)]
+            pieces = [piece for name in own for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]
             for group in groups:
                 self._update_group(group, count, step, self.peak_lr * lr_factor, decay)

@@ -1,7 +1,7 @@
 """The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -41,6 +41,14 @@ def buckets(
         result[-1].append(item)
         filled += size(item)
     return result
+
+
+def chosen(
+    buckets: Iterable[Sequence[Item]], names: Collection[str], name_of: Callable[[Item], str] = str
+) -> list[list[Item]]:
+    """Of each bucket the items with these names; no empty buckets."""
+    own = ([item for item in bucket if name_of(item) in names] for bucket in buckets)
+    return [bucket for bucket in own if bucket]
 
 
 def gradient_of(name: str, parameter: Tensor) -> Tensor:
@@ -104,8 +112,15 @@ class ParamGroupOptimizer(ABC):
     # --- what a method may define beside its constructor ---------------------------------------------
 
     @abstractmethod
-    def update(self, step: int, lr_factor: float) -> None:
-        """Update the parameters. ``step`` is 1-based; the learning rate is ``peak_lr * lr_factor``."""
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
+        """Update these parameters: all, or one of ``units``, in any order within a step.
+
+        ``step`` is 1-based; the learning rate is ``peak_lr * lr_factor``.
+        """
+
+    def units(self) -> list[list[str]]:
+        """The parameters by name, in lists of those that cannot be updated without each other."""
+        return [[name] for name in self.parameters]
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
@@ -146,6 +161,10 @@ class ParamGroupOptimizer(ABC):
             f"{cls.__module__}.{cls.__name__} does not say how large its state is: define matrix_state"
         )
 
+    def update(self, step: int, lr_factor: float) -> None:
+        """Update all parameters."""
+        self.update_of(self.parameters, step, lr_factor)
+
     # --- optimizer state ----------------------------------------------------------------------------
 
     def add_moment(self, name: str, key: str, shape: Sequence[int], dim: int | None) -> Moment:
@@ -176,9 +195,10 @@ class ParamGroupOptimizer(ABC):
             return None
         require(
             along != dim,
-            f"optimizer.state_dtype=int8: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
+            f"moments in 8 bits: {shard.pieces} ranks share the {shard.shape[0]} rows of {name}, as"
             f" its {shard.shape[1]} columns are not divisible by {shard.pieces}, and would cut the blocks of"
-            " its moments; use a number of ranks that divides the columns, or optimizer.state_dtype=bfloat16",
+            " its moments; use a number of ranks that divides the columns, or do without"
+            " optimizer.state_dtype=int8 and optimizer.rest=adam8bit",
         )
         return CodedMoment.zeros(
             shape,
@@ -243,16 +263,20 @@ class ParamGroupOptimizer(ABC):
         """What there is of the gradients after the backward pass of a micro-batch."""
         return (holder.grad for holder in self.gradient_holders().values() if holder.grad is not None)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
-        return {name: gradient_of(name, holder) for name, holder in self.gradient_holders().items()}
+    def gradients(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing.
 
-    def gradient_norms(self, step: int) -> list[Tensor]:
+        ``names``: of the parameters whose gradients these are; None: of all.
+        """
+        holders = self.gradient_holders()
+        return {name: gradient_of(name, holders[name]) for name in (holders if names is None else names)}
+
+    def gradient_norms(self, step: int, names: Collection[str] | None = None) -> list[Tensor]:
         """Norms (0-d, float32) of this rank's pieces; their squares sum to the square of the gradient norm.
 
-        ``step``: the 1-based step whose gradients these are.
+        ``step``: the 1-based step whose gradients these are. ``names``: as for ``gradients``.
         """
-        return norms_of(self.gradients().values())
+        return norms_of(self.gradients(names).values())
 
     def zero_grad(self) -> None:
         for holder in self.gradient_holders().values():

@@ -1,6 +1,5 @@
 """Builds optimizers and samplers from their settings, with which ``config`` registers the code of each."""
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -8,37 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsotrain.config.methods import AdamConfig, OptimizerConfig, SubspaceConfig
+from rsotrain.config.methods import OptimizerConfig, SubspaceConfig
 from rsotrain.config.ranges import check_ranges
-from rsotrain.config.registry import CODE
 from rsotrain.config.samplers import OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import require
-from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.moments import StateKeeper
 from rsotrain.optim.parameter_groups import group_parameters, is_norm_or_embedding
+from rsotrain.optim.registered import code_of, method_of
+from rsotrain.optim.rest import refuse_rest, rest_optimizers, sharded_by_rows
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
-
-
-def code_of(settings: type) -> Any:
-    """The class or function registered for the class ``settings``; None where none is registered."""
-    assert settings in CODE, f"{settings.__name__} names no code: write @optimizer or @sampler above it"
-    if not CODE[settings]:
-        return None
-    module, _, name = CODE[settings].partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        registry = settings.__module__.replace(".", "/") + ".py"
-        raise AssertionError(f"{registry} names {CODE[settings]} for {settings.__name__}: {error}") from error
-
-
-def method_of(config: OptimizerConfig) -> type[ParamGroupOptimizer]:
-    """The class that updates the attention and MLP weights."""
-    return code_of(type(config))
 
 
 def build_sampler(config: SamplerConfig) -> Sampler | None:
@@ -58,7 +39,7 @@ def build_optimizer(
     total_steps: int,
     place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
 ) -> CompositeOptimizer:
-    """The method of ``config`` for the attention and MLP weights, AdamW for all other parameters.
+    """The method of ``config`` for the attention and MLP weights, ``config.rest`` for all other parameters.
 
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
@@ -74,6 +55,7 @@ def build_optimizer(
         f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
     )
     groups = group_parameters(model, config.block_parameters)
+    refuse_rest(config, (tuple(p.shape) for p in groups.rest.values()))
     own: dict[str, Any] = {}
     if groups.blocks:
         if isinstance(sampler, OnlinePCAConfig) and sampler.weight_decay is None:
@@ -86,7 +68,8 @@ def build_optimizer(
         own |= more
     if place is not None:
         assert isinstance(model, nn.Module)
-        place(model, groups.blocks.values() if method.by_rows else ())
+        by_rows = sharded_by_rows(config, groups.rest.values())
+        place(model, [*by_rows, *(groups.blocks.values() if method.by_rows else ())])
         groups = groups.renewed(model)
     require(
         config.scale > 0 or not config.decay_at_lr,
@@ -109,20 +92,8 @@ def build_optimizer(
         optimizers.append(
             method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
         )
-    if groups.rest:
-        if settings.betas[1] == 1.0:  # AdaGrad is for the blocks only; the rest keeps Adam
-            settings = replace(settings, betas=(settings.betas[0], 0.999))
-        rest = AdamConfig(name="adam", lr=config.lr)
-        decayed, undecayed = groups.rest, {}
-        if config.weight_decay and not config.decay_norms_and_embeddings:
-            undecayed = {n: p for n, p in groups.rest.items() if is_norm_or_embedding(n, p)}
-            decayed = {n: p for n, p in groups.rest.items() if n not in undecayed}
-        if decayed:
-            optimizers.append(AdamW("rest: adam", decayed, config.lr, settings, rest))
-        if undecayed:
-            settings = replace(settings, weight_decay=0.0)
-            optimizers.append(AdamW("rest: adam, no decay", undecayed, config.lr, settings, rest))
-    return CompositeOptimizer(optimizers, groups)
+    optimizers += rest_optimizers(config, groups.rest, settings)
+    return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
 
 
 def _subspace(

@@ -1,13 +1,15 @@
 """The optimizer of a run: one optimizer for each group of parameters, all with one clock."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from rsotrain.errors import UserError
+from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.optim.base import ParamGroupOptimizer
+from rsotrain.optim.in_backward import UpdatesInBackward
 from rsotrain.optim.parameter_groups import GroupRow, ParameterGroups
 from rsotrain.parallel.sharding import Shard
 
@@ -20,14 +22,23 @@ class CompositeOptimizer:
 
     Keys are ``<parameter name>.<state name>`` and ``step`` (int64, optimizer steps done); all of them exist
     from construction on. The schedule acts on the learning rates through ``set_lr_factor`` only.
+    ``in_backward``: the parameters are updated within ``backward_pass``, and ``step`` has only to end the
+    step. One process, one backward pass a step; nothing may need all gradients at a time.
     """
 
-    def __init__(self, groups: list[ParamGroupOptimizer], parameter_groups: ParameterGroups) -> None:
+    def __init__(
+        self,
+        groups: list[ParamGroupOptimizer],
+        parameter_groups: ParameterGroups,
+        *,
+        in_backward: bool = False,
+    ) -> None:
         names = [name for group in groups for name in group.parameters]
         trained = [*parameter_groups.blocks, *parameter_groups.rest]
         assert sorted(names) == sorted(trained), "each parameter in exactly one group"
         self.groups = groups
         self.parameter_groups = parameter_groups
+        self.in_backward = UpdatesInBackward(groups) if in_backward else None
         self.lr_factor = 1.0
         self.steps_done = 0
 
@@ -36,15 +47,30 @@ class CompositeOptimizer:
         self.lr_factor = factor
 
     def step(self) -> None:
-        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient."""
+        """One update. Raises RuntimeError and changes nothing if a parameter has no gradient.
+
+        With ``in_backward`` the update is done, and the error comes too late for the other parameters.
+        """
+        if self.in_backward is not None:
+            self.in_backward.check()
+            self.steps_done += 1
+            return
         self.gradients()
         self.steps_done += 1
         for group in self.groups:
             group.update(self.steps_done, self.lr_factor)
 
     def zero_grad(self) -> None:
+        if self.in_backward is not None:
+            self.in_backward.clear()
         for group in self.groups:
             group.zero_grad()
+
+    def backward_pass(self) -> AbstractContextManager[None]:
+        """Around each backward pass of training, in which the parameters are updated with ``in_backward``."""
+        if self.in_backward is None:
+            return nullcontext()
+        return self.in_backward.updating(self.steps_done + 1, self.lr_factor)
 
     def gradient_holders(self) -> list[Tensor]:
         """The leaf tensors whose gradients ``step`` reads, each once."""
@@ -60,12 +86,31 @@ class CompositeOptimizer:
             group.reduce_gradients()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing."""
+        """This rank's pieces of the reduced gradients; RuntimeError if a gradient is missing.
+
+        With ``in_backward`` there are none after the backward pass.
+        """
+        if self.in_backward is not None:
+            return []
         return [gradient for group in self.groups for gradient in group.gradients().values()]
 
     def gradient_norms(self) -> list[Tensor]:
         """Norms (0-d, float32) whose squares sum to the squared gradient norm that is logged and clipped."""
+        if self.in_backward is not None:
+            self.in_backward.check()
+            return self.in_backward.norms
         return [norm for group in self.groups for norm in group.gradient_norms(self.steps_done + 1)]
+
+    def gradients_bytes(self) -> int:
+        """Bytes of the gradients of a step; with ``in_backward`` the most of them at a time so far."""
+        return tensors_bytes(self.gradients()) if self.in_backward is None else self.in_backward.most_bytes()
+
+    def block_gradients_bytes(self) -> int:
+        """The same of the attention and MLP weights alone."""
+        blocks = [group for group in self.groups if self._is_of_blocks(group)]
+        if self.in_backward is not None:
+            return self.in_backward.most_bytes(blocks)
+        return sum(tensors_bytes(group.gradients().values()) for group in blocks)
 
     def clip_(self, norm: Tensor, max_norm: float) -> None:
         """Scale the gradients so that their ``norm``, the root of the sum of squares of all

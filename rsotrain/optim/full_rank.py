@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,10 +64,10 @@ class FullRankOptimizer(ParamGroupOptimizer):
         return StateSize(tuple(cls.moment_shapes(config, matrix.name, matrix.piece).values()))
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
-        for name, parameter in self.parameters.items():
-            gradient = gradient_of(name, parameter)
+        for name in names:
+            gradient = gradient_of(name, self.parameters[name])
             kept = list(self.moments[name].values())
             in_cache = gradient.device.type == "cpu" and not self.whole(name)
             limit = CACHE_ELEMENTS if in_cache else gradient.numel()

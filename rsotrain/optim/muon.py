@@ -1,5 +1,6 @@
 """torch's Muon for the attention and MLP weights, with optimizer state created at construction."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ class Muon(ParamGroupOptimizer):
         return StateSize((matrix.piece,))
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
-        names = list(self.parameters)
-        pieces = self.shards[names[0]].pieces
-        for i in range(0, len(names), pieces):  # one matrix for each of the ranks that share them
-            wholes = [self._gathered(name, owner, step) for owner, name in enumerate(names[i : i + pieces])]
+        order = list(names)
+        pieces = self.shards[order[0]].pieces
+        for i in range(0, len(order), pieces):  # one matrix for each of the ranks that share them
+            turn = order[i : i + pieces]
+            wholes = [self._gathered(name, owner, step) for owner, name in enumerate(turn)]
             updates = [None if w is None else self._orthogonalised(w) for w in wholes]
-            for owner, (name, update) in enumerate(zip(names[i : i + pieces], updates, strict=True)):
+            for owner, (name, update) in enumerate(zip(turn, updates, strict=True)):
                 self._move(name, update, owner, step, lr)
 
     def _gathered(self, name: str, owner: int, step: int) -> Tensor | None:

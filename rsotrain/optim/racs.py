@@ -1,12 +1,13 @@
 """RACS: gradient descent scaled by rows and columns (Gong et al., ICLR 2026, arXiv 2502.07752)."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, chosen, gradient_of
 from rsotrain.optim.functional import inverse_root, limited_growth_
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
@@ -74,9 +75,9 @@ class Racs(ParamGroupOptimizer):
         return StateSize(((rows,), (columns,)), wide=1)
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
-        for names in self.buckets:
-            self._update_bucket(names, step, self.peak_lr * lr_factor)
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
+        for bucket in chosen(self.buckets, names):
+            self._update_bucket(bucket, step, self.peak_lr * lr_factor)
 
     def _update_bucket(self, names: list[str], step: int, lr: float) -> None:
         shards = [self.shards[name] for name in names]

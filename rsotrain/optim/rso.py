@@ -5,7 +5,7 @@ f(W + B P_kᵀ) + ‖B‖²/(2η) over B (out × r) alone: T (update_proj_gap) s
 each on a fresh batch. Then W ← W + B P_kᵀ. This implementation adds each step's ΔB P_kᵀ to W at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config.methods import BasisStorage, RSOConfig
 from rsotrain.errors import require
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
-from rsotrain.optim.base import Settings, buckets
+from rsotrain.optim.base import Settings, buckets, chosen
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
@@ -180,6 +180,13 @@ class RSO(OptimizerWithBases):
             )
         return total
 
+    def units(self) -> list[list[str]]:
+        """The linears of an input group share a basis, which a refresh changes for all."""
+        return [list(group.layers) for group in self.input_groups]
+
+    def _groups_of(self, names: Collection[str]) -> list[InputGroup]:
+        return [group for group in self.input_groups if group.name in names]
+
     def _num_rows(self, name: str) -> int:
         shard = self.shards[name]
         assert shard.dim in (None, 0), "RSO projects the second dimension"
@@ -217,22 +224,24 @@ class RSO(OptimizerWithBases):
         if self.row_sums is not None:
             self.reduced = self.row_sums.finish()
 
-    def gradients(self) -> dict[str, Tensor]:
-        return super().gradients() if self.row_sums is None else self.reduced
+    def gradients(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        if self.row_sums is None:
+            return super().gradients(names)
+        return self.reduced if names is None else {name: self.reduced[name] for name in names}
 
     def partial_gradients(self) -> Iterator[Tensor]:
         return super().partial_gradients() if self.row_sums is None else self.row_sums.tensors()
 
-    def gradient_norms(self, step: int) -> list[Tensor]:
+    def gradient_norms(self, step: int, names: Collection[str] | None = None) -> list[Tensor]:
         """Norms that estimate the norm of the full gradient dW from dB.
 
         With a scaled basis ‖dB‖ = √(in/r)·‖dW Q‖. A random Q captures r/in of the energy of dW, for which the
         scale √(in/r) compensates. A data-dependent Q captures nearly all of it, so the scale is divided out;
         ‖dW Q‖ never exceeds ‖dW‖.
         """
-        gradients = self.gradients()
+        gradients = self.gradients(names)
         by_weight: dict[float, list[Tensor]] = {}  # matrices have few shapes, so there are few weights
-        for group in self.input_groups:
+        for group in self._groups_of(gradients):
             weight = self._column_weights(group, step)
             for name in group.layers:
                 if isinstance(weight, float):
@@ -286,11 +295,11 @@ class RSO(OptimizerWithBases):
     # --- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
-        gradients = self.gradients()
-        for bucket in self.buckets:
-            names = [name for group in bucket for name in group.layers]
-            updates = self._negative_updates({name: gradients[name] for name in names}, step)
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
+        groups, gradients = self._groups_of(names), self.gradients(names)
+        for bucket in chosen(self.buckets, {group.name for group in groups}, lambda group: group.name):
+            own = [name for group in bucket for name in group.layers]
+            updates = self._negative_updates({name: gradients[name] for name in own}, step)
             for group in bucket:
                 basis = group.current_basis()
                 lr = self.peak_lr * lr_factor * self._rewarmed(group, step)
@@ -298,7 +307,7 @@ class RSO(OptimizerWithBases):
                     self.apply_lifted_(name, updates[name], basis, lr, step)
                     if self.config.proximal_eta is not None:
                         self.state[name][_B].add_(updates[name], alpha=lr)
-        due = {group: i for group in self.input_groups if (i := self._next_refresh(group, step)) is not None}
+        due = {group: i for group in groups if (i := self._next_refresh(group, step)) is not None}
         if due:
             self.refresh(due, step, lr_factor)
 

@@ -1,5 +1,6 @@
 """Subset-norm and subspace-momentum (Nguyen & Nguyen, ICML 2025, arXiv 2411.07120)."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -77,10 +78,12 @@ class SubsetNorm(ParamGroupOptimizer):
         return StateSize((matrix.piece, _subsets(config, matrix)))
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
         betas, eps = self.settings.betas, self.settings.eps
         for m in self.matrices:
+            if m.name not in names:
+                continue
             size = self.sizes[m.name]
             gradient = gradient_of(m.name, m.parameter).to(work_dtype(m.parameter.dtype))
             moments = [self.moments[m.name][kind] for kind in _KINDS]

@@ -1,7 +1,7 @@
 """The step that all low-rank methods but RSO share: refresh bases, project gradients, apply the method."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import SubspaceConfig
-from rsotrain.optim.base import Settings, buckets, gradient_of
+from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import Weight, WeightsLayout
@@ -124,11 +124,11 @@ class SubspaceOptimizer(OptimizerWithBases):
     # --- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float) -> None:
+    def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
-        gradients = {m.name: self.gradient(m) for m in self.matrices}
+        gradients = {m.name: self.gradient(m) for m in self.matrices if m.name in names}
         self.refresh(gradients, step, lr_factor, after_update=False)
-        for bucket in self.buckets:
+        for bucket in chosen(self.buckets, names, lambda m: m.name):
             projected = []
             for m in bucket:
                 a = gradients[m.name]
@@ -158,7 +158,11 @@ class SubspaceOptimizer(OptimizerWithBases):
         self, gradients: dict[str, Tensor], step: int, lr_factor: float, *, after_update: bool
     ) -> None:
         """Refresh the bases that are due before (or after) the update of ``step``."""
-        due = [m for m in self.matrices if self.bases.due(m.name, step, after_update=after_update)]
+        due = [
+            m
+            for m in self.matrices
+            if m.name in gradients and self.bases.due(m.name, step, after_update=after_update)
+        ]
         sources = {m.name: self.source(m, gradients[m.name], step) for m in due}
         for name, change in self.bases.refreshed(sources, step, lr_factor):
             self.basis_changed(self.by_name[name], change, step)

@@ -20,7 +20,7 @@ from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
-from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
+from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
 from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
@@ -164,7 +164,7 @@ class FakeRun:
         with self.faking():
             self.trainer = _FakeTrainer(config, data, world, model)
         self.saved_activations_bytes = 0
-        self.gradients_bytes: list[int] = []  # of each parameter group
+        self.gradients_bytes = self.block_gradients_bytes = 0
 
     def use_micro_batch(self, size: int) -> None:
         """Use micro-batches of ``size`` sequences from now on."""
@@ -189,7 +189,7 @@ class FakeRun:
         return self._step(number, whole=True)
 
     def passes(self, number: int) -> MemoryTracker:
-        """The same for the forward and backward passes of the step only."""
+        """The same for the passes alone, without an update that comes after them."""
         return self._step(number, whole=False)
 
     def _step(self, number: int, *, whole: bool) -> MemoryTracker:
@@ -207,15 +207,18 @@ class FakeRun:
 
     def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
         trainer, optimizer = self.trainer, self.trainer.optimizer
+        in_backward = optimizer.in_backward is not None
 
         def keep(tensor: torch.Tensor) -> None:
             tracker.mark([tensor], Kind.activations)
 
         @contextmanager
         def watch(name: Phase) -> Iterator[None]:
-            if name is Phase.optimizer_step and not whole:
+            if name is Phase.optimizer_step and not whole and not in_backward:
                 raise _PassesDone
             with tracker.phase(name):
+                if name is Phase.optimizer_step and in_backward:
+                    tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 if name is Phase.forward:
                     with saved_activation_bytes(trainer.live_tensors(), keep) as saved:
                         yield
@@ -226,8 +229,7 @@ class FakeRun:
                     tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 elif name is Phase.optimizer_step:  # gradients that the optimizer itself has reduced
                     tracker.mark(optimizer.gradients(), Kind.gradients)
-                    self.gradients_bytes = [
-                        tensors_bytes(group.gradients().values()) for group in optimizer.groups
-                    ]
+                    self.gradients_bytes = optimizer.gradients_bytes()
+                    self.block_gradients_bytes = optimizer.block_gradients_bytes()
 
         return watch

@@ -16,7 +16,8 @@ class Floor:
     """``kinds``: bytes by kind at the moment of most memory, if no step needed a byte of working memory.
 
     At the end of the forward pass these are weights, optimizer state, what autograd keeps, and under FSDP one
-    gathered block; before the update, weights, optimizer state and gradients. ``excess``: the kind of bytes
+    gathered block; before the update, weights, optimizer state and gradients, which is within the backward
+    pass where updates are. ``excess``: the kind of bytes
     of which the planned peak has most beyond the least of its own moment, and how much.
     """
 
@@ -33,6 +34,7 @@ def floor_of(
     saved_activations: int,
     gathered_block: int,
     phases: Mapping[str, Mapping[str, int]],
+    in_backward: bool = False,
 ) -> Floor:
     always = {Kind.parameters.value: parameters, Kind.optimizer_state.value: optimizer_state}
     passes = always | {Kind.activations.value: saved_activations, Kind.gathered.value: gathered_block}
@@ -40,6 +42,8 @@ def floor_of(
     kinds = max(passes, update, key=lambda kinds: sum(kinds.values()))
     worst = max(phases, key=lambda phase: phases[phase]["peak"])
     least = passes if worst in (Phase.forward.value, Phase.backward.value) else update  # at that moment
+    if in_backward:
+        least = passes | update
     excess = {kind.value: phases[worst][kind.value] - least.get(kind.value, 0) for kind in Kind}
     name = max(excess, key=excess.__getitem__)
     return Floor(sum(kinds.values()), kinds, (name, excess[name]))

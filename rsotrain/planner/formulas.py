@@ -1,7 +1,7 @@
 """Bytes of the optimizer state in closed form, from the shapes of a model alone.
 
-The class of each method gives the state of a matrix (``matrix_state``); all other parameters have Adam's
-state. The formulas check the planner, which measures the optimizer's tensors.
+The class of each method gives the state of a matrix (``matrix_state``), and ``optimizer.rest`` says which
+method has all other parameters. The formulas check the planner, which measures the optimizer's tensors.
 """
 
 import re
@@ -11,8 +11,8 @@ from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.models import architecture
 from rsotrain.models.architecture import Weight
 from rsotrain.models.build import model_without_memory
-from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.build import build_sampler, method_of
+from rsotrain.optim.rest import rest_state_bytes
 from rsotrain.optim.state_size import WeightsLayout
 from rsotrain.parallel.ranks import shards_of
 
@@ -48,7 +48,7 @@ def state_bytes(config: Config, vocab_size: int) -> StateBytes:
     layout = _layout(config)
     return StateBytes(
         method_of(optimizer).state_bytes_formula(optimizer, blocks, layout) if blocks else 0,
-        AdamW.state_bytes_formula(optimizer, rest, layout),
+        rest_state_bytes(optimizer, rest, layout),
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from rsotrain.config.methods import BasisStorage, RSOConfig, StateDtype, SubspaceConfig, WeightRounding
+from rsotrain.config.choices import BasisStorage, RestRule, StateDtype, WeightRounding
+from rsotrain.config.methods import RSOConfig, SubspaceConfig
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
@@ -107,6 +108,8 @@ def options(config: Config) -> Iterator[Option]:
 
     if optimizer.state_dtype is not StateDtype.int8:
         yield with_optimizer("optimizer.state_dtype=int8", state_dtype=StateDtype.int8)
+        if optimizer.rest is RestRule.adam:
+            yield with_optimizer("optimizer.rest=adam8bit", rest=RestRule.adam8bit)
     if isinstance(optimizer, SubspaceConfig):
         rank = optimizer.rank / 2 if isinstance(optimizer.rank, float) else optimizer.rank // 2
         if rank:
@@ -118,8 +121,8 @@ def options(config: Config) -> Iterator[Option]:
         if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
-        own = {"state_dtype": optimizer.state_dtype, "weight_rounding": optimizer.weight_rounding}
-        rso = RSOConfig(name="rso", lr=optimizer.lr, **own)  # type: ignore[arg-type]
+        own = {key: getattr(optimizer, key) for key in ("state_dtype", "weight_rounding", "rest")}
+        rso = RSOConfig(name="rso", lr=optimizer.lr, **own)
         yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
     if config.batch_size % (2 * size) == 0:
         strategy = config.parallelism.strategy

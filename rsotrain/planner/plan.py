@@ -76,7 +76,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             tensors_bytes(trainer.model.parameters()),
             tensors_bytes(optimizer.parameter_groups.blocks.values()),
         )
-        gradients = Share(sum(run.gradients_bytes), run.gradients_bytes[0] if has_blocks else 0)
+        gradients = Share(run.gradients_bytes, run.block_gradients_bytes)
         state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
         phases = {
             phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
@@ -100,6 +100,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
                 saved_activations=run.saved_activations_bytes,
                 gathered_block=gathered_block_bytes(config, trainer.model) if is_sharded else 0,
                 phases=phases,
+                in_backward=optimizer.in_backward is not None,
             ),
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
@@ -161,8 +162,11 @@ def _peak_of(
 ) -> tuple[Callable[[int], int], int]:
     """(peak of forward and backward passes as a function of the micro-batch, peak of all other phases)."""
 
+    in_backward = run.trainer.optimizer.in_backward is not None
+    passes = tuple(Phase) if in_backward else _PASSES  # the update is a part of the backward pass
+
     def of_passes(peaks: dict[Phase, Peak]) -> int:
-        return max(peaks[phase].total for phase in _PASSES)
+        return max(peaks[phase].total for phase in passes if phase in peaks)
 
     worst = max(of_steps, key=lambda number: of_passes(of_steps[number]))
 
@@ -172,8 +176,8 @@ def _peak_of(
         run.use_micro_batch(micro_batch)
         return of_passes(run.passes(worst).peaks())
 
-    others = [p.total for peaks in of_steps.values() for phase, p in peaks.items() if phase not in _PASSES]
-    return peak_of, max(others)
+    others = [p.total for peaks in of_steps.values() for phase, p in peaks.items() if phase not in passes]
+    return peak_of, max(others, default=0)
 
 
 def _traffic(
@@ -207,6 +211,8 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "update_proj_gap": values["optimizer"].get("update_proj_gap"),
         "staggered": values["optimizer"].get("staggered"),
         "state_dtype": values["optimizer"]["state_dtype"],
+        "update_in_backward": values["optimizer"]["update_in_backward"],
+        "rest": values["optimizer"]["rest"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],

@@ -14,8 +14,9 @@ from rsotrain.report.runs import Run
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # What is a method's own. Methods are compared on one job: where anything else differs they are not.
 OWN_KEYS = ("optimizer.", "sampler.", REPLICATE_KEY)
-# But not these: what is compared is the method, not the weights that it has or the precision of its state.
-SHARED_KEYS = ("optimizer.block_parameters", "optimizer.state_dtype")
+# But not these: what is compared is the method, not the weights that it has, how the others are trained, or
+# the precision of its state.
+SHARED_KEYS = ("optimizer.block_parameters", "optimizer.state_dtype", "optimizer.rest")
 # With equal fingerprints of data and tokenizer, where the files lay does not matter.
 PATH_KEYS = ("data.path", "data.validation_path", "tokenizer.path")
 

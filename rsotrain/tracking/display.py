@@ -119,7 +119,7 @@ class Display:
         width = len(str(self._total_steps))
         prefix = f"step {step:>{width}}/{self._total_steps}"
         if "train/loss" not in record and (memory := _cells(record, MEMORY_FIELDS)):
-            self._put("  ".join([prefix, *memory]))
+            self._put("  ".join([prefix, *memory]), screen=self._live is None)
         elif train := _cells(record, TRAIN_FIELDS):
             left = f"{self._time_left():>6} left"
             self._put("  ".join([prefix, *train, left]), screen=self._live is None)

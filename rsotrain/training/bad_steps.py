@@ -20,12 +20,13 @@ class BadSteps:
 
     A batch is bad if its loss or the norm of its gradient, before clipping, is not finite, or if that norm is
     more than ``spike_factor`` times the median of the last ``WINDOW`` updates' (None: never). ``limit``: how
-    many may be skipped in the whole run. The judgement takes the loss and the norm that are read for the log
-    anyway, so that the host waits for nothing else.
+    many may be skipped in the whole run. ``updated``: the judgement comes after the update. It takes the loss
+    and the norm that are read for the log anyway, so that the host waits for nothing else.
     """
 
     limit: int = 0
     spike_factor: float | None = None
+    updated: bool = False
     count: int = 0
     norms: list[float] = field(default_factory=list)
 
@@ -42,7 +43,8 @@ class BadSteps:
             return ""
         if self.count >= self.limit:
             skipped = f", and max_bad_steps={self.limit} batches have been skipped" if self.limit else ""
-            raise NonFiniteError(f"step {step}: {reason}{skipped}: stopped before the update")
+            when = "after" if self.updated else "before"
+            raise NonFiniteError(f"step {step}: {reason}{skipped}: stopped {when} the update")
         self.count += 1
         return f"step {step}: {reason}: batch skipped ({self.count} of at most {self.limit})"
 

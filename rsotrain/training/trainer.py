@@ -115,7 +115,9 @@ class Trainer:
         self.step = 0
         self.tokens = 0  # targets so far, without ignored ones
         self.position = 0  # number of sequences taken from the data so far, with those that were skipped
-        self.bad_steps = BadSteps(config.max_bad_steps, config.spike_factor)
+        self.bad_steps = BadSteps(
+            config.max_bad_steps, config.spike_factor, updated=config.optimizer.update_in_backward
+        )
         self.last_lr: float | None = None  # of the last update; None where nobody knows
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
@@ -165,18 +167,20 @@ class Trainer:
         that gradient accumulation over k micro-batches, or k ranks, gives the update of one batch.
         ``signals`` is called before the update, and its results are summed over ranks. A batch that is
         skipped changes neither weights nor optimizer state nor the clock: the next call takes the next batch
-        for the same step. Raises NonFiniteError before the update.
+        for the same step. Raises NonFiniteError before the update, or after it where it is a part of the
+        backward pass (``optimizer.update_in_backward``).
         """
         batches = self.micro_batches()
         tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batches)
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
+        self.optimizer.set_lr_factor(self._lr_factor(self.step))
         for i, (inputs, targets) in enumerate(batches):
             if self.world.mesh is not None:  # replicas reduce once, after all micro-batches
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
             with phase(Phase.forward):
                 loss = self.forward(inputs, targets) / tokens
-            with phase(Phase.backward):
+            with phase(Phase.backward), self.optimizer.backward_pass():
                 loss.backward()
                 total += loss.detach()
         with phase(Phase.optimizer_step):
@@ -192,12 +196,11 @@ class Trainer:
             self.optimizer.zero_grad()
             self.position += self.config.batch_size
             return StepResult(loss_value, norm_value, tokens, tuple(answers), skipped=bad)
-        self.optimizer.set_lr_factor(self._lr_factor(self.step))
         with phase(Phase.optimizer_step):
             self.optimizer.step()
         self.last_lr = self.lr
         if self.gradients_bytes == 0:
-            self.gradients_bytes = tensors_bytes(self.optimizer.gradients())
+            self.gradients_bytes = self.optimizer.gradients_bytes()
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens += tokens

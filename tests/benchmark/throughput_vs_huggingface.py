@@ -142,9 +142,9 @@ class OurLoop:
 
     def refresh_seconds(self, first: float, ordinary: float) -> float:
         from rsotrain.benchmark import REFRESH
-        from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, parts_with_bases
+        from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, groups_with_bases
 
-        if not parts_with_bases(self.trainer):
+        if not groups_with_bases(self.trainer):
             return 0.0
         clock = PhaseClock(self.trainer.device)
         attach(clock, self.trainer)

@@ -323,7 +323,7 @@ BAD_FILES = {
     "unclosed": (GOOD + b'{"text": "a"\n', "line 21 is not valid JSON .*; write one object a line"),
     "pretty-printed": (b'[\n{"text": "a"}\n]', "line 1 is not valid JSON .*; write one object a line"),
     "array": (b'[{"text": "a"}]', "line 1 is not a JSON object; write one object a line"),
-    "huge number": (b'{"text": ' + b"1" * 5000 + b"}", "line 1 has a int in the field 'text'"),
+    "huge number": (b'{"text": ' + b"1" * 5000 + b"}", "line 1 has a value of type int in the field 'text'"),
     "deep": (b"[" * 200_000, "line 1 is nested too deeply; leave such fields out"),
     "latin-1": (GOOD + '{"text": "café"}\n'.encode("latin-1"), "line 21 is not UTF-8; convert the file"),
     "surrogate": (b'{"text": "a\\ud800"}\n', "line 1 holds half a surrogate pair"),
@@ -331,8 +331,11 @@ BAD_FILES = {
         b'{"url": 1, "body": "a"}\n',
         r"line 1 has no field 'text' \(its fields: body, url\); give the right one with data.text_field=",
     ),
-    "number": (GOOD + b'{"text": 3}\n', "line 21 has a int in the field 'text'; make it a string"),
-    "null": (b'{"text": null}\n', "line 1 has a NoneType in the field 'text'"),
+    "number": (
+        GOOD + b'{"text": 3}\n',
+        "line 21 has a value of type int in the field 'text'; make it a string",
+    ),
+    "null": (b'{"text": null}\n', "line 1 has a value of type NoneType in the field 'text'"),
     "cut gzip": (
         gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))[:-200],
         "is not a whole gzip file .*; copy it again",

@@ -131,7 +131,7 @@ def test_fields_inside_others_and_literal_ones_with_a_dot(tmp_path: Path) -> Non
     for row, sentence in (
         ({"doc": 3}, r"line 1 has no field 'doc.text' \(its fields: doc\)"),
         ({"doc": {"body": "a"}}, r"line 1 has no field 'doc.text' \(its fields: doc\)"),
-        ({"doc": {"text": {"text": "a"}}}, r"line 1 has a dict in the field 'doc.text'"),
+        ({"doc": {"text": {"text": "a"}}}, r"line 1 has a value of type dict in the field 'doc.text'"),
     ):
         path.write_text(json.dumps(row))
         with pytest.raises(UserError, match=sentence):

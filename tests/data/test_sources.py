@@ -5,6 +5,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -197,7 +198,7 @@ def test_bad_rows_are_named_and_skipped_up_to_the_limit(tmp_path: Path) -> None:
     told: list[str] = []
     assert texts(corpus(2), told.append) == TEXTS[:4] + TEXTS[5:11] + TEXTS[12:20]
     assert [re.sub(".*jsonl: ", "", line) for line in told] == [
-        "line 5 has a int in the field 'text'; make it a string; skipped",
+        "line 5 has a value of type int in the field 'text'; make it a string; skipped",
         "line 12 is not UTF-8; convert the file, for example with iconv -t UTF-8; skipped",
     ]
     with pytest.raises(
@@ -292,3 +293,60 @@ def test_a_sample_is_bounded_fair_and_independent_of_order(tmp_path: Path) -> No
     assert abs(sum(places) / len(places) - 350) < 65
     assert sorted(sample_texts(iter(documents), 10 * total, None)) == sorted(TEXTS)
     assert len(sample_texts(iter(documents), total, total // 10)) < 100
+
+
+# --- a fraction of few documents ----------------------------------------------------------------------
+
+
+def books(folder: Path, number: int = 3) -> list[str]:
+    """Texts of some hundred words, as many files."""
+    folder.mkdir()
+    found = [" ".join(f"b{book}w{word}" for word in range(300)) for book in range(number)]
+    for book, text in enumerate(found):
+        (folder / f"{book}.txt").write_text(text)
+    return found
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.999])
+def test_of_a_few_books_the_end_of_each_is_held_out(fraction: float, tmp_path: Path) -> None:
+    """No file as a whole is in one of the two parts. Nothing is lost, and words stay whole."""
+    whole = books(tmp_path / "books")
+    data = FilesDataConfig("files", path=str(tmp_path / "books"), validation_fraction=fraction)
+    train, held_out = open_corpora(data, tmp_path)
+    begins, ends = texts(train), texts(held_out)
+    assert [begin + end for begin, end in zip(begins, ends, strict=True)] == whole
+    assert all(begin.endswith(" ") for begin in begins)
+    for text, end in zip(whole, ends, strict=True):
+        assert 0 <= fraction - len(end) / len(text) < 10 / len(text)  # less than a word and a space
+    assert train.note is not None
+    assert re.search(r"leaves none of 3 documents .*, so the end of each is held out$", train.note)
+    assert train.key() != replace(train, by_ends=False).key()
+    again = open_corpora(data, tmp_path)  # from the cache
+    assert (texts(again[0]), texts(again[1])) == (begins, ends)
+
+
+def test_whole_documents_are_held_out_wherever_there_are_enough(tmp_path: Path) -> None:
+    whole = books(tmp_path / "books", 40)
+    data = FilesDataConfig("files", path=str(tmp_path / "books"), validation_fraction=0.3)
+    train, held_out = open_corpora(data, tmp_path)
+    assert sorted(texts(train) + texts(held_out)) == sorted(whole)
+    assert (train.note, train.by_ends, "by_ends" in train.key()) == (None, False, False)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"), [(0.001, "to validate on; raise"), (0.999, "to train on; lower")]
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_fraction_that_leaves_nothing_is_refused_before_anything_is_tokenised(
+    suffix: str, fraction: float, said: str, tmp_path: Path
+) -> None:
+    """Rows, and lines of a text, are not cut."""
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(json_lines(TEXTS[:4]) if suffix == "jsonl" else b"one\ntwo\nthree\nfour\n")
+    data = FilesDataConfig("files", path=str(path), validation_fraction=fraction)
+    data.sample_by = None if suffix == "jsonl" else SampleBy.line
+    sentence = (
+        f"data.validation_fraction={fraction} leaves none of the 4 documents of the data file .* {said} it"
+    )
+    with pytest.raises(UserError, match=sentence):
+        open_corpora(data, tmp_path)

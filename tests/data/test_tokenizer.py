@@ -1,8 +1,14 @@
 """The tokenizer loses nothing, is the same every time, and refuses what it cannot do."""
 
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +16,8 @@ import pytest
 from rsotrain.config.data import ModelType, TrainedTokenizerConfig
 from rsotrain.config.ranges import check_ranges
 from rsotrain.data.tokenizer import PIECE_CHARACTERS, SentencePieceTokenizer, _pieces, train_tokenizer
-from rsotrain.errors import UserError
+from rsotrain.data.tokenizer_process import train_tokenizer_apart
+from rsotrain.errors import TrainingError, UserError
 
 SENTENCES = [
     "The whale swam under the ship, and the captain saw it.\n",
@@ -184,3 +191,36 @@ def test_a_damaged_model_is_one_sentence_or_a_model() -> None:
         else:
             assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode(["the ship é"])[0].tolist())
     assert refused > 200
+
+
+# --- in a process of its own --------------------------------------------------------------------------
+
+
+def test_another_process_trains_the_same_tokenizer_and_says_the_same_of_mistakes() -> None:
+    assert train_tokenizer_apart(iter(SENTENCES * 5), CONFIG) == train_tokenizer(SENTENCES * 5, CONFIG)
+    with pytest.raises(UserError, match=r"^tokenizer.vocab_size=\d+ is more than the training text can fill"):
+        train_tokenizer_apart(["ab"], TrainedTokenizerConfig())
+
+
+def test_ctrl_c_does_not_wait_for_sentencepiece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call would last for ever; its process is gone afterwards."""
+    started: list[subprocess.Popen[bytes]] = []
+    run = [sys.executable, "-c", "import time; time.sleep(1000)"]
+
+    class Endless(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **settings: Any) -> None:
+            super().__init__(run, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer_apart(SENTENCES, CONFIG)
+    assert started[0].wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_killed_process_of_the_tokenizer_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -9)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(TrainingError, match=r"was killed by signal 9 .*tokenizer.max_training_bytes"):
+        train_tokenizer_apart(SENTENCES, CONFIG)

@@ -177,14 +177,14 @@ def test_every_optimizer_fine_tunes_on_responses(
 def test_a_fraction_that_holds_nothing_out_is_named(base: Path, tmp_path: Path, cache_dir: Path) -> None:
     path = instructions(tmp_path / "a.jsonl", 3)
     config = compose(["experiment=finetune_sft", f"model.init_from={base}", f"data.path={path}"])
-    with pytest.raises(UserError, match=r"data.validation_fraction=0.02 leaves no document of"):
+    with pytest.raises(UserError, match=r"data.validation_fraction=0.02 leaves none of the 3 documents of"):
         load_data(config, cache_dir)
 
 
 def test_prompts_that_fill_a_sequence_are_left_out(base: Path, tmp_path: Path, cache_dir: Path) -> None:
     overrides = ["experiment=finetune_sft", f"model.init_from={base}", "seq_len=16"]
     path = instructions(tmp_path / "a.jsonl")
-    config = compose([*overrides, f"data.path={path}"])
+    config = compose([*overrides, f"data.path={path}", "data.validation_fraction=0.5"])
     with pytest.raises(UserError, match="no document whose prompt leaves room in seq_len=16"):
         load_data(config, cache_dir)
 

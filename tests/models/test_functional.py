@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsotrain.models import functional
 from rsotrain.models.functional import (
     normed_linear,
     rms_norm,
@@ -198,3 +199,22 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
         diagonal = scores.diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0.0, atol=1e-5)
     assert scores.diagonal(0)[0] != scores.diagonal(1)[0]
+
+
+@pytest.mark.parametrize("limit", [1 << 22, 7 * 3], ids=["at once", "by columns"])
+def test_a_row_of_the_embedding_has_all_its_tokens_gradients(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 2,000 ones come to 256, as 256 + 1 is rounded to 256."""
+    monkeypatch.setattr(functional, "_SUMMED_ELEMENTS", limit)
+    weight = torch.randn(7, 5).to(torch.bfloat16).requires_grad_()
+    tokens = torch.cat([torch.zeros(2000, dtype=torch.int64), torch.tensor([3, 6, 3])]).view(1, -1)
+    found = functional.embedding(tokens, weight)
+    assert torch.equal(found, weight[tokens])
+    found.backward(torch.ones_like(found))
+    assert weight.grad is not None
+    assert weight.grad.dtype is torch.bfloat16
+    assert weight.grad[:, 0].tolist() == [2000, 0, 0, 2, 0, 0, 1]
+    assert torch.equal(weight.grad, weight.grad[:, :1].expand(7, 5))
+    with torch.no_grad():
+        assert torch.equal(functional.embedding(tokens, weight), weight[tokens])

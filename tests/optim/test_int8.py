@@ -160,7 +160,7 @@ def test_ranks_that_would_cut_blocks_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Shard, "pieces", property(lambda self: 3))
     shard = Shard((16, 64), 0, 0, 6)
     monkeypatch.setattr("rsotrain.optim.base.shard_of", lambda parameter: shard)
-    with pytest.raises(UserError, match=r"state_dtype=int8: 3 ranks share the 16 rows of w, as its 64"):
+    with pytest.raises(UserError, match=r"moments in 8 bits: 3 ranks share the 16 rows of w, as its 64"):
         AdamW("all", {"w": nn.Parameter(torch.zeros(6, 64))}, 0.0, Settings(INT8), ADAM)
 
 

@@ -69,3 +69,46 @@ def test_each_rank_is_sent_its_rows_in_as_many_operations_for_any_number(
             assert torch.equal(place[: rows.numel()], rows.flatten())
             assert not place[rows.numel() :].any()
             begin += chunks[0].numel()
+
+
+def test_a_sum_is_under_way_while_the_next_gradients_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches, three buckets: one reduction each, waited for when the next bucket is complete."""
+    config = compose(["parallelism=fsdp"])
+    config = replace(config, parallelism=replace(config.parallelism, world_size=2))
+    leaves = {name: torch.ones(4, 4, requires_grad=True) for name in ("first", "second", "third")}
+    calls: list[str] = []
+
+    class Work:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> None:
+            calls.append(f"wait {self.name}")
+
+    def reduce_scatter(received: torch.Tensor, send: torch.Tensor, group: object) -> Work:
+        name = next(call for call in reversed(calls) if call.startswith("grad ")).removeprefix("grad ")
+        calls.append(f"send {name}")
+        return Work(name)
+
+    monkeypatch.setattr(exchange, "reduce_scatter", reduce_scatter)
+    shards = {name: Shard((4, 4), 0, 0, 2) for name in leaves}
+    with fake_world(config) as world:
+        assert world.mesh is not None
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(f"grad {name}"))
+        sums = RowSums([{name: leaf} for name, leaf in leaves.items()], shards, world.mesh)
+        for _ in range(2):
+            x = torch.eye(4)
+            for leaf in leaves.values():
+                x = torch.tanh(x @ leaf)
+            x.sum().backward()
+        assert sums.finish().keys() == leaves.keys()
+    assert calls == [
+        *["grad third", "send third"],
+        *["grad second", "wait third", "send second"],
+        *["grad first", "wait second", "send first"],
+        *["grad third", "wait first", "send third"],
+        *["grad second", "wait third", "send second"],
+        *["grad first", "wait second", "send first"],
+        "wait first",
+    ]

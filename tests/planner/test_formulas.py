@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.runs import OPTIMIZERS, compose
 
+from rsotrain.config.choices import RestRule
 from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model, count_parameters
 from rsotrain.optim.build import build_optimizer
@@ -48,6 +49,8 @@ def test_the_formula_is_the_optimizer(optimizer: str, more: list[str]) -> None:
         ("galore", ["optimizer.rank=5"]),
         ("sn", ["optimizer.subset_size=4"]),
         ("sn_sm", ["optimizer.subset_size=4"]),
+        *(("galore", [f"optimizer.rest={rule.name}", "optimizer.state_dtype=bfloat16"]) for rule in RestRule),
+        ("rso", ["optimizer.rest=foam", "optimizer.state_dtype=int8"]),
     ],
 )
 def test_the_formula_knows_the_options(optimizer: str, more: list[str]) -> None:

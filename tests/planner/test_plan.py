@@ -44,7 +44,7 @@ def planned(config: Config, size: int) -> dict[str, int]:
         run.step(1)
         return {
             "memory/parameters_bytes": tensors_bytes(run.trainer.model.parameters()),
-            "memory/gradients_bytes": sum(run.gradients_bytes),
+            "memory/gradients_bytes": run.gradients_bytes,
             "memory/optimizer_state_bytes": run.trainer.optimizer.state_bytes(),
             "memory/saved_activations_bytes": run.saved_activations_bytes,
         }
@@ -75,14 +75,36 @@ def test_the_plan_is_the_run(optimizer: str, state: str, tiny: list[str], cache_
     check_one_rank(optimizer, "llama_tiny", tiny, cache_dir, *STATES[state])
 
 
+IN_BACKWARD = ["micro_batch_size=4", "optimizer.update_in_backward=true"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in backward"])
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_9m"])
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_plan_is_the_run(
-    optimizer: str, state: str, model: str, tiny: list[str], cache_dir: Path
+    optimizer: str, state: str, model: str, in_backward: bool, tiny: list[str], cache_dir: Path
 ) -> None:
-    check_one_rank(optimizer, model, tiny, cache_dir, *STATES[state])
+    more = IN_BACKWARD if in_backward else []
+    check_one_rank(optimizer, model, tiny, cache_dir, *STATES[state], *more)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "galore", "rso"])
+def test_the_plan_knows_updates_in_the_backward_pass(
+    optimizer: str, tiny: list[str], cache_dir: Path
+) -> None:
+    check_one_rank(optimizer, "llama_tiny", tiny, cache_dir, *STATES["int8"], *IN_BACKWARD)
+    plans = {
+        more: make_plan(config_of(optimizer, "llama_9m", tiny, "precision=bf16", *more), gpus=False)
+        for more in (("micro_batch_size=4",), tuple(IN_BACKWARD))
+    }
+    after, within = plans.values()
+    assert within.gradients.total < after.gradients.total / 3
+    assert within.floor.total <= after.floor.total
+    assert within.peak < after.peak
+    for kinds in within.phases.values():
+        assert kinds[Kind.gradients.value] <= within.gradients.total
 
 
 def test_one_micro_batch_has_gradients_in_the_dtype_of_its_weights(tiny: list[str]) -> None:
@@ -124,7 +146,8 @@ def test_the_plan_for_two_ranks_is_that_of_rank_0(
     state: str, strategy: Strategy, tiny: list[str], cache_dir: Path, tmp_path: Path
 ) -> None:
     few = ["adam", "galore", "rso_pca"]
-    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state])
+    rest = ["optimizer.rest=adam_mini"] if state == "int8" else ["optimizer.rest=adam8bit"]
+    check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state], *rest)
 
 
 @pytest.mark.slow
@@ -149,11 +172,14 @@ def profiled_peak(step: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.parametrize("more", [(), tuple(IN_BACKWARD)], ids=["after", "in backward"])
 @pytest.mark.parametrize("optimizer", ["adam", "galore", "rso"])
-def test_the_planned_peak_is_that_of_the_allocator(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
+def test_the_planned_peak_is_that_of_the_allocator(
+    optimizer: str, more: tuple[str, ...], tiny: list[str], cache_dir: Path
+) -> None:
     # The profiler sees every allocation, those inside kernels, too, of which the planner knows nothing:
     # at these sizes most of 10 % would be the packed operands of a matrix product.
-    config = config_of(optimizer, "llama_9m", tiny, "seq_len=128")
+    config = config_of(optimizer, "llama_9m", tiny, "seq_len=128", *more)
     trainer = Trainer(config, load_data(config, cache_dir))
     trainer.train_step()
     before = tensors_bytes(trainer.model.parameters()) + trainer.optimizer.state_bytes()

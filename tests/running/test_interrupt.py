@@ -94,7 +94,7 @@ def press_ctrl_c(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "rsotrain.data.build_tokenizer.train_tokenizer",
+        "rsotrain.data.build_tokenizer.train_tokenizer_apart",
         "rsotrain.data.tokens.encode_documents",
         "rsotrain.training.trainer.build_model",
         "rsotrain.running.run.resume",

@@ -27,11 +27,13 @@ VOCAB_SIZE = 32000
 MODELS = ("60m", "130m", "350m", "1b", "7b")
 OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
 LARGEST_OPTIMIZERS = (*OPTIMIZERS, "rso_pca")
+BLOCK = "activation_checkpointing=block"
+IN_BACKWARD = "optimizer.update_in_backward=true"
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
 
 
 # The least memory that the settings give: states of 8 bits, and bases that RSO makes for each use.
-LEAN = {name: [f"optimizer={name}", "optimizer.state_dtype=int8"] for name in OPTIMIZERS}
+LEAN = {name: [f"optimizer={name}", "optimizer.state_dtype=int8"] for name in LARGEST_OPTIMIZERS}
 LEAN["rso"] = [*LEAN["rso"], "optimizer.projection=regenerated"]
 
 
@@ -67,10 +69,26 @@ def lean_cell(optimizer: str, ranks: int, checkpointing: str) -> str:
 
 def lean_table(pool: Executor) -> list[str]:
     columns = [(ranks, checkpointing) for ranks in (1, 8) for checkpointing in ("none", "mlp", "block")]
-    cells = {o: [pool.submit(lean_cell, o, *column) for column in columns] for o in LEAN}
+    cells = {o: [pool.submit(lean_cell, o, *column) for column in columns] for o in OPTIMIZERS}
     heads = [f"{'one GPU' if ranks == 1 else '8 GPUs'}, {what}" for ranks, what in columns]
     rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
     return [f"| llama_7b | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|", *rows]
+
+
+def in_backward_cell(optimizer: str, *more: str) -> str:
+    """Gradients and peak, GiB."""
+    plan = make_plan(run_of("7b", optimizer, 1, IN_BACKWARD, *more), gpus=False)
+    return f"{plan.gradients.total / GIB:.2f} / {plan.peak / GIB:.2f}"
+
+
+def in_backward_table(pool: Executor) -> list[str]:
+    cells = {
+        o: [pool.submit(in_backward_cell, o, *more) for more in ([], LEAN[o], [*LEAN[o], BLOCK])]
+        for o in OPTIMIZERS
+    }
+    head = "| llama_7b, one GPU | states of bfloat16 | int8 | int8, block |"
+    rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
+    return [head, "|---|---|---|---|", *rows]
 
 
 # --- the largest model -----------------------------------------------------------------------------
@@ -88,9 +106,9 @@ def with_layers(config: Config, layers: int) -> Config:
     return replace(config, model=replace(config.model, num_hidden_layers=layers))
 
 
-def largest(optimizer: str, usable: int) -> Largest:
+def largest(optimizer: str, usable: int, lean: bool) -> Largest:
     """As many layers of llama_7b's width as fit: the peak is a straight line in them, and then planned."""
-    config = run_of("7b", optimizer, 1)
+    config = run_of("7b", optimizer, 1, *(LEAN[optimizer] if lean else []))
 
     def peak(layers: int) -> int:
         return make_plan(with_layers(config, layers), gpus=False).peak
@@ -109,8 +127,8 @@ def largest_row(found: Largest) -> str:
     return f"| `{found.optimizer}` | {found.layers} | {parameters} | {found.peak / GIB:.2f} GiB |"
 
 
-def largest_table(pool: Executor) -> list[str]:
-    found = pool.map(partial(largest, usable=GPUS[0].usable), LARGEST_OPTIMIZERS)
+def largest_table(lean: bool, pool: Executor) -> list[str]:
+    found = pool.map(partial(largest, usable=GPUS[0].usable, lean=lean), LARGEST_OPTIMIZERS)
     rows = sorted(found, key=lambda row: -row.parameters)
     return ["| | layers | parameters | peak |", "|---|---|---|---|", *map(largest_row, rows)]
 
@@ -119,15 +137,16 @@ TABLES: dict[str, Callable[[Executor], list[str]]] = {
     "one GPU": partial(memory_table, 1),
     "8 GPUs": partial(memory_table, 8),
     "8 bits": lean_table,
-    "largest": largest_table,
+    "in backward": in_backward_table,
+    "largest": partial(largest_table, False),
+    "largest, 8 bits": partial(largest_table, True),
 }
 
 
-def made(name: str) -> list[str]:
-    """The lines of a table, planned in as many processes as there are cores."""
-    with ProcessPoolExecutor(
-        mp_context=get_context("spawn")
-    ) as pool:  # a forked one would lack torch's threads
+def made(name: str, processes: int | None = None) -> list[str]:
+    """The lines of a table, planned in as many processes as there are cores, or in so many."""
+    spawn = get_context("spawn")  # a forked one would lack torch's threads
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         return TABLES[name](pool)
 
 
@@ -150,7 +169,9 @@ def replaced(page: str, name: str, lines: list[str]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    for name in parser.parse_args().tables:
-        lines = made(name)
+    parser.add_argument("--processes", type=int, help="as many as there are cores if it is not given")
+    given = parser.parse_args()
+    for name in given.tables:
+        lines = made(name, given.processes)
         print("\n".join(lines), flush=True)
         PAGE.write_text(replaced(PAGE.read_text(), name, lines))

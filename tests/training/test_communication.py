@@ -1,6 +1,7 @@
 """What travels between ranks in a step: collectives and bytes, counted on two ranks."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rsotrain.training.trainer import Trainer
 
 GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
 METHODS = tuple(OPTIMIZERS)
+MICRO = {f"{name}, two micro-batches": name for name in ("adam", "galore", "rso")}
 
 
 class Traffic(TorchDispatchMode):
@@ -88,6 +90,8 @@ def traffic(
             own += ["optimizer.rank=16"] if name != "apollo_mini" else []
             own += [f"optimizer.update_proj_gap={GAP}"] if name not in ("osd", "ldadam") else []
         configs[name] = compose([*shared, f"optimizer={name}", *own])
+    for label, name in MICRO.items():
+        configs[label] = replace(configs[name], micro_batch_size=1)
     data = load_data(configs["adam"], cache_dir)
     checks = {name: partial(count, config, data) for name, config in configs.items()}
     found = ranks.run(2, checks, tmp_path_factory.mktemp("traffic"), request.param)
@@ -110,6 +114,28 @@ def test_rso_sends_no_gradient_of_a_weight(traffic: tuple[Strategy, dict[str, An
     # nothing is gathered beyond the weights themselves: B is not, P comes from its seed
     assert rso["quiet"][1].get("allgather") == adam["quiet"][1].get("allgather")
     assert rso["refresh"] == rso["quiet"]
+
+
+def test_micro_batches_send_gradients_each_and_replicas_once(
+    traffic: tuple[Strategy, dict[str, Any]],
+) -> None:
+    strategy, found = traffic
+    kind = "reduce_scatter" if strategy is Strategy.fsdp else "allreduce"
+    times = 2 if strategy is Strategy.fsdp else 1
+    scalars = (
+        found["adam"]["quiet"][1]["allreduce"] if strategy is Strategy.fsdp else 0
+    )  # loss, norm, signals
+    for label, name in MICRO.items():
+        one, two = found[name]["quiet"][1], found[label]["quiet"][1]
+        if strategy is Strategy.fsdp:
+            assert two[kind] == times * one[kind], name
+            assert two["allreduce"] == one["allreduce"] == scalars, name
+        else:
+            assert two == one, name
+    adam, rso = (found[label]["quiet"][1] for label in ("adam, two micro-batches", "rso, two micro-batches"))
+    blocks = sum(4 * rows * columns for rows, columns in found["adam"]["shapes"])
+    low_rank = sum(4 * rows * 16 for rows, _ in found["adam"]["shapes"])
+    assert adam[kind] - rso[kind] == times * (blocks - low_rank)
 
 
 def test_norms_of_whole_matrices_cost_scalars(traffic: tuple[Strategy, dict[str, Any]]) -> None:

@@ -57,6 +57,10 @@ METHODS = {
     "galore-golore": ["optimizer=galore", "sampler=golore", *SUBSPACE],
     "adam-tied": ["optimizer=adam", "model.tie_word_embeddings=true", "activation_checkpointing=mlp"],
     "adam-micro": ["optimizer=adam", "micro_batch_size=1"],
+    **{
+        f"rest-{rule}": ["optimizer=galore", f"optimizer.rest={rule}", *SUBSPACE]
+        for rule in ("adam8bit", "adam_mini", "foam", "scale")
+    },
     "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
     "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
     # not Lion: the sign of what is near 0 in 8 bits turns with the rounding of the gradient
@@ -130,7 +134,7 @@ def frozen_model(build: Callable[..., Llama], *arguments: Any, **settings: Any) 
     return model
 
 
-FEW = ["adam", "adam-micro", "galore", "osd", "fira", "muon", "rso", "rso-svd", "rso-micro"]
+FEW = ["adam", "adam-micro", "galore", "osd", "fira", "muon", "rso", "rso-svd", "rso-micro", "rest-scale"]
 CASES = {  # name: (ranks, strategy, shard_size, settings of the model, methods)
     "fsdp-2": (2, Strategy.fsdp, None, [], list(METHODS)),
     "fsdp-4-uneven": (4, Strategy.fsdp, None, UNEVEN, [m for m in METHODS if "galore-" not in m]),
