@@ -36,7 +36,7 @@ _STEPS = "steps_done"  # of each param_group
 
 
 class MethodOptimizer(torch.optim.Optimizer):
-    """The method for the attention and MLP weights and AdamW for the rest, as in a run.
+    """The method for the attention and MLP weights and AdamW, or ``rest``, for the others, as in a run.
 
     ``params``: the model, or its named parameters; RSO needs the model. Each group of ``param_groups`` has
     its own ``lr``: that of the method's matrices is lr × scale, that of the others lr. This is what a step
@@ -78,6 +78,10 @@ class MethodOptimizer(torch.optim.Optimizer):
             values = {"weight_rounding": WeightRounding.stochastic} | values
         config = method_settings(self.method, values)
         validate_decay(config)
+        require(
+            not config.update_in_backward,
+            "update_in_backward=True is for rsotrain's own runs: here step() updates the weights; leave it out",
+        )
         require(
             low or config.weight_rounding is WeightRounding.nearest,
             "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",

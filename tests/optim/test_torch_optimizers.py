@@ -76,7 +76,7 @@ def data(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("foam", {"weight_decay": 0.1}),
+        ("foam", {"weight_decay": 0.1, "rest": "adam8bit"}),
         ("muon", {}),
         ("osd", {"rank": 4}),
         ("sn_sm", SMALL),
@@ -239,6 +239,8 @@ def test_what_it_refuses() -> None:
         GaLore(model, weight_rounding="stochastic")
     with pytest.raises(UserError, match=r"no effect without optimizer\.weight_decay"):
         GaLore(model, decay_norms_and_embeddings=True)
+    with pytest.raises(UserError, match="update_in_backward=True is for rsotrain's own runs"):
+        GaLore(model, update_in_backward=True)
     with pytest.raises(UserError, match="rso changes the linears"):
         torch_optimizers.RSO(named)
     other = llama()
