@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.methods import OptimizerConfig, WeightRounding
 from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
@@ -77,39 +77,15 @@ class MethodOptimizer(torch.optim.Optimizer):
         if low:  # as in a run with precision=bf16
             values = {"weight_rounding": WeightRounding.stochastic} | values
         config = method_settings(self.method, values)
-        validate_decay(config)
-        require(
-            not config.update_in_backward,
-            "update_in_backward=True is for rsotrain's own runs: here step() updates the weights; leave it out",
-        )
-        require(
-            low or config.weight_rounding is WeightRounding.nearest,
-            "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
-        )
         chosen = method_defaults(self.method).sampler if sampler is None else sampler
         subspace = sampler_settings(chosen) if isinstance(chosen, str) else chosen
-        built = build_sampler(subspace)
-        switches = built is not None and built.switch is not None
-        require(
-            switches == (total_steps is not None),
-            f"sampler={subspace.name} changes at a share of the training: give total_steps=…"
-            if switches
-            else f"total_steps={total_steps} does nothing with sampler={subspace.name}: leave it out",
-        )
-        require(
-            built is not None or bf16_products is None,
-            f"{self.method} projects nothing, so bf16_products would do nothing: leave it out",
-        )
+        _refuse(config, subspace, low, total_steps, bf16_products)
         if method_of(config).changes_modules():
             if not isinstance(model, nn.Module):
                 raise UserError(
                     f"{self.method} changes the linears of the model, so it needs the model itself, not its"
                     " parameters"
                 )
-            require(
-                bf16_products is None,
-                f"{self.method} projects in the dtype of the activations: leave bf16_products out",
-            )
             make_projectable(model, config.block_parameters)
         low = low if bf16_products is None else bf16_products
         self._composite = build_optimizer(
@@ -228,6 +204,41 @@ class MethodOptimizer(torch.optim.Optimizer):
                         " the model before its optimizer is made",
                     )
         self._is_checked = True
+
+
+def _refuse(
+    config: OptimizerConfig,
+    sampler: SamplerConfig,
+    low: bool,
+    total_steps: int | None,
+    bf16_products: bool | None,
+) -> None:
+    """Raise UserError for arguments that would have no effect. ``low``: are there bfloat16 matrices?"""
+    validate_decay(config)
+    require(
+        not config.update_in_backward,
+        "update_in_backward=True is for rsotrain's own runs: here step() updates the weights; leave it out",
+    )
+    require(
+        low or config.weight_rounding is WeightRounding.nearest,
+        "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
+    )
+    built = build_sampler(sampler)
+    switches = built is not None and built.switch is not None
+    require(
+        switches == (total_steps is not None),
+        f"sampler={sampler.name} changes at a share of the training: give total_steps=…"
+        if switches
+        else f"total_steps={total_steps} does nothing with sampler={sampler.name}: leave it out",
+    )
+    require(
+        built is not None or bf16_products is None,
+        f"{config.name} projects nothing, so bf16_products would do nothing: leave it out",
+    )
+    require(
+        bf16_products is None or not method_of(config).changes_modules(),
+        f"{config.name} projects in the dtype of the activations: leave bf16_products out",
+    )
 
 
 def _set_lr(inner: ParamGroupOptimizer, lr: float, peak: float) -> None:

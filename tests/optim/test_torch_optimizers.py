@@ -233,6 +233,8 @@ def test_what_it_refuses() -> None:
         GaLore(model, total_steps=9)
     with pytest.raises(UserError, match="lion projects nothing"):
         torch_optimizers.Lion(model, bf16_products=True)
+    with pytest.raises(UserError, match="rso projects in the dtype of the activations"):
+        torch_optimizers.RSO(model, bf16_products=True)
     with pytest.raises(UserError, match="rounds=0 must be at least 1"):
         GaLore(model, sampler=sampler_settings("randomized_svd", rounds=0))
     with pytest.raises(UserError, match="the model has none; leave it out"):
