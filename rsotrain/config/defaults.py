@@ -77,12 +77,12 @@ def method_settings(name: str, settings: dict[str, Any]) -> OptimizerConfig:
     return _typed(defaults.schema, values, name)
 
 
-def sampler_settings(name: str) -> SamplerConfig:
-    """The settings of ``sampler=name``; UserError if there is none of this name."""
+def sampler_settings(name: str, **settings: Any) -> SamplerConfig:
+    """The settings of ``sampler=name`` with ``settings`` in place of the file's; UserError as above."""
     known = _names("sampler")
     require(name in known, f"there is no sampler {name!r}; there are {', '.join(known)}")
     defaults = _defaults("sampler", name)
-    return _typed(defaults.schema, defaults.values, name)
+    return _typed(defaults.schema, defaults.values | settings, name)
 
 
 def _typed(schema: type, values: dict[str, Any], name: str) -> Any:

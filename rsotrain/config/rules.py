@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.methods import OptimizerConfig, WeightRounding
 from rsotrain.config.processes import check_rendezvous
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schedules import LRSchedulerConfig
@@ -141,9 +141,17 @@ def validate_lr_scheduler(schedule: LRSchedulerConfig, steps: int) -> None:
     )
 
 
+def validate_decay(optimizer: OptimizerConfig) -> None:
+    require(
+        optimizer.weight_decay > 0 or not optimizer.decay_norms_and_embeddings,
+        "optimizer.decay_norms_and_embeddings=true has no effect without optimizer.weight_decay=…; give both,"
+        " or leave it out",
+    )
+
+
 def validate_training(config: Config) -> None:
     """What the training loop demands of its settings."""
-    evaluation, optimizer = config.evaluation, config.optimizer
+    evaluation = config.evaluation
     require(
         config.spike_factor is None or config.max_bad_steps > 0,
         f"spike_factor={config.spike_factor} says which batches to skip, but max_bad_steps=0 skips none;"
@@ -159,11 +167,7 @@ def validate_training(config: Config) -> None:
         f"evaluation.min_delta={evaluation.min_delta} has no effect without evaluation.patience=…; give both,"
         " or leave it out",
     )
-    require(
-        optimizer.weight_decay > 0 or not optimizer.decay_norms_and_embeddings,
-        "optimizer.decay_norms_and_embeddings=true has no effect without optimizer.weight_decay=…; give both,"
-        " or leave it out",
-    )
+    validate_decay(config.optimizer)
     require(
         config.epochs is None or config.mode is Mode.train,
         f"epochs={config.epochs} is for mode=train, where the data say how many steps that is; give steps=…",

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.methods import OptimizerConfig, WeightRounding
+from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.errors import UserError, require
@@ -35,7 +36,7 @@ _STEPS = "steps_done"  # of each param_group
 
 
 class MethodOptimizer(torch.optim.Optimizer):
-    """The method for the attention and MLP weights and AdamW for the rest, as in a run.
+    """The method for the attention and MLP weights and AdamW, or ``rest``, for the others, as in a run.
 
     ``params``: the model, or its named parameters; RSO and LoRA need the model. Each group of
     ``param_groups`` has its own ``lr``: that of the method's matrices is lr × scale, that of the others lr.
@@ -47,7 +48,8 @@ class MethodOptimizer(torch.optim.Optimizer):
     is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``),
     nor does DistributedDataParallel (refused).
 
-    ``sampler``: a name of ``conf/sampler``, or settings; None: the method's own. ``seed``: of all random
+    ``sampler``: a name of ``conf/sampler``, or ``sampler_settings(name, …)`` for other settings than the
+    file's; None: the method's own. ``seed``: of all random
     numbers. ``total_steps``: for ``sampler=golore`` alone, which changes at a share of them.
     ``bf16_products``: project in bfloat16; None: where the method's weights are bfloat16. ``grad_clip``: as
     in a run, a limit on the norm of the gradients, which ``step`` applies. ``settings``: the keys of
@@ -78,21 +80,13 @@ class MethodOptimizer(torch.optim.Optimizer):
         config = method_settings(self.method, values)
         chosen = method_defaults(self.method).sampler if sampler is None else sampler
         subspace = sampler_settings(chosen) if isinstance(chosen, str) else chosen
-        built = build_sampler(subspace)
-        require(
-            built is None or built.switch is None or total_steps is not None,
-            f"sampler={subspace.name} changes at a share of the training: give total_steps=…",
-        )
+        _refuse(config, subspace, low, total_steps, bf16_products)
         if method_of(config).changes_modules():
             if not isinstance(model, nn.Module):
                 raise UserError(
                     f"{self.method} changes the linears of the model, so it needs the model itself, not its"
                     " parameters"
                 )
-            require(
-                bf16_products is None,
-                f"{self.method} projects in the dtype of the activations: leave bf16_products out",
-            )
             make_projectable(model, config.block_parameters)
         low = low if bf16_products is None else bf16_products
         self._composite = build_optimizer(
@@ -102,6 +96,12 @@ class MethodOptimizer(torch.optim.Optimizer):
             precision=Precision.bf16 if low else Precision.fp32,
             seed=seed,
             total_steps=total_steps or 1,
+        )
+        groups_of = self._composite.parameter_groups
+        require(
+            bool(groups_of.blocks) or not groups_of.patterns,
+            f"all matrices that block_parameters finds are frozen, as RSO leaves them: give {self.method} a"
+            " model that trains them, which no RSO had before",
         )
         self._grad_clip = grad_clip
         self._peaks = [inner.peak_lr for inner in self._composite.groups]
@@ -209,6 +209,41 @@ class MethodOptimizer(torch.optim.Optimizer):
                         " the model before its optimizer is made",
                     )
         self._is_checked = True
+
+
+def _refuse(
+    config: OptimizerConfig,
+    sampler: SamplerConfig,
+    low: bool,
+    total_steps: int | None,
+    bf16_products: bool | None,
+) -> None:
+    """Raise UserError for arguments that would have no effect. ``low``: are there bfloat16 matrices?"""
+    validate_decay(config)
+    require(
+        not config.update_in_backward,
+        "update_in_backward=True is for rsotrain's own runs: here step() updates the weights; leave it out",
+    )
+    require(
+        low or config.weight_rounding is WeightRounding.nearest,
+        "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
+    )
+    built = build_sampler(sampler)
+    switches = built is not None and built.switch is not None
+    require(
+        switches == (total_steps is not None),
+        f"sampler={sampler.name} changes at a share of the training: give total_steps=…"
+        if switches
+        else f"total_steps={total_steps} does nothing with sampler={sampler.name}: leave it out",
+    )
+    require(
+        built is not None or bf16_products is None,
+        f"{config.name} projects nothing, so bf16_products would do nothing: leave it out",
+    )
+    require(
+        bf16_products is None or not method_of(config).changes_modules(),
+        f"{config.name} projects in the dtype of the activations: leave bf16_products out",
+    )
 
 
 def _set_lr(inner: ParamGroupOptimizer, lr: float, peak: float) -> None:

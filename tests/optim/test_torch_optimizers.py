@@ -79,7 +79,7 @@ def data(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("foam", {"weight_decay": 0.1}),
+        ("foam", {"weight_decay": 0.1, "rest": "adam8bit"}),
         ("muon", {}),
         ("osd", {"rank": 4}),
         ("sn_sm", SMALL),
@@ -234,8 +234,26 @@ def test_what_it_refuses() -> None:
         GaLore(model, sampler="svdd")
     with pytest.raises(UserError, match=r"sampler=golore .* give total_steps"):
         GaLore(model, sampler="golore")
+    with pytest.raises(UserError, match="total_steps=9 does nothing with sampler=svd"):
+        GaLore(model, total_steps=9)
+    with pytest.raises(UserError, match="lion projects nothing"):
+        torch_optimizers.Lion(model, bf16_products=True)
+    with pytest.raises(UserError, match="rso projects in the dtype of the activations"):
+        torch_optimizers.RSO(model, bf16_products=True)
+    with pytest.raises(UserError, match="rounds=0 must be at least 1"):
+        GaLore(model, sampler=sampler_settings("randomized_svd", rounds=0))
+    with pytest.raises(UserError, match="the model has none; leave it out"):
+        GaLore(model, weight_rounding="stochastic")
+    with pytest.raises(UserError, match=r"no effect without optimizer\.weight_decay"):
+        GaLore(model, decay_norms_and_embeddings=True)
+    with pytest.raises(UserError, match="update_in_backward=True is for rsotrain's own runs"):
+        GaLore(model, update_in_backward=True)
     with pytest.raises(UserError, match="rso changes the linears"):
         torch_optimizers.RSO(named)
+    other = llama()
+    torch_optimizers.RSO(other, rank=4)
+    with pytest.raises(UserError, match=r"frozen, as RSO leaves them: give galore"):
+        GaLore(other)
     with pytest.raises(
         UserError, match=r"adam_mini needs num_heads=…, which a run takes from model\.num_att"
     ):
@@ -257,6 +275,7 @@ def test_what_it_refuses() -> None:
         optimizer.load_state_dict(GaLore(named, block_parameters=["mlp"]).state_dict())
     assert_same(before, optimizer._composite.state_dict())
     backward(model)
+    optimizer = GaLore(named, **SMALL)
     optimizer.state[named[1][1]]["exp_avg"] = torch.zeros(1, device="meta")  # as where the model has moved
     with pytest.raises(UserError, match="is on cpu and its optimizer state on meta: move the model before"):
         optimizer.step()
