@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_readmes_memory_is_that_of_the_tables() -> None:
         assert f"| {method} | {cell} | {eight[method]} |" in text
     rso, adam = (float(planned[f"`{method}`"].split()[-1]) for method in ("rso", "adam"))
     assert f"RSO trains llama_7b in {rso:.1f} GiB, Adam in {adam:.1f}" in text
+
+
+def test_readmes_plan_is_of_the_memory_that_it_names() -> None:
+    """Its command has the settings of the tables, so that a reader sees README's numbers."""
+    (line,) = (line for line in commands(README.read_text()) if "mode=plan" in line)
+    given = [word for word in shlex.split(line)[1:] if word not in ("-m", "mode=plan")]
+    for method in ("adam", "galore", "rso"):
+        one = [f"optimizer={method}" if word.startswith("optimizer=") else word for word in given]
+        assert f"optimizer={method}" in one
+        shown, table = compose([*one, "steps=10000"]), memory_tables.run_of("7b", method, 1)
+        assert replace(shown, micro_batch_size=1) == table
 
 
 def test_a_report_of_a_fresh_clones_outputs_meets_no_run(tmp_path: Path) -> None:

@@ -6,16 +6,19 @@ from typing import Any
 
 from rsotrain.config.keys import plain
 from rsotrain.config.schema import Config, Device
+from rsotrain.errors import require
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.models.loss import chunk_tokens
 from rsotrain.optim.with_bases import OptimizerWithBases
-from rsotrain.planner.fake_run import FakeRun, world_size
+from rsotrain.planner.fake_run import FakeRun, with_micro_batches, world_size
 from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
 from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
+
+_MOST_TOKENS = 2**23  # of a pass; the loss is planned chunk by chunk, so that time grows with them
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,15 @@ def device_kind_of(config: Config) -> str:
 def make_plan(config: Config, *, gpus: bool = True) -> Plan:
     """Plan the run of ``config``. ``gpus``: also find each GPU's largest micro-batch, which takes longer.
 
-    Raises UserError where the settings do not fit together.
+    Raises UserError where the settings do not fit together, and for a pass of very many tokens.
     """
+    of_pass = with_micro_batches(config).micro_batch_size
+    assert of_pass is not None
+    require(
+        of_pass * config.seq_len <= _MOST_TOKENS,
+        f"one pass of {of_pass * config.seq_len:,} tokens ({of_pass:,} sequences of {config.seq_len}) is more"
+        " than any GPU holds and would take long to plan; give a micro_batch_size, such as 8",
+    )
     with FakeRun(config, device_kind_of(config)) as run:
         trackers = {number: run.step(number) for number in _steps(run)}
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}

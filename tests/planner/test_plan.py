@@ -13,6 +13,7 @@ from helpers.runs import OPTIMIZERS, compose, load_data
 
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
+from rsotrain.errors import UserError
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase, phase, watching
 from rsotrain.parallel.ranks import World
@@ -234,6 +235,14 @@ def test_a_plan_has_the_step_that_merges_adapters(tiny: list[str]) -> None:
     assert plan.parameters.blocks == 2 * (elements + factors)
     assert plan.gradients.blocks == 4 * factors  # of two micro-batches in float32
     assert plan.optimizer_state.blocks == 2 * 4 * factors
+
+
+def test_a_pass_of_very_many_tokens_is_refused_at_once(tiny: list[str]) -> None:
+    """Planning it would take hours; many short passes are planned as two."""
+    with pytest.raises(UserError, match=r"one pass of 64,000,000 tokens .* give a micro_batch_size"):
+        make_plan(compose([*tiny, "batch_size=1000000", "seq_len=64", "micro_batch_size=null"]))
+    many = compose([*tiny, "batch_size=1000000", "seq_len=64", "micro_batch_size=1"])
+    assert make_plan(many, gpus=False).peak > 0
 
 
 def test_a_tracker_knows_when_a_storage_ends_and_what_it_was_for() -> None:
