@@ -49,14 +49,16 @@ def read_list(path: Path) -> list[list[str]]:
 
 
 def numbered(path: Path) -> list[tuple[str, list[str]]]:
-    """The configurations, unchecked, each with its place in the file: line 3, or item 0 of a YAML list."""
+    """The configurations, unchecked, each with its place: line 3, or item 0 (line 1) of a YAML list."""
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
         content = _parse(path, text)
         if not isinstance(content, list):
             raise UserError(f"{path} must be a YAML list, one configuration an item")
+        starts = [node.start_mark.line + 1 for node in yaml.compose(text, yaml.SafeLoader).value]
+        places = [f"item {number} (line {line})" for number, line in enumerate(starts)]
         configurations = [
-            (f"item {number}", _item(path, number, item)) for number, item in enumerate(content)
+            (place, _item(f"{path}, {place}", item)) for place, item in zip(places, content, strict=True)
         ]
     else:
         lines = enumerate(text.splitlines(), start=1)
@@ -169,8 +171,7 @@ def _split(place: str, line: str) -> list[str]:
         raise UserError(f"{place}: {error}") from error
 
 
-def _item(path: Path, number: int, item: object) -> list[str]:
-    place = f"{path}, item {number}"
+def _item(place: str, item: object) -> list[str]:
     overrides: list[str] = []
     if isinstance(item, str):
         overrides = _split(place, item)

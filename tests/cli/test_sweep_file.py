@@ -76,9 +76,9 @@ def test_yaml_values_reach_the_command_line_as_they_are(tmp_path: Path) -> None:
         ("a.txt", "=3\n", "'=3' is not of the form key=value"),
         ("a.txt", "seed=1 'run_name=a\n", "line 1: No closing quotation"),
         ("a.yaml", "seed: 1\n", "must be a YAML list"),
-        ("a.yaml", "- 3\n", "item 0: write key: value pairs"),
-        ("a.yaml", "- {}\n", "item 0: write key: value pairs"),
-        ("a.yaml", '- seed=0\n- "seed=1 \'run_name=a"\n', "item 1: No closing quotation"),
+        ("a.yaml", "- 3\n", "item 0 (line 1): write key: value pairs"),
+        ("a.yaml", "- {}\n", "item 0 (line 1): write key: value pairs"),
+        ("a.yaml", '- seed=0\n- "seed=1 \'run_name=a"\n', "item 1 (line 2): No closing quotation"),
         ("a.yaml", "- {optimizer: {rnak: 3}}\n", "unknown key optimizer.rnak; did you mean optimizer.rank"),
         ("a.yaml", "- [\n", "line 2: not valid YAML"),
     ],
@@ -171,7 +171,7 @@ def test_every_faulty_line_is_named_at_once(tmp_path: Path, capsys: pytest.Captu
     *faults, last = captured.err.splitlines()
     expected = {
         3: "optimizer=adam has no key optimizer.rank", 5: "optimizer.lr=-1.0 must not be negative",
-        6: "steps: Value 'abc'", 7: "optimizer=adam has no subspace",
+        6: "steps=abc must be a whole number", 7: "optimizer=adam has no subspace",
         8: "galore's rates, but the optimizer is rso", 9: "optimizer=gallore does not exist; did you mean ga",
         10: "seq_len=4000 is longer than", 11: "unknown key lr; it is called optimizer.lr here",
     }  # fmt: skip
