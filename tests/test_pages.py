@@ -124,7 +124,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_a_page_composes(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it says is what rsotrain takes; of a sweep, its first member. test_readme_walk.py runs README's."""
+    """What it says is what rsotrain takes; of a sweep, its first. test_readme_walk.py runs README's."""
     monkeypatch.chdir(tmp_path)
     for shown, meant in _STANDS_FOR.items():
         line = line.replace(shown, meant)
