@@ -171,7 +171,7 @@ def test_every_faulty_line_is_named_at_once(tmp_path: Path, capsys: pytest.Captu
     *faults, last = captured.err.splitlines()
     expected = {
         3: "optimizer=adam has no key optimizer.rank", 5: "optimizer.lr=-1.0 must not be negative",
-        6: "steps: Value 'abc'", 7: "optimizer=adam has no subspace",
+        6: "steps=abc must be a whole number", 7: "optimizer=adam has no subspace",
         8: "galore's rates, but the optimizer is rso", 9: "optimizer=gallore does not exist; did you mean ga",
         10: "seq_len=4000 is longer than", 11: "unknown key lr; it is called optimizer.lr here",
     }  # fmt: skip
