@@ -232,7 +232,8 @@ def test_ways_out_are_what_the_run_does_not_do_yet() -> None:
     found = changes(compose(["optimizer=galore", "optimizer.rank=64", "batch_size=12", "micro_batch_size=6"]))
     assert set(found) == {
         "micro_batch_size=3", "activation_checkpointing=block", "precision=bf16", "optimizer=rso",
-        "optimizer.state_dtype=int8", "optimizer.rank=32", "parallelism=fsdp on 2 processes",
+        "optimizer.state_dtype=int8", "optimizer.rest=adam8bit", "optimizer.rank=32",
+        "parallelism=fsdp on 2 processes",
     }  # fmt: skip
     assert found["parallelism=fsdp on 2 processes"].parallelism.strategy is Strategy.fsdp
     none_left = [

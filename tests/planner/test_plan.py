@@ -103,7 +103,8 @@ def test_the_plan_knows_updates_in_the_backward_pass(
     after, within = plans.values()
     assert within.gradients.total < after.gradients.total / 3
     assert within.floor.total <= after.floor.total
-    assert within.peak < after.peak
+    if optimizer != "rso":  # whose gradients are less here than what a refresh holds beside the activations
+        assert within.peak < after.peak
     for kinds in within.phases.values():
         assert kinds[Kind.gradients.value] <= within.gradients.total
 

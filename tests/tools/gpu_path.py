@@ -110,7 +110,7 @@ def _walk(trainer: Trainer, stage: Any, watch: GpuWatch, settings: list[str]) ->
             watch.problems[f"{name} stays on the GPU"] += 1
     with stage("load"):
         trainer.optimizer.load_state_dict(copied["optimizer"])
-        trainer.load_weights(copied["model"])
+        trainer._copy_weights(copied["model"])
     with stage("step after load"):
         trainer.train_step()
 
