@@ -88,7 +88,7 @@ class FilesDataConfig(DataConfig):
     path: str = means("a file, a folder, or a glob such as 'data/{a,b}/*.jsonl.gz'", file_path())
     validation_path: str | None = means("the same for validation; null: validation_fraction", file_path(None))
     validation_fraction: float | None = means(
-        "share of the documents (by a hash), or of each of a few texts, to validate on; null: validation_path",
+        "share of the documents (by a hash), or of each of few texts, to validate on; null: validation_path",
         number(None, above=0, below=1),
     )
     text_field: str = means("field of a row that holds the text; outer.inner for one inside another", "text")

@@ -1,5 +1,6 @@
 """Data configuration -> the corpora to train and to validate on: where configurations meet readers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rsotrain.config.data import (
@@ -41,8 +42,11 @@ def open_corpora(data: DataConfig, cache_dir: Path) -> tuple[Corpus, Corpus]:
     match data:
         case EmbeddedDataConfig():
             train, validation = (
-                _files(data, [CORPUS / f"{part}.json.gz"], TextField("text"), cache_dir)
-                for part in ("train", "validation")
+                replace(_files(data, [CORPUS / f"{file}.json.gz"], TextField("text"), cache_dir), name=name)
+                for file, name in (
+                    ("train", "the embedded corpus"),
+                    ("validation", "the embedded validation text"),
+                )
             )
             return train, validation
         case SyntheticDataConfig():
