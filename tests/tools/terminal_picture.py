@@ -1,6 +1,6 @@
 """A terminal session as an SVG picture, for the page on a run.
 
-    make train | tee train.txt
+    make train; (echo "$ make train"; cat outputs/*/train.log) > train.txt
     python tests/tools/terminal_picture.py train.txt rsotrain/running/make_train.svg
 
 Keeps the first and the last lines of the text and marks what is left out between them.
@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("svg", type=Path)
     parser.add_argument("--title", default="make train")
-    parser.add_argument("--head", type=int, default=16)
-    parser.add_argument("--tail", type=int, default=30)
-    parser.add_argument("--width", type=int, default=98)
+    parser.add_argument("--head", type=int, default=20)
+    parser.add_argument("--tail", type=int, default=26)
+    parser.add_argument("--width", type=int, default=106)
     arguments = parser.parse_args()
     lines = arguments.text.read_text().splitlines()
     if len(lines) > arguments.head + arguments.tail:
