@@ -35,6 +35,7 @@ from rsotrain.errors import (
 from rsotrain.parallel.slurm import adopt_slurm_step
 from rsotrain.running.allocator import keep_freed_memory
 from rsotrain.running.interrupt import leaving_at_once
+from rsotrain.tracking.screen import silence
 
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
 USER_ERROR_STATUS = 2
@@ -119,6 +120,9 @@ def main() -> None:
     except KeyboardInterrupt:
         say_interrupted()
         sys.exit(KEYBOARD_STATUS)
+    except BrokenPipeError:  # `rsotrain --help | head`
+        silence(sys.stdout)
+        sys.exit(0)
     except Exception as error:
         expected = isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError | UserError)
         if _wants_traceback or not (expected or is_hydras(error)):

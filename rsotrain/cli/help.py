@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rsotrain.config.keys import kinds
 from rsotrain.config.meanings import meaning_of, unit_of
 from rsotrain.tracking.escaping import for_terminal
 
-HELP_WIDTH = 100
+_WIDEST, _NARROWEST = 100, 72  # columns
 _LONGEST_VALUE = 40  # of a key and its value that stand on one line with the meaning
 
 
@@ -35,13 +36,18 @@ def list_groups() -> str:
     return "\n".join(
         textwrap.fill(
             for_terminal(f"{group}: {', '.join(sorted(names, key=by_size))}"),
-            width=HELP_WIDTH,
+            width=_width(),
             initial_indent="  ",
             subsequent_indent="    ",
             break_on_hyphens=False,
         )
         for group, names in sorted(options.items())
     )
+
+
+def _width() -> int:
+    """Columns of the text: the terminal's, within what can be read."""
+    return max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
 
 
 def list_keys(_root_: DictConfig) -> str:
@@ -84,7 +90,7 @@ def _shown(node: Any) -> str:
 
 def _line(start: str, meaning: str) -> Iterator[str]:
     """``start``, and ``meaning`` in a column of its own; below, where ``start`` is too long."""
-    text = textwrap.wrap(for_terminal(meaning), HELP_WIDTH - _LONGEST_VALUE - 2)
+    text = textwrap.wrap(for_terminal(meaning), _width() - _LONGEST_VALUE - 2)
     first, *rest = text if len(start) <= _LONGEST_VALUE else ["", *text]
     yield f"{for_terminal(start):<{_LONGEST_VALUE}}  {first}".rstrip()
     yield from (f"{'':<{_LONGEST_VALUE}}  {line}" for line in rest)

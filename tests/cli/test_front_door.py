@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,23 @@ def test_version_and_completion(cli: Cli) -> None:
     completion = cli("--shell-completion", "install=bash")
     assert (completion.returncode, completion.stderr) == (0, "")
     assert "complete" in completion.stdout
+
+
+def test_help_fits_a_terminal_of_80_columns(cli: Cli) -> None:
+    lines = cli("optimizer=adam", "--help", COLUMNS="80").stdout.splitlines()
+    assert len(lines) > 100
+    wide = [line for line in lines if len(line) > 80]
+    assert all(re.fullmatch(r"  [\w.]+=\S+", line) for line in wide)  # a value cannot be broken
+
+
+def test_a_pipe_that_nobody_reads_ends_help_without_a_word() -> None:
+    command = [sys.executable, "-u", "-m", "rsotrain", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 # --- runs --------------------------------------------------------------------------------------------
