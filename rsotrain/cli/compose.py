@@ -11,9 +11,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import check_tuned, key_of
 from rsotrain.cli.text_keys import keep_text_of_config_files
+from rsotrain.config.choices import WeightRounding
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import flatten, known_keys, plain
-from rsotrain.config.methods import WeightRounding
 from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
 from rsotrain.config.rules_modes import check_read

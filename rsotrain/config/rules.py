@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from rsotrain.config.methods import OptimizerConfig, WeightRounding
+from rsotrain.config.choices import WeightRounding
+from rsotrain.config.methods import OptimizerConfig
 from rsotrain.config.processes import check_rendezvous
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.schedules import LRSchedulerConfig

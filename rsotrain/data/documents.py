@@ -154,8 +154,8 @@ class Corpus:
     """Shards in order, and what of them is a document.
 
     ``by_ends``: the held-out part is the end of each document. ``remote``: the shards come over a network, so
-    none should be read twice. ``fingerprint``: of the
-    bytes, or of whatever else determines them. ``note``: what a user should hear of before it is read.
+    none should be read twice. ``fingerprint``: of the bytes, or of whatever else determines them. ``note``:
+    what a user should hear of before it is read.
     """
 
     name: str

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsotrain.checkpoints.files import list_checkpoints, load_checkpoint
+from rsotrain.config.choices import WeightRounding
 from rsotrain.config.keys import from_plain
-from rsotrain.config.methods import WeightRounding
 from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from rsotrain.data.tokenizer_huggingface import load_tokenizer

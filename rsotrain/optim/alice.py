@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import AliceConfig, InnerSolver, OnRefresh
+from rsotrain.config.choices import InnerSolver, OnRefresh
+from rsotrain.config.methods import AliceConfig
 from rsotrain.optim.base import Settings
 from rsotrain.optim.functional import inverse_root, limited_growth_
 from rsotrain.optim.galore import GaLore

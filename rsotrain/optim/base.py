@@ -8,7 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OptimizerConfig, WeightRounding
+from rsotrain.config.choices import WeightRounding
+from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import require
 from rsotrain.optim.blocks import block_dim, block_size, is_unsigned
 from rsotrain.optim.coded import CodedMoment

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import InnerSolver, OnRefresh
+from rsotrain.config.choices import InnerSolver, OnRefresh
 from rsotrain.errors import require
 from rsotrain.optim.functional import channel_scales, limited_growth_, row_norms
 from rsotrain.optim.galore import GaLore

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import BasisStorage, RSOConfig
+from rsotrain.config.choices import BasisStorage
+from rsotrain.config.methods import RSOConfig
 from rsotrain.errors import require
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
 from rsotrain.optim.base import Settings, buckets, chosen

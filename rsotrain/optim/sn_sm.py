@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import BiasCorrection, OnRefresh, OptimizerConfig
+from rsotrain.config.choices import BiasCorrection
+from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import UserError
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
-from rsotrain.optim.functional import Betas, scaled_subsets, subset_norm_factors_, transport_momentum_
+from rsotrain.optim.functional import Betas, scaled_subsets, subset_norm_factors_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import MatrixSize, StateSize
@@ -124,13 +125,7 @@ class SubspaceMomentum(SubspaceOptimizer):
         return StateSize(moments, ((matrix.size, rank),))
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
-        exp_avg = self.moments[matrix.name]["exp_avg"]
-        if self.subspace.on_refresh is OnRefresh.reset:
-            exp_avg.zero_()
-        elif self.subspace.on_refresh is OnRefresh.transport:
-            wide = self.keeper.read([exp_avg])
-            transport_momentum_(wide[0], change.transition)
-            self.keeper.write([exp_avg], wide, step, "transport")
+        self.momentum_changed(matrix, change, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import InnerSolver, OnRefresh
+from rsotrain.config.choices import InnerSolver, OnRefresh
 from rsotrain.optim.functional import adam_negative_updates, transport_adam_, transport_momentum_
 from rsotrain.optim.moments import Moment
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rsotrain.config.methods import StateDtype
+from rsotrain.config.choices import StateDtype
 from rsotrain.models.architecture import Weight
 from rsotrain.optim.blocks import block_dim, block_size
 from rsotrain.parallel.sharding import preferred_dim

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
+from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.state_size import Weight, WeightsLayout
@@ -103,6 +105,16 @@ class SubspaceOptimizer(OptimizerWithBases):
     @abstractmethod
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
         """Adapt the moments to the new basis, before the gradient of ``step`` updates them."""
+
+    def momentum_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
+        """``basis_changed`` of a method with one moment, ``exp_avg`` (M×r): keep, zero or transport it."""
+        exp_avg = self.moments[matrix.name]["exp_avg"]
+        if self.subspace.on_refresh is OnRefresh.reset:
+            exp_avg.zero_()
+        elif self.subspace.on_refresh is OnRefresh.transport:
+            wide = self.keeper.read([exp_avg])
+            transport_momentum_(wide[0], change.transition)
+            self.keeper.write([exp_avg], wide, step, "transport")
 
     def basis(self, matrix: Matrix) -> Tensor:
         """The basis in use, in the dtype of products; the rows that belong to this rank's columns."""

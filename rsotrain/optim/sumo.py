@@ -5,8 +5,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import OnRefresh
-from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, grams_of_rows
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
@@ -52,13 +50,7 @@ class Sumo(SubspaceOptimizer):
         return StateSize(((matrix.rows, rank),), ((matrix.size, rank),))
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
-        exp_avg = self.moments[matrix.name]["exp_avg"]
-        if self.subspace.on_refresh is OnRefresh.reset:
-            exp_avg.zero_()
-        elif self.subspace.on_refresh is OnRefresh.transport:
-            wide = self.keeper.read([exp_avg])
-            transport_momentum_(wide[0], change.transition)
-            self.keeper.write([exp_avg], wide, step, "transport")
+        self.momentum_changed(matrix, change, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float

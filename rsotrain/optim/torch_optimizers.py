@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rsotrain.config.choices import WeightRounding
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
-from rsotrain.config.methods import OptimizerConfig, WeightRounding
+from rsotrain.config.methods import OptimizerConfig
 from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
@@ -45,16 +46,16 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     LoRA and ReLoRA add parameters to the model, and no scheduler need know of ReLoRA's restarts. RSO changes
     the linears of the model, of Hugging Face's as of ours, and their weights get no gradients: what has them
-    is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``),
-    nor does DistributedDataParallel (refused).
+    is no parameter, so ``torch.nn.utils.clip_grad_norm_`` does not see it (use ``grad_clip``), nor does
+    DistributedDataParallel (refused).
 
     ``sampler``: a name of ``conf/sampler``, or ``sampler_settings(name, …)`` for other settings than the
-    file's; None: the method's own. ``seed``: of all random
-    numbers. ``total_steps``: for ``sampler=golore`` alone, which changes at a share of them.
-    ``bf16_products``: project in bfloat16; None: where the method's weights are bfloat16. ``grad_clip``: as
-    in a run, a limit on the norm of the gradients, which ``step`` applies. ``settings``: the keys of
-    ``optimizer.*``, such as ``lr``, ``scale``, ``rank`` or ``block_parameters``, the regular expressions
-    that find the method's matrices. Raises UserError for settings that a run would refuse, too.
+    file's; None: the method's own. ``seed``: of all random numbers. ``total_steps``: for ``sampler=golore``
+    alone, which changes at a share of them. ``bf16_products``: project in bfloat16; None: where the method's
+    weights are bfloat16. ``grad_clip``: as in a run, a limit on the norm of the gradients, which ``step``
+    applies. ``settings``: the keys of ``optimizer.*``, such as ``lr``, ``scale``, ``rank`` or
+    ``block_parameters``, the regular expressions that find the method's matrices. Raises UserError for
+    settings that a run would refuse, too.
     """
 
     method: ClassVar[str]  # its name in conf/optimizer

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.choices import WeightRounding
 from rsotrain.optim.rounding import random_factors, stochastic_round_by_
 from rsotrain.parallel.sharding import Shard, local
 from rsotrain.subspace.projection import Side, add_lifted_, oriented

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from rsotrain.config.methods import OnRefresh, SubspaceConfig
+from rsotrain.config.choices import OnRefresh
+from rsotrain.config.methods import SubspaceConfig
 from rsotrain.errors import require
 from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.subspace.bases import Bases

@@ -37,7 +37,7 @@ class SampleRequest:
     lr_factor: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
     counted: int | None = None
-    _drawn: int = 0  # how many times
+    _drawn: int = field(default=0, init=False)  # how many times
 
     def normal(self) -> Tensor:
         """Independent N(0, 1) numbers, k×r in float32, others at each call."""

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rsotrain.config.methods import LoRAConfig, WeightRounding
+from rsotrain.config.choices import WeightRounding
+from rsotrain.config.methods import LoRAConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position

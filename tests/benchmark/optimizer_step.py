@@ -15,6 +15,7 @@ import torch
 from bench import galore_torch_module
 from torch import nn
 
+from rsotrain.config.choices import StateDtype
 from rsotrain.config.methods import (
     AdamConfig,
     ApolloConfig,
@@ -25,7 +26,6 @@ from rsotrain.config.methods import (
     OptimizerConfig,
     SNConfig,
     SNSMConfig,
-    StateDtype,
 )
 from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision

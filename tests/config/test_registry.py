@@ -8,7 +8,7 @@ from helpers.methods import SAMPLERS
 from helpers.runs import OPTIMIZERS, compose
 
 from rsotrain.config import methods
-from rsotrain.config.methods import InnerSolver
+from rsotrain.config.choices import InnerSolver
 from rsotrain.config.registry import CODE
 from rsotrain.config.schema import SCHEMAS
 from rsotrain.optim.base import ParamGroupOptimizer

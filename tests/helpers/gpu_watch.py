@@ -104,7 +104,8 @@ class GpuWatch(TorchDispatchMode):
         elif len(kinds) > 1:
             self.problems[f"{name}: tensors of {' and '.join(sorted(kinds))}{self._where()}"] += 1
         if on_gpu and name in _WAITING:
-            self.syncs[name + self._where()] += not self._idle
+            if not self._idle:
+                self.syncs[name + self._where()] += 1
             self._idle = True
         if name.startswith("_fused"):
             lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]

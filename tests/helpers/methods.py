@@ -6,9 +6,9 @@ from functools import cache
 from helpers.command import ROOT
 from helpers.runs import OPTIMIZERS, compose
 
+from rsotrain.config.choices import InnerSolver
 from rsotrain.config.methods import (
     AdamMiniConfig,
-    InnerSolver,
     LoRAConfig,
     OptimizerConfig,
     ReLoRAConfig,

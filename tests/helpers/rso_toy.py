@@ -5,7 +5,8 @@ from helpers.methods import SAMPLERS as CONF_SAMPLERS
 from helpers.methods import sampler_config
 from torch import Tensor, nn
 
-from rsotrain.config.methods import OnRefresh, OptimizerConfig, RSOConfig
+from rsotrain.config.choices import OnRefresh
+from rsotrain.config.methods import OptimizerConfig, RSOConfig
 from rsotrain.config.samplers import HaarConfig, OnlinePCAConfig, SamplerConfig, SvdConfig
 from rsotrain.models.layers import Linear, apply_shared
 from rsotrain.optim.build import build_optimizer

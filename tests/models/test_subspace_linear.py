@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rsotrain.config.methods import BasisStorage, OnRefresh, RSOConfig
+from rsotrain.config.choices import BasisStorage, OnRefresh
+from rsotrain.config.methods import RSOConfig
 from rsotrain.config.samplers import HaarConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig, Precision
 from rsotrain.instruments.memory import saved_activation_bytes

@@ -11,7 +11,8 @@ from helpers import methods as names
 from helpers.methods import OF_MATRICES, sampler_config, small, solver_variants
 from torch import Tensor, nn
 
-from rsotrain.config.methods import LDAdamConfig, OnRefresh, OptimizerConfig, StateDtype, SubspaceConfig
+from rsotrain.config.choices import OnRefresh, StateDtype
+from rsotrain.config.methods import LDAdamConfig, OptimizerConfig, SubspaceConfig
 from rsotrain.config.samplers import (
     GoLoreConfig,
     ImportanceConfig,

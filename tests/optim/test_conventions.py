@@ -8,13 +8,12 @@ import torch
 from helpers.one_matrix import BASE, BETAS, EPS, LOW, LR, RANK, SHAPES, build, error_of, gradients, run, start
 from torch import Tensor, nn
 
+from rsotrain.config.choices import BiasCorrection, OnRefresh
 from rsotrain.config.methods import (
     ApolloConfig,
-    BiasCorrection,
     FiraConfig,
     GaLoreConfig,
     LDAdamConfig,
-    OnRefresh,
     OptimizerConfig,
     SNConfig,
     SNSMConfig,

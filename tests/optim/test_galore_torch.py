@@ -6,7 +6,8 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import nn
 
-from rsotrain.config.methods import GaLoreConfig, OnRefresh
+from rsotrain.config.choices import OnRefresh
+from rsotrain.config.methods import GaLoreConfig
 from rsotrain.optim.base import Settings, StateKeeper
 from rsotrain.optim.subspace_optimizer import Subspace
 from rsotrain.subspace.samplers import Sampler

@@ -7,7 +7,8 @@ import torch
 from helpers.methods import OF_MATRICES, small
 from torch import Tensor, nn
 
-from rsotrain.config.methods import AdamConfig, StateDtype
+from rsotrain.config.choices import StateDtype
+from rsotrain.config.methods import AdamConfig
 from rsotrain.errors import UserError
 from rsotrain.optim.adamw import AdamW
 from rsotrain.optim.base import Settings, StateKeeper

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rsotrain.config.choices import OnRefresh, StateDtype
 from rsotrain.config.methods import (
     AdamConfig,
     AliceConfig,
@@ -14,11 +15,9 @@ from rsotrain.config.methods import (
     FrugalConfig,
     GaLoreConfig,
     MuonConfig,
-    OnRefresh,
     OptimizerConfig,
     SNConfig,
     SNSMConfig,
-    StateDtype,
     SubspaceConfig,
     SumoConfig,
 )

@@ -12,8 +12,7 @@ from helpers.variations import TINY, batch, random_model
 from torch import Tensor
 from torch.func import functional_call
 
-from rsotrain.config.choices import Pruning
-from rsotrain.config.methods import WeightRounding
+from rsotrain.config.choices import Pruning, WeightRounding
 from rsotrain.errors import UserError
 from rsotrain.models.llama import Llama
 from rsotrain.models.lora_linear import factor_names

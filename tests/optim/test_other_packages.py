@@ -16,12 +16,12 @@ from helpers.other_packages import package_without_init
 from helpers.uncorrected_eps import UncorrectedEps
 from torch import Tensor, nn
 
+from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import (
     AdamConfig,
     ApolloConfig,
     FiraConfig,
     MuonConfig,
-    OnRefresh,
     OptimizerConfig,
     SNConfig,
 )

@@ -8,16 +8,15 @@ import torch
 from helpers.one_matrix import BASE, BETAS, EPS, GAP, LOW, LR, PRECISIONS, RANK, SHAPES, error_of
 from torch import Tensor
 
+from rsotrain.config.choices import BiasCorrection, OnRefresh
 from rsotrain.config.methods import (
     AdamConfig,
     AliceConfig,
     ApolloConfig,
-    BiasCorrection,
     FiraConfig,
     FrugalConfig,
     GaLoreConfig,
     LDAdamConfig,
-    OnRefresh,
     OptimizerConfig,
     SNConfig,
     SNSMConfig,

@@ -26,7 +26,7 @@ from helpers.rso_toy import (
 )
 from torch import Tensor, nn
 
-from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, StateDtype
+from rsotrain.config.choices import BasisStorage, InnerSolver, OnRefresh, StateDtype
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.models.layers import Linear

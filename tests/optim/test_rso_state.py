@@ -22,7 +22,7 @@ from helpers.rso_toy import (
 )
 from torch import Tensor
 
-from rsotrain.config.methods import BasisStorage, InnerSolver, OnRefresh, StateDtype
+from rsotrain.config.choices import BasisStorage, InnerSolver, OnRefresh, StateDtype
 from rsotrain.config.samplers import (
     MixtureConfig,
     NoSamplerConfig,

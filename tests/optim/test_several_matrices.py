@@ -9,15 +9,13 @@ import torch
 from helpers.methods import OF_MATRICES, small, solver_variants
 from torch import Tensor, nn
 
+from rsotrain.config.choices import InnerSolver, OnRefresh, StateDtype
 from rsotrain.config.methods import (
     ApolloConfig,
     GaLoreConfig,
-    InnerSolver,
-    OnRefresh,
     OptimizerConfig,
     RSOConfig,
     SNSMConfig,
-    StateDtype,
     SubspaceConfig,
 )
 from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, SamplerConfig, SvdConfig

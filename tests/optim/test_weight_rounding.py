@@ -8,7 +8,8 @@ from helpers.methods import OF_MATRICES, small
 from helpers.runs import compose
 from torch import Tensor, nn
 
-from rsotrain.config.methods import AdamConfig, WeightRounding
+from rsotrain.config.choices import WeightRounding
+from rsotrain.config.methods import AdamConfig
 from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.config.schema import Precision
 from rsotrain.models.build import build_model

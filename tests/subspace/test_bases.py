@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.methods import GaLoreConfig, OnRefresh
+from rsotrain.config.choices import OnRefresh
+from rsotrain.config.methods import GaLoreConfig
 from rsotrain.errors import UserError
 from rsotrain.optim.base import Settings, StateKeeper
 from rsotrain.optim.galore import GaLore
