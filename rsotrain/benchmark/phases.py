@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
+from rsotrain.errors import require
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.parallel import exchange
 from rsotrain.subspace.schedule import RefreshSchedule
@@ -97,9 +98,19 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
 
 
 def update_gap(trainer: Trainer) -> int | None:
-    """Steps between refreshes; None for a method without bases."""
+    """Steps between refreshes; None for a method without bases.
+
+    Raises UserError where the methods of ``optimizer.groups`` do not refresh together.
+    """
     groups = groups_with_bases(trainer)
-    return groups[0].subspace.gap if groups else None
+    gaps = sorted({group.subspace.gap for group in groups})
+    require(
+        len(gaps) < 2 and len({group.samples_ahead for group in groups}) < 2,
+        "mode=benchmark times a step in which all bases are refreshed, and the methods of optimizer.groups"
+        f" have theirs in different steps (update_proj_gap {', '.join(map(str, gaps))}); give them the same,"
+        " or time them one by one",
+    )
+    return gaps[0] if gaps else None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 
 from rsotrain.config.choices import WeightRounding
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
+from rsotrain.config.groups import all_methods
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
@@ -100,7 +101,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         )
         groups_of = self._composite.parameter_groups
         require(
-            bool(groups_of.blocks) or not groups_of.patterns,
+            bool(groups_of.by_methods) or not groups_of.patterns,
             f"all matrices that block_parameters finds are frozen, as RSO leaves them: give {self.method} a"
             " model that trains them, which no RSO had before",
         )
@@ -229,8 +230,8 @@ def _refuse(
         low or config.weight_rounding is WeightRounding.nearest,
         "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
     )
-    built = build_sampler(sampler)
-    switches = built is not None and built.switch is not None
+    samplers = [build_sampler(own) for _, own in all_methods(config, sampler)]
+    switches = any(built is not None and built.switch is not None for built in samplers)
     require(
         switches == (total_steps is not None),
         f"sampler={sampler.name} changes at a share of the training: give total_steps=…"
@@ -238,7 +239,7 @@ def _refuse(
         else f"total_steps={total_steps} does nothing with sampler={sampler.name}: leave it out",
     )
     require(
-        built is not None or bf16_products is None,
+        any(samplers) or bf16_products is None,
         f"{config.name} projects nothing, so bf16_products would do nothing: leave it out",
     )
     require(

@@ -57,6 +57,16 @@ METHODS = {
         f"rest-{rule}": ["optimizer=galore", f"optimizer.rest={rule}", *SUBSPACE]
         for rule in ("adam8bit", "adam_mini", "foam", "scale")
     },
+    "muon-groups": [  # the tolerance is that of the first word
+        "optimizer=adam",
+        "optimizer.groups=[{pattern: self_attn, optimizer: muon}, {pattern: mlp, optimizer: foam, level: 1}]",
+    ],
+    "rso-groups": [
+        "optimizer=rso",
+        "optimizer.groups=[{pattern: 'o_proj|down_proj', optimizer: galore, rank: 2, update_proj_gap: 8},"
+        " {pattern: embed_tokens, optimizer: scale, momentum_parameters: []}]",
+        *SUBSPACE,
+    ],
     "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
     "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
     # not Lion: the sign of what is near 0 in 8 bits turns with the rounding of the gradient
