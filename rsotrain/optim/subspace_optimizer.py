@@ -19,8 +19,8 @@ from rsotrain.optim.state_size import Weight, WeightsLayout
 from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.batches import bases_on
-from rsotrain.subspace.projection import oriented, project_, resolve_rank
 from rsotrain.subspace.orthonormal import orthonormalised
+from rsotrain.subspace.projection import oriented, project_, resolve_rank
 from rsotrain.subspace.samplers import Sampler
 from rsotrain.subspace.sources import GradientSource, Source
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.orthonormal import orthonormalised
+from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Sampler, SampleRequest
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import seed_of

@@ -39,7 +39,7 @@ class _Sent:
 
 
 class BatchedBases(Bases):
-    """``Bases`` whose refreshes are kernels for whole batches, and whose outcomes the host reads a step later.
+    """``Bases`` whose refreshes are kernels for whole batches, and whose outcomes the host hears of later.
 
     Whether a gradient is finite and not zero is decided on the device, which keeps the old basis where it is
     not. Such a refresh is, for the method, one to the same basis: moments are zeroed or transported by QᵀQ.

@@ -75,9 +75,7 @@ def _adam_negative_update(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     return update
 
 
-def _adam_negative_updates(
-    gradients: Tensor, usable: Tensor, states: Sequence[dict[str, Tensor]]
-) -> Tensor:
+def _adam_negative_updates(gradients: Tensor, usable: Tensor, states: Sequence[dict[str, Tensor]]) -> Tensor:
     """The same of a batch, by the equations; where ``usable`` (n) is False the moments stay as they are."""
     beta1, beta2 = BETAS
     exp_avgs, exp_avg_sqs, steps = (

@@ -7,8 +7,9 @@ same Q by three large products for a whole batch, and the host waits for nothing
 import torch
 from torch import Tensor
 
-# A column whose part outside those before it is this small beside √shift has no such part but rounding errors.
-_DEPENDENT = 1e-2
+# Norms after a pass below which a column has no part outside those before it but rounding errors. In the first
+# pass these are as large as the smallest parts of float32; in the second all others have norms of about 1.
+_DEPENDENT = (1e-2, 0.99)
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -25,21 +26,23 @@ def orthonormalised(block: Tensor) -> Tensor:
 
 
 def cholesky_qr(block: Tensor) -> Tensor:
-    """Q of the QR decomposition of ``block`` (…×k×r) with a positive diagonal of R, by CholeskyQR2.
+    """Q of the QR decomposition of ``block`` (…×k×r) with a positive diagonal of R, from Cholesky factors.
 
-    Q ← X R⁻¹ with RᵀR = XᵀX + shift·I, twice (Yamamoto et al., 2015; the shift of Fukaya et al., 2020), in
-    float64 with columns of norm 1: it resolves all that float32 does, condition numbers of 10⁷ included, and
-    the shift keeps XᵀX positive. After the first pass columns that depend on those before them, or that are
-    zero or not finite, are replaced by fixed ones. At full rank these can lie close to the others, so a third
-    pass follows where 2r > k.
+    Q ← X R⁻¹ with RᵀR = XᵀX + shift·I, three times: CholeskyQR2 (Yamamoto et al., 2015) after a shifted pass
+    (Fukaya et al., 2020). In float64 with columns of norm 1 it resolves all that float32 does, condition
+    numbers of 10⁷ included. After the first two passes columns that depend on those before them, or that are
+    zero or not finite, are replaced by fixed ones. At full rank these can lie close to the others, so a
+    fourth pass follows where 2r > k.
     """
     size, rank = block.shape[-2:]
-    wide = block.to(torch.float64)
-    norms = torch.linalg.vector_norm(wide, dim=-2, keepdim=True)
-    wide = (wide / norms).where((norms > 0) & (norms < torch.inf), 0.0)
-    q = _cholesky_pass(wide)
+    q = block.to(torch.float64)
     norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-    q = (q / norms).where(norms > _DEPENDENT, _waves(size, rank, q.device))
+    q = (q / norms).where((norms > 0) & (norms < torch.inf), 0.0)
+    others = _waves(size, rank, q.device)
+    for dependent in _DEPENDENT:
+        q = _cholesky_pass(q)
+        norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+        q = (q / norms).where(norms > dependent, others)
     for _ in range(2 if 2 * rank > size else 1):
         q = _cholesky_pass(q)
     return q.to(block.dtype)

@@ -1,8 +1,8 @@
 """Samplers: functions from a SampleRequest (Gram matrix or size, rank, generator) to a basis, k×r in float32.
 
 Random samplers (``random_bases.py``) use only ``SampleRequest.size``; data-dependent ones (``spectral.py``,
-``online_pca.py``) use ``SampleRequest.gram``. On a GPU a request is for a batch of n matrices of one size, and
-all tensors, the basis among them, have n as their first dimension. The host then reads no value.
+``online_pca.py``) use ``SampleRequest.gram``. On a GPU a request is for a batch of n matrices of one size:
+all tensors, the basis among them, have n as their first dimension, and the host reads no value.
 """
 
 import math
