@@ -101,6 +101,7 @@ class RSO(OptimizerWithBases):
             mesh=self.shards[input_groups[0].name].mesh,
         )
         for group in input_groups:
+            group.device_kind = subspace.device_kind or weight.device.type
             self._place_first_basis(group)
             for key, tensor in self.bases.state[group.name].items():
                 self.add_tensor(group.name, key, tensor)

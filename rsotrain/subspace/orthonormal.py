@@ -7,8 +7,8 @@ same Q by three large products for a whole batch, and the host waits for nothing
 import torch
 from torch import Tensor
 
-# Norms after a pass below which a column has no part outside those before it but rounding errors. In the first
-# pass these are as large as the smallest parts of float32; in the second all others have norms of about 1.
+# Norms after a pass below which a column has no part outside those before it but rounding errors. After the
+# first these are as small as what float32 resolves; after the second all other columns have norms of about 1.
 _DEPENDENT = (1e-2, 0.99)
 _GOLDEN = (5**0.5 - 1) / 2
 
