@@ -38,13 +38,15 @@ def build_optimizer(
     seed: int,
     total_steps: int,
     place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
+    device_kind: str | None = None,
 ) -> CompositeOptimizer:
     """The method of ``config`` for the attention and MLP weights, ``config.rest`` for all other parameters.
 
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
     run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
-    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows. Raises
+    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows.
+    ``device_kind``: "cpu" or "cuda", for which a plan is made with tensors on the CPU; None: theirs. Raises
     UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer and
     sampler do not go together.
     """
@@ -63,7 +65,9 @@ def build_optimizer(
         built = build_sampler(sampler)
         method.refuse(config, built)
         if built is not None:
-            own["subspace"] = _subspace(config, built, precision, seed, total_steps)
+            own["subspace"] = replace(
+                _subspace(config, built, precision, seed, total_steps), device_kind=device_kind
+            )
         groups, more = method.prepare_model(model, groups, config)
         own |= more
     if place is not None:

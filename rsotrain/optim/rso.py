@@ -31,7 +31,8 @@ from rsotrain.optim.with_bases import (
     require_sampler,
 )
 from rsotrain.parallel.row_sums import RowSums
-from rsotrain.subspace.bases import Bases, BasisChange
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.batches import bases_on
 from rsotrain.subspace.projection import resolve_rank
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler
@@ -85,7 +86,8 @@ class RSO(OptimizerWithBases):
         assert sorted(parameters) == sorted(name for group in input_groups for name in group.layers)
         self.subspace, self.input_groups = subspace, input_groups
         weight = next(iter(parameters.values()))
-        self.bases = Bases(
+        self.bases = bases_on(
+            subspace.device_kind or weight.device.type,
             {group.name: (group.size, group.rank) for group in input_groups},
             subspace.sampler,
             gap=subspace.gap,
@@ -99,6 +101,7 @@ class RSO(OptimizerWithBases):
             mesh=self.shards[input_groups[0].name].mesh,
         )
         for group in input_groups:
+            group.device_kind = subspace.device_kind or weight.device.type
             self._place_first_basis(group)
             for key, tensor in self.bases.state[group.name].items():
                 self.add_tensor(group.name, key, tensor)

@@ -47,7 +47,8 @@ class Subspace:
     ``rank``: as in ``resolve_rank``. ``gap``: update_proj_gap, optimizer steps between two refreshes.
     ``seed``, ``total_steps``: those of the run. ``compute_dtype``: the dtype of projections and stored bases;
     None: at least float32. Bases of a sampler that optimises them (``post_update``) are stored in float32 in
-    any case, except in RSO, which multiplies them by activations in ``compute_dtype``.
+    any case, except in RSO, which multiplies them by activations in ``compute_dtype``. ``device_kind``: as of
+    ``build_optimizer``.
     """
 
     sampler: Sampler
@@ -58,6 +59,7 @@ class Subspace:
     seed: int = 0
     total_steps: int = 1
     compute_dtype: torch.dtype | None = None
+    device_kind: str | None = None
 
 
 class OptimizerWithBases(ParamGroupOptimizer):
@@ -87,4 +89,5 @@ class OptimizerWithBases(ParamGroupOptimizer):
         self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
+        self.bases.hear()
         return self.bases.record.metrics()

@@ -109,6 +109,7 @@ class Trainer:
             seed=config.seed,
             total_steps=config.steps,
             place=self._place,
+            device_kind=self.model.device_kind,
         )
         if (config.micro_batch_size or self._batch_size_of_rank) < self._batch_size_of_rank:
             for holder in self.optimizer.gradient_holders():  # of bfloat16 weights, too: sums are in float32

@@ -20,12 +20,14 @@ _PACKAGE = str(Path(rsotrain.__file__).parent)
 _NO_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "set_", "resize_", "record_stream", "is_same_size")
 # About how many kernels an operation is that is more than one: cuSOLVER's for each matrix, others a call.
 _PER_MATRIX = {"linalg_qr": 60, "_linalg_eigh": 200, "_linalg_svd": 300, "linalg_householder_product": 30}
+_PER_PANEL = {"linalg_cholesky_ex": 3, "linalg_solve_triangular": 2}  # of 32 columns, for a whole batch
 _PER_CALL = {"sort": 4, "argsort": 4, "topk": 4, "embedding_dense_backward": 8, "linalg_vector_norm": 2}
 # Operations after which the host waits: a value goes to it, a result has a size that it must know, or it asks
 # whether a decomposition has converged.
 _VALUES = ("_local_scalar_dense", "equal")
 _SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
 _DECOMPOSITIONS = ("_linalg_eigh", "_linalg_svd", "_linalg_check_errors")
+_CHECKING = ("linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")  # with check_errors=True
 _WAITING = (*_VALUES, *_SIZES, *_DECOMPOSITIONS)
 # From ATen's MultiTensorApply.cuh: tensors of one launch by the number of lists, elements of a chunk,
 # and blocks of one launch.
@@ -103,7 +105,8 @@ class GpuWatch(TorchDispatchMode):
                     self.syncs["an index on the CPU" + self._where()] += 1
         elif len(kinds) > 1:
             self.problems[f"{name}: tensors of {' and '.join(sorted(kinds))}{self._where()}"] += 1
-        if on_gpu and name in _WAITING:
+        checks = name in _CHECKING and (kwargs.get("check_errors") or args[-1] is True)
+        if on_gpu and (name in _WAITING or checks):
             if not self._idle:
                 self.syncs[name + self._where()] += 1
             self._idle = True
@@ -148,4 +151,6 @@ def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
         return number + (name == "_foreach_norm")
     if name in _PER_MATRIX:
         return _PER_MATRIX[name] * max(1, inputs[0][..., 0, 0].numel())
+    if name in _PER_PANEL:
+        return _PER_PANEL[name] * -(-inputs[0].shape[-1] // 32)
     return _PER_CALL.get(name, 1)
