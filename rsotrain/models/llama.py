@@ -63,8 +63,7 @@ class Llama(nn.Module):
     ``forward(tokens, targets)`` gives the sum of the cross-entropy over the targets (batch, seq_len) that
     are not −100, an fp32 scalar: position i is scored against ``targets[:, i]``, so targets are the
     tokens moved left by one. The caller divides by the number of scored tokens of the whole batch.
-    ``z_loss``, ``device_kind``: as of ``linear_cross_entropy``; a plan for a GPU is made with tensors on the
-    CPU.
+    ``z_loss``: as of ``linear_cross_entropy``.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss = config, z_loss
-        self.device_kind: str | None = None
         self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing, separator_id)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         self.tie_weights()
@@ -99,6 +97,5 @@ class Llama(nn.Module):
             hidden.flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
-            self.device_kind,
             z_loss=self.z_loss,
         )
