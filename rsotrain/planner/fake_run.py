@@ -24,12 +24,15 @@ from rsotrain.instruments.devices import planning_for
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
 from rsotrain.instruments.work import WorkCounter
+from rsotrain.models.documents import Documents
 from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
+from rsotrain.training.model import model_without_memory
 from rsotrain.training.refreshes import all_bases_due
-from rsotrain.training.trainer import Trainer, model_without_memory
+from rsotrain.training.trainer import Trainer
 
 _CPU = torch.device("cpu")
+_TOKENS_OF_DOCUMENT = 256
 
 
 class _Answers(TorchDispatchMode):
@@ -83,6 +86,14 @@ class _FakeTrainer(Trainer):
         """Without data, assume that a sequence is padded wherever the packing allows it."""
         padded = self.config.data.packing is Packing.padded
         return torch.ones_like(targets, dtype=torch.bool) if padded else None
+
+    def documents(self, inputs: torch.Tensor) -> Documents | None:
+        """Without data, as many as there may be of some hundred tokens; memory does not depend on it."""
+        if not self.model.model.takes_documents(self.device):
+            return None
+        number = -(-inputs.numel() // _TOKENS_OF_DOCUMENT)
+        starts = torch.zeros(number + 1, dtype=torch.int32, device=self.device)
+        return Documents(starts, inputs.shape[1])
 
 
 def tokenizer_size(config: Config) -> int:
