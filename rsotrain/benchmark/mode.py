@@ -11,10 +11,8 @@ import torch
 from rsotrain.benchmark import PHASES, REFRESH
 from rsotrain.benchmark.phases import (
     PhaseClock,
-    all_bases_due,
     attach,
     communication_seconds,
-    update_gap,
 )
 from rsotrain.benchmark.synthetic import random_data
 from rsotrain.benchmark.tables import print_benchmark
@@ -29,6 +27,7 @@ from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.composition import check_composition
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
+from rsotrain.training.refreshes import all_bases_due, update_gap
 from rsotrain.training.trainer import Trainer
 
 BENCHMARKS_FOLDER = "benchmarks"  # not the run's folder: what is timed has not been trained

@@ -38,7 +38,6 @@ def build_optimizer(
     seed: int,
     total_steps: int,
     place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
-    device_kind: str | None = None,
 ) -> CompositeOptimizer:
     """The method of ``config`` for the attention and MLP weights, ``config.rest`` for all other parameters.
 
@@ -46,9 +45,8 @@ def build_optimizer(
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
     run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
     the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows.
-    ``device_kind``: "cpu" or "cuda", for which a plan is made with tensors on the CPU; None: theirs. Raises
-    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer and
-    sampler do not go together.
+    Raises UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
+    and sampler do not go together.
     """
     method = method_of(config)
     check_ranges(config, "optimizer.")
@@ -65,9 +63,7 @@ def build_optimizer(
         built = build_sampler(sampler)
         method.refuse(config, built)
         if built is not None:
-            own["subspace"] = replace(
-                _subspace(config, built, precision, seed, total_steps), device_kind=device_kind
-            )
+            own["subspace"] = _subspace(config, built, precision, seed, total_steps)
         groups, more = method.prepare_model(model, groups, config)
         own |= more
     if place is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config.choices import BasisStorage
 from rsotrain.config.methods import RSOConfig
 from rsotrain.errors import require
+from rsotrain.instruments.devices import device_kind
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
 from rsotrain.optim.base import Settings, buckets, chosen
 from rsotrain.optim.moments import work_dtype
@@ -87,7 +88,7 @@ class RSO(OptimizerWithBases):
         self.subspace, self.input_groups = subspace, input_groups
         weight = next(iter(parameters.values()))
         self.bases = bases_on(
-            subspace.device_kind or weight.device.type,
+            device_kind(weight.device),
             {group.name: (group.size, group.rank) for group in input_groups},
             subspace.sampler,
             gap=subspace.gap,
@@ -101,7 +102,7 @@ class RSO(OptimizerWithBases):
             mesh=self.shards[input_groups[0].name].mesh,
         )
         for group in input_groups:
-            group.device_kind = subspace.device_kind or weight.device.type
+            group.device_kind = device_kind(weight.device)
             self._place_first_basis(group)
             for key, tensor in self.bases.state[group.name].items():
                 self.add_tensor(group.name, key, tensor)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
@@ -55,7 +56,7 @@ class SubspaceOptimizer(OptimizerWithBases):
         self.product_dtype = subspace.compute_dtype or work_dtype(dtype)
         self.basis_dtype = work_dtype(dtype) if subspace.sampler.post_update else self.product_dtype
         self.bases = bases_on(
-            subspace.device_kind or self.matrices[0].parameter.device.type,
+            device_kind(self.matrices[0].parameter.device),
             {m.name: (m.size, m.rank) for m in self.matrices},
             subspace.sampler,
             gap=subspace.gap,

@@ -47,8 +47,7 @@ class Subspace:
     ``rank``: as in ``resolve_rank``. ``gap``: update_proj_gap, optimizer steps between two refreshes.
     ``seed``, ``total_steps``: those of the run. ``compute_dtype``: the dtype of projections and stored bases;
     None: at least float32. Bases of a sampler that optimises them (``post_update``) are stored in float32 in
-    any case, except in RSO, which multiplies them by activations in ``compute_dtype``. ``device_kind``: as of
-    ``build_optimizer``.
+    any case, except in RSO, which multiplies them by activations in ``compute_dtype``.
     """
 
     sampler: Sampler
@@ -59,7 +58,6 @@ class Subspace:
     seed: int = 0
     total_steps: int = 1
     compute_dtype: torch.dtype | None = None
-    device_kind: str | None = None
 
 
 class OptimizerWithBases(ParamGroupOptimizer):

@@ -10,6 +10,7 @@ from helpers.samplers import BUILT, GRADIENTS, ORTHONORMAL, RANK, ROWS, SIZE, sp
 from torch import Tensor, nn
 
 from rsotrain.config.choices import OnRefresh
+from rsotrain.instruments.devices import planning_for
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.with_bases import OptimizerWithBases
@@ -144,9 +145,10 @@ def built(
     config, _ = small(method, rank=3, gap=3, lr=0.01, betas=(0.9, 0.99), scale=1.0)
     config = replace(config, name=method, block_parameters=["w"], **own)  # type: ignore[arg-type]
     parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
-    optimizer = build_optimizer(
-        parameters.items(), config, sampler_config(sampler), seed=0, total_steps=12, device_kind=kind
-    )
+    with planning_for(kind):
+        optimizer = build_optimizer(
+            parameters.items(), config, sampler_config(sampler), seed=0, total_steps=12
+        )
     return optimizer, parameters
 
 

@@ -19,7 +19,7 @@ from helpers.runs import compose  # noqa: E402
 
 from rsotrain.config.schema import Config  # noqa: E402
 from rsotrain.models.build import count_parameters  # noqa: E402
-from rsotrain.planner.gpus import GIB, GPUS  # noqa: E402
+from rsotrain.planner.cards import GIB, GPUS  # noqa: E402
 from rsotrain.planner.plan import make_plan  # noqa: E402
 
 PAGE = ROOT / "rsotrain" / "planner" / "README.md"
