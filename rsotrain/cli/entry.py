@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import checked_config, register_schemas
-from rsotrain.cli.flags import split_flags
+from rsotrain.cli.flags import config_dir, split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_length, check_overrides, normalise
+from rsotrain.cli.plugins import load_plugins
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Mode
@@ -99,7 +100,6 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     global _status
     _status = 0
-    register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
     if not {"--help", "-h"}.isdisjoint(sys.argv):
@@ -113,6 +113,8 @@ def main() -> None:
             print(f"rsotrain {version('rsotrain')}")
             sys.exit(0)
         flags, given = split_flags(sys.argv[1:])
+        load_plugins(config_dir(flags))
+        register_schemas()
         overrides = normalise(given)
         check_overrides(overrides)
         sys.argv[1:] = flags + overrides

@@ -30,7 +30,8 @@ OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
 
 
 def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer."""
+    """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer, or
+    the class alone where it stands in the file of the settings."""
     return registering(OPTIMIZERS, schema, code)
 
 

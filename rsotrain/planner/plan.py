@@ -12,10 +12,10 @@ from rsotrain.instruments.phases import Phase
 from rsotrain.instruments.work import Work, WorkCounter
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.models.loss import chunk_tokens
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, with_micro_batches, world_size
 from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
-from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.roofline import Speed, StepWork, speeds
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
@@ -37,8 +37,9 @@ class Plan:
     """Bytes on rank 0, the rank with the largest pieces.
 
     ``phases``: for each phase, the bytes by kind at its moment of most memory, and their sum ``peak``.
-    ``formula_state``: the optimizer state in closed form. ``traffic``: bytes that the rank sends in a step,
-    by kind of collective: ``step`` without a refresh where there is such a step, ``refresh`` with one.
+    ``formula_state``: the optimizer state in closed form; None where a method has none. ``traffic``: bytes
+    that the rank sends in a step, by kind of collective: ``step`` without a refresh where there is such a
+    step, ``refresh`` with one.
     ``speeds``: what a step should take on each GPU; empty in a plan for a CPU.
     """
 
@@ -46,7 +47,7 @@ class Plan:
     parameters: Share
     gradients: Share
     optimizer_state: Share
-    formula_state: Share
+    formula_state: Share | None
     saved_activations: int
     phases: dict[str, dict[str, int]]
     peak: int
@@ -107,7 +108,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             parameters=parameters,
             gradients=gradients,
             optimizer_state=state,
-            formula_state=Share(formula.total, formula.blocks),
+            formula_state=None if formula is None else Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
             phases=phases,
             floor=floor_of(
