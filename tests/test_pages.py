@@ -101,7 +101,7 @@ _STANDS_FOR = {
 }  # fmt: skip
 _OTHER_PROGRAMS = ("pip ", "sbatch ", "wandb ", "rsotrain-report ", "eval ", "python -m rsotrain.sweep_file ")
 # Files that a reader has, and this test has not; a command with one of them is read as far as that.
-_READERS_OWN = ("my_conf", "hub_folder")
+_READERS_OWN = ("my_conf", "hub_folder", "--config-dir outputs/conf")
 
 
 def _overrides(line: str) -> list[str] | None:
