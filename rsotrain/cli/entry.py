@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import checked_config, register_schemas
-from rsotrain.cli.flags import config_dir, split_flags
+from rsotrain.cli.flags import as_multirun, config_dir, split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
@@ -29,6 +29,7 @@ from rsotrain.data.validation import check_files
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
+    NonFiniteError,
     StoppedEarly,
     TrainingError,
     UserError,
@@ -36,6 +37,7 @@ from rsotrain.errors import (
 from rsotrain.parallel.slurm import adopt_slurm_step
 from rsotrain.running.allocator import keep_freed_memory
 from rsotrain.running.interrupt import leaving_at_once
+from rsotrain.tracking.run_files import DIVERGED
 from rsotrain.tracking.screen import silence
 
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
@@ -74,6 +76,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             if config.mode is Mode.train:
                 outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
             result = run_mode(config)
+        if config.mode is Mode.train:
+            outcome["loss"] = result.get("val/loss")
         if config.mode is Mode.plan:
             outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}
         if config.mode is Mode.benchmark:
@@ -92,6 +96,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             raise
         say(error)
         outcome["status"] = FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS
+        if isinstance(error, NonFiniteError):
+            outcome[DIVERGED] = True
     _status = max(_status, outcome["status"])
     return outcome
 
@@ -117,6 +123,8 @@ def main() -> None:
         register_schemas()
         overrides = normalise(given)
         check_overrides(overrides)
+        if "mode=tune" in overrides:
+            flags = as_multirun(flags)
         sys.argv[1:] = flags + overrides
         application()
     except KeyboardInterrupt:
@@ -135,4 +143,5 @@ def main() -> None:
         if not _wants_traceback:
             del os.environ[FULL_ERROR], os.environ[OWN_FULL_ERROR]
     print_comparison(outcomes)
-    sys.exit(max([_status, *(outcome["status"] for outcome in outcomes)]))
+    # a multirun's outcomes say it all: of its members one in this process may have diverged in a search
+    sys.exit(max([outcome["status"] for outcome in outcomes], default=_status))

@@ -52,6 +52,13 @@ def config_dir(arguments: Sequence[str]) -> Path | None:
     return None if given.config_dir is None else Path(given.config_dir)
 
 
+def as_multirun(flags: Sequence[str]) -> list[str]:
+    """``flags`` with that of a multirun, unless they ask for help, say, or for something else than runs."""
+    given = get_args_parser().parse_args(list(flags))
+    others = (given.help, given.hydra_help, given.cfg, given.info, given.shell_completion, given.run)
+    return list(flags) if given.multirun or any(others) else [*flags, "--multirun"]
+
+
 def _refuse(message: str) -> NoReturn:
     unrecognized = re.match(r"unrecognized arguments: --([\w.-]+)", message)
     if unrecognized:

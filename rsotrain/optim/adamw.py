@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import BUCKET_ELEMENTS, ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype
@@ -65,7 +66,7 @@ class AdamW(ParamGroupOptimizer):
         for (dtype, device, decay), own in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.reduced
-            largest = PIECE_ELEMENTS if device.type == "cpu" else BUCKET_ELEMENTS
+            largest = PIECE_ELEMENTS if device_kind(device) == "cpu" else BUCKET_ELEMENTS
             limit = largest if copies else None
             pieces = [piece for name in own for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.choices import WeightRounding
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.rounding import random_factors, stochastic_round_by_
 from rsotrain.parallel.sharding import Shard, local
 from rsotrain.subspace.projection import Side, add_lifted_, oriented
@@ -134,7 +135,7 @@ def store_all(weights: Sequence[tuple[Tensor, Factors | None]], values: Sequence
 
 def _runs(weight: Tensor, factors: Factors) -> Iterator[tuple[slice, Factors]]:
     """Slices of ``weight`` in its first dimension of bounded size, with their factors."""
-    limit = _CPU_ELEMENTS if weight.device.type == "cpu" else _DEVICE_ELEMENTS
+    limit = _CPU_ELEMENTS if device_kind(weight.device) == "cpu" else _DEVICE_ELEMENTS
     step = max(1, limit // max(1, weight[:1].numel()))
     for start in range(0, weight.shape[0], step):
         run = slice(start, start + step)

@@ -87,4 +87,5 @@ class OptimizerWithBases(ParamGroupOptimizer):
         self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
+        self.bases.hear()
         return self.bases.record.metrics()
