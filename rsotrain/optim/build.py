@@ -1,6 +1,6 @@
 """Builds optimizers and samplers from their settings, with which ``config`` registers the code of each."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,15 @@ from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
 
 
+@dataclass(frozen=True)
+class Division:
+    """Parameters, by name, that have some settings of their own: one of the groups that torch's optimizers
+    take. ``settings``: fields of ``OptimizerConfig``."""
+
+    names: Set[str]
+    settings: Mapping[str, Any]
+
+
 def build_sampler(config: SamplerConfig) -> Sampler | None:
     """The sampler; None for sampler=none. Raises UserError for a setting out of range."""
     check_ranges(config, "sampler.")
@@ -39,6 +48,7 @@ def build_optimizer(
     seed: int,
     total_steps: int,
     place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
+    divisions: Sequence[Division] = (),
 ) -> CompositeOptimizer:
     """The method of ``config`` for the attention and MLP weights, those of ``config.groups`` for the matrices
     that these find, ``config.rest`` for all other parameters.
@@ -47,7 +57,8 @@ def build_optimizer(
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
     run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
     the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows.
-    Raises UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
+    ``divisions``: of all parameters together; without any all have the settings of ``config``. Raises
+    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
     and sampler do not go together.
     """
     others = method_groups(config)
@@ -62,7 +73,10 @@ def build_optimizer(
         if matrices:
             part.choose_subspace(precision, seed, total_steps)
     if groups.blocks:
+        _refuse_parted(parts[0], groups.blocks, divisions)
+        before = groups.blocks.keys()
         groups, more = parts[0].method.prepare_model(model, groups, config)
+        divisions = _renamed(divisions, before, groups.blocks.keys())
         parts[0].own |= more
     if place is not None:
         assert isinstance(model, nn.Module)
@@ -71,19 +85,14 @@ def build_optimizer(
             by_rows += matrices.values() if part.method.by_rows else ()
         place(model, by_rows)
         groups = groups.renewed(model)
-    settings = Settings(
-        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        weight_rounding=config.weight_rounding,
-    )
     optimizers: list[ParamGroupOptimizer] = [
-        part.built(matrices, seed)
+        part.built(own, seed, division)
         for part, matrices in zip(parts, (groups.blocks, *groups.claimed), strict=True)
-        if matrices
+        for division, own in _divided(matrices, divisions)
     ]
-    optimizers += rest_optimizers(config, groups.rest, settings)
+    for division, own in _divided(groups.rest, divisions):
+        changed = replace(config, **division.settings)
+        optimizers += rest_optimizers(changed, own, _settings(changed, seed, changed.weight_decay))
     return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
 
 
@@ -137,23 +146,54 @@ class _Part:
         if built is not None:
             self.own["subspace"] = _subspace(self.config, built, precision, seed, total_steps)
 
-    def built(self, matrices: dict[str, nn.Parameter], seed: int) -> ParamGroupOptimizer:
-        config = self.config
+    def built(self, matrices: dict[str, nn.Parameter], seed: int, division: Division) -> ParamGroupOptimizer:
+        config = replace(self.config, **division.settings)
         # a method may have embedding and head among its matrices, as SCALE does
         spared = () if config.decay_norms_and_embeddings else matrices.items()
-        settings = Settings(
-            keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay,
-            undecayed=frozenset(name for name, p in spared if is_norm_or_embedding(name, p)),
-            weight_rounding=config.weight_rounding,
-        )
+        decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
+        undecayed = frozenset(name for name, p in spared if is_norm_or_embedding(name, p))
+        settings = replace(_settings(config, seed, decay), undecayed=undecayed)
         return self.method(self.label, matrices, config.lr * config.scale, settings, config, **self.own)
 
 
+def _settings(config: OptimizerConfig, seed: int, weight_decay: float) -> Settings:
+    return Settings(
+        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=weight_decay,
+        weight_rounding=config.weight_rounding,
+    )
+
+
+def _divided(
+    parameters: dict[str, nn.Parameter], divisions: Sequence[Division]
+) -> list[tuple[Division, dict[str, nn.Parameter]]]:
+    """The parameters of each division; no empty ones."""
+    found = [
+        (division, {name: p for name, p in parameters.items() if name in division.names})
+        for division in divisions or [Division(parameters.keys(), {})]
+    ]
+    return [(division, own) for division, own in found if own]
+
+
+def _refuse_parted(part: _Part, matrices: Collection[str], divisions: Sequence[Division]) -> None:
+    """Raise UserError where ``divisions`` part the matrices of a method that changes modules."""
+    parted = [division for division in divisions if not division.names.isdisjoint(matrices)]
+    require(
+        len(parted) < 2 or not part.method.changes_modules(),
+        f"{part.config.name} has one basis for linears that read the same input, or adapters, so all matrices"
+        " that block_parameters finds must be in one group of params",
+    )
+
+
+def _renamed(divisions: Sequence[Division], before: Set[str], now: Set[str]) -> Sequence[Division]:
+    """``divisions`` with those of the parameters ``now`` that take the place of matrices of ``before``."""
+    return [replace(d, names=d.names | (now - before)) if d.names & before else d for d in divisions]
+
+
 def refuse_idle(config: OptimizerConfig, groups: ParameterGroups) -> None:
-    """Raise UserError where ``optimizer.groups`` leave the run's own method nothing, and another would do."""
+    """Raise UserError where ``optimizer.groups`` leave the run's own method nothing but the rest."""
     require(
         bool(groups.blocks) or not groups.claimed or isinstance(config, AdamConfig),
         f"optimizer.groups leave optimizer={config.name} no matrix that optimizer.block_parameters finds;"
