@@ -45,6 +45,18 @@ def _names(group: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
 
 
+@cache
+def tuned_method(name: str) -> str | None:
+    """The method whose rates ``tuned=name`` has; None for a file that is not one of ours."""
+    file = conf_dir() / f"tuned/{name}.yaml"
+    if not file.is_file():
+        return None
+    (method,) = (
+        entry["override /optimizer"] for entry in read_yaml(file)["defaults"] if isinstance(entry, dict)
+    )
+    return str(method)
+
+
 def method_defaults(name: str) -> Defaults:
     """What ``optimizer=name`` means, for a name in ``method_names``."""
     return _defaults("optimizer", name)

@@ -63,9 +63,7 @@ def test_other_validation(make: Make, settings: dict[str, Any], why: str) -> Non
     assert sentence.startswith(f"Losses of [a] and [b] mean different things: {why}")
 
 
-def scan(
-    make: Make, losses: dict[float, float | None], **also: Any
-) -> list[Path]:
+def scan(make: Make, losses: dict[float, float | None], **also: Any) -> list[Path]:
     """Runs of a method with several rates, two seeds each; one without a loss has failed."""
     return [
         make(
