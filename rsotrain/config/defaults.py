@@ -46,6 +46,18 @@ def _files(group: str) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
+@cache
+def tuned_method(name: str) -> str | None:
+    """The method whose rates ``tuned=name`` has; None for a file that is not one of ours."""
+    file = conf_dir() / f"tuned/{name}.yaml"
+    if not file.is_file():
+        return None
+    (method,) = (
+        entry["override /optimizer"] for entry in read_yaml(file)["defaults"] if isinstance(entry, dict)
+    )
+    return str(method)
+
+
 def method_defaults(name: str) -> Defaults:
     """What ``optimizer=name`` means, for a name in ``method_names``."""
     return _defaults("optimizer", name)
