@@ -274,12 +274,12 @@ def golore(request: SampleRequest) -> Tensor:
 
 def svd_sampler(config: SvdConfig) -> Sampler:
     if config.solver is SvdSolver.full:
-        return Sampler(config.name, full_svd, informed=True, needs_gradient=True)
-    return Sampler(config.name, svd, informed=True)
+        return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
+    return Sampler(config.name, svd, informed=True, decomposes=True)
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
-    return Sampler(config.name, partial(importance, power=config.power), informed=True)
+    return Sampler(config.name, partial(importance, power=config.power), informed=True, decomposes=True)
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
@@ -310,6 +310,7 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         config.name,
         partial(mixture, principal_fraction=fraction),
         informed=True,
+        decomposes=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
         column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
     )
@@ -326,4 +327,4 @@ def switching_sampler(config: SwitchingConfig) -> Sampler:
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:
-    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction)
+    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction, decomposes=True)
