@@ -99,7 +99,7 @@ class Sampler:
     together; otherwise one rank samples for all. ``state_shapes(k, r)``: shapes of its own float32 tensors
     for a k×r basis, by name. ``informed_columns(r)``: how many columns, the first ones, depend on data; None:
     all of them if ``informed``. ``column_scales(k, r)``: what multiplies the columns (r) of bases that are to
-    have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes the eigenvectors of a k×k matrix.
+    have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes eigenvectors of a k×k matrix.
     """
 
     name: str
