@@ -36,6 +36,7 @@ from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory
 from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.refresh_cost import costly_refreshes
 from rsotrain.training.trainer import StepResult, Trainer, share_of_batch
 
 
@@ -79,6 +80,8 @@ class TrainingRun:
         )
         world.main_together(self._save_tokenizer)
         self.trainer = Trainer(config, self.data, world)
+        for said in costly_refreshes(self.trainer, world.device.type):
+            display.message(said)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
