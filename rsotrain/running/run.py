@@ -37,7 +37,7 @@ from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory
 from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
-from rsotrain.training.trainer import StepResult, Trainer, share_of_batch
+from rsotrain.training.trainer import Signals, StepResult, Trainer, share_of_batch
 
 
 class _StoppedError(Exception):
@@ -197,9 +197,8 @@ class TrainingRun:
                     self._evaluate()
             while trainer.step < config.steps and reason is None and not self._ended_early():
                 position = trainer.position
-                result = (
-                    self._first_step() if self.warmup_seconds is None else trainer.train_step(stop.signals)
-                )
+                step = self._first_step if self.warmup_seconds is None else trainer.train_step
+                result = step(stop.signals)
                 if began_to_repeat(self.data.train, position, trainer.position):
                     self._say_repeated()
                 if result.skipped:
@@ -218,15 +217,15 @@ class TrainingRun:
             return stopped
         return None if reason is None else _StoppedError(reason, evaluating=False)
 
-    def _first_step(self) -> StepResult:
+    def _first_step(self, signals: Signals) -> StepResult:
         """One that compiles its blocks, where it does."""
         began = time.monotonic()
-        result = self.trainer.train_step(self.stop.signals)
+        result = self.trainer.train_step(signals)
         self.warmup_seconds = time.monotonic() - began
         if self.config.compile:
             self.display.message(
-                f"compile=true: the first step took {format_seconds(self.warmup_seconds)}, most of it to compile;"
-                " compile=false does without"
+                f"compile=true: the first step took {format_seconds(self.warmup_seconds)}, most of it to"
+                " compile; compile=false does without"
             )
         return result
 
