@@ -1,6 +1,7 @@
 """The files of ``conf/`` without Hydra, for programs that use a method and no run."""
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rsotrain
-from rsotrain.instruments.launches import is_free, launches_of, operation_name
+from rsotrain.instruments.launches import PER_PANEL, is_free, launches_of, operation_name
 from rsotrain.instruments.phases import Phase, watching
 
 _PACKAGE = str(Path(rsotrain.__file__).parent)
@@ -87,7 +87,7 @@ class GpuWatch(TorchDispatchMode):
         elif name in _PRODUCTS:
             left = inputs[-2]  # addmm's first is the summand
             self.flops[self._phase, _dtype(left)] += 2 * result.numel() * left.shape[-1]
-        elif name in _PER_PANEL:
+        elif name in PER_PANEL:
             size, factor = inputs[0].shape[-1], 1 if name == "linalg_solve_triangular" else 1 / 3
             columns = inputs[-1] if name == "linalg_solve_triangular" else inputs[0]
             self.flops[self._phase, _dtype(columns)] += int(factor * size * columns.numel())
