@@ -36,7 +36,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "lora": (12, 12, 1, 1),
     "muon": (346, 346, 1, 1),
     "normuon": (570, 570, 1, 1),
-    "orbit": (288, 4838, 1, 29),
+    "orbit": (288, 993, 1, 1),
     "osd": (1802, 1144, 1, 1),
     "racs": (1298, 1298, 1, 1),
     "relora": (12, 12, 1, 1),
