@@ -20,6 +20,7 @@ from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
+from rsotrain.instruments.device_kind import planning_for
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
 from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
@@ -173,7 +174,7 @@ class FakeRun:
     @contextmanager
     def faking(self) -> Iterator[None]:
         """What is done inside is done with fake tensors."""
-        with self._fake, _Answers():
+        with self._fake, _Answers(), planning_for(self.kind):
             yield
 
     def go_to(self, number: int) -> None:

@@ -32,7 +32,7 @@ def counted_normals(rows: int, columns: int, seed: int, device: torch.device) ->
     bits.
     """
     pairs = (rows * columns + 1) // 2
-    keys = [_signed(seed_of(seed, "round", i)) for i in range(2)]
+    keys = [signed(seed_of(seed, "round", i)) for i in range(2)]
     result = torch.empty(2, pairs, device=device)
     for start in range(0, pairs, _PAIRS_AT_A_TIME):
         stop = min(start + _PAIRS_AT_A_TIME, pairs)
@@ -52,15 +52,19 @@ def counted_normals(rows: int, columns: int, seed: int, device: torch.device) ->
 
 def _uniform(counters: Tensor, keys: list[int]) -> Tensor:
     """Uniform numbers in (0, 1]. ``counters``: distinct int32, which are overwritten."""
-    for key in keys:  # each round is a permutation of all int32, in which every bit depends on every other
-        x = counters.bitwise_xor_(key)
-        x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
-        x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
-        x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    for key in keys:
+        mixed_(counters.bitwise_xor_(key))
     return counters.to(torch.float32).mul_(2.0**-32).add_(0.5).clamp_(min=2.0**-33)
 
 
-def _signed(word: int) -> int:
+def mixed_(x: Tensor) -> Tensor:
+    """A permutation of all int32 in which every bit depends on every other, in place (Wellons' lowbias32)."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(signed(0x7FEB352D))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(signed(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def signed(word: int) -> int:
     """The low 32 bits of ``word`` as torch's int32 has them."""
     low = word & 0xFFFFFFFF
     return low - (1 << 32) if low >= 1 << 31 else low
