@@ -76,8 +76,9 @@ def _on_device(table: Table, device: torch.device) -> Tensor:
 def launch(
     table: Table, weight: Tensor, update: Tensor, lr: float, kept: float, step: Keys, stochastic: bool
 ) -> None:
-    """``table``: for each weight its address, the place of its update in the storage, its shape, the strides of
-    both, and its ``moving.Place``. ``weight``, ``update``: one of each, for their dtype and storage."""
+    """Move the weights of ``table``, in which each has its address, the place of its update in the storage,
+    its shape, the strides of both, and its ``moving.Place``. ``weight``, ``update``: one of each, for their
+    dtype and storage."""
     largest = max(entry[2] * entry[3] for entry in table)
     if largest == 0:
         return

@@ -145,7 +145,7 @@ class Weights:
         kept: float,
         rows: Sequence[slice] | None = None,
     ) -> None:
-        """W ← kept·W + η·update for several weights, by one kernel on a GPU. ``rows``: of each W; None: all."""
+        """W ← kept·W + η·update for several weights, by one kernel. ``rows``: those of each W; None: all."""
         runs = rows or [ALL_ROWS] * len(names)
         kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
         for i, name in enumerate(names):
@@ -157,18 +157,19 @@ class Weights:
             keys = keys_of(self.seed, "weights", step)
             move_all_(weights, [updates[i] for i in own], lr, kept, places=places, step=keys)
 
-    def _place(self, name: str, row: int) -> Place:
+    def _place(self, name: str, first: int) -> Place:
+        """Where the piece lies, beginning with its row (or entry) ``first``."""
         if name not in self.places:
             shard = self.shards[name]
-            starts = [shard.start if i == shard.dim else 0 for i in range(2)]
-            width = shard.shape[-1]
-            if len(shard.shape) == 1:  # one row
-                starts.reverse()
-            self.places[name] = Place(*starts, width, *keys_of(self.seed, "weights", name))
+            row, column = (shard.start if i == shard.dim else 0 for i in range(2))
+            if len(shard.shape) == 1:  # a vector is one row
+                row, column = column, row
+            keys = keys_of(self.seed, "weights", name)
+            self.places[name] = Place(row, column, shard.shape[-1], *keys)
         place = self.places[name]
-        if row and len(self.shards[name].shape) == 1:
-            return replace(place, column=place.column + row)
-        return replace(place, row=place.row + row) if row else place
+        if len(self.shards[name].shape) == 1:
+            return replace(place, column=place.column + first)
+        return replace(place, row=place.row + first)
 
 
 def factors_by_rows(factors: Factors | None, counts: Sequence[int]) -> list[Factors | None]:
