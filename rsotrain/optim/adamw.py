@@ -61,6 +61,9 @@ class AdamW(ParamGroupOptimizer):
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
         return StateSize((matrix.piece, matrix.piece))
 
+    def joined_keys(self, name: str) -> list[str]:
+        return []  # its kernel takes lists
+
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         # the kernel takes lists of one dtype and device, and one decay

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -266,6 +266,21 @@ class ParamGroupOptimizer(ABC):
 
     def resume(self) -> None:  # noqa: B027, most methods have nothing to do
         """Called after the optimizer state has been loaded."""
+
+    def join_state(self) -> None:
+        """Let the state of a stack share memory, of which ``stacked`` is then a view. Called when made."""
+        for names in self.stacks if self.in_stacks else ():
+            for key in self.joined_keys(names[0]):
+                joined = torch.stack([self.state[name][key] for name in names])
+                for name, tensor in zip(names, joined.unbind(), strict=True):
+                    self.state[name][key] = tensor
+                    if key in self.moments[name]:
+                        self.moments[name][key] = replace(self.moments[name][key], values=tensor)
+
+    def joined_keys(self, name: str) -> list[str]:
+        """The state tensors of ``name`` that nothing but ``state`` and ``moments`` refers to."""
+        coded = [moment for moment in self.moments[name].values() if moment.coded is not None]
+        return [key for key in self.state[name] if not any(key in moment.tensors for moment in coded)]
 
     # --- gradients ------------------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ def build_optimizer(
             method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
         )
     optimizers += rest_optimizers(config, groups.rest, settings)
+    for optimizer in optimizers:
+        optimizer.join_state()
     return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
 
 

@@ -91,7 +91,7 @@ def channel_scales(update: Tensor, projected: Tensor) -> Tensor:
     """‖N_j‖/‖R_j‖ for each row j, …×M×1; 0 where R_j is 0. ``update``: N or −N, …×M×r; ``projected``: R."""
     norms = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
     scales = torch.linalg.vector_norm(update, dim=-1, keepdim=True) / norms
-    return scales.where(norms > 0, 0.0)
+    return scales.masked_fill_(norms <= 0, 0.0)
 
 
 def limited_growth_(
@@ -113,7 +113,7 @@ def limited_growth_(
 
 def inverse_root(scale: Tensor) -> Tensor:
     """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
-    return scale.rsqrt().where(scale > 0, 0.0)
+    return scale.rsqrt().masked_fill_(scale <= 0, 0.0)
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:

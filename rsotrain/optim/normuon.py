@@ -51,5 +51,5 @@ class NorMuon(Muon):
         put_back_(wide, averages)
         self.keeper.write(kept, wide, step)
         before, after = norms_of_wholes(self.shards[names[0]], pieces, scaled)
-        factors = (before / after).where(after > 0, 0.0).view(-1, 1, 1)
+        factors = (before / after).masked_fill_(after <= 0, 0.0).view(-1, 1, 1)
         super()._move(names, scaled.mul_(factors), step, lr)

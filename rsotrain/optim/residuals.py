@@ -179,7 +179,7 @@ class Apollo(GaLore):
             (a, r, update), m = stack.tensors, stack.first
             if self.config.per_tensor:
                 adapted, plain = m.low_rank_norms(update, r)
-                scales = (adapted / plain).where(plain > 0, 0.0).view(-1, 1, 1)
+                scales = (adapted / plain).masked_fill_(plain <= 0, 0.0).view(-1, 1, 1)
             else:
                 scales = channel_scales(update, r)
             (norm,) = m.norms(scaled_row_norms(a, scales))

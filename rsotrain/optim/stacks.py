@@ -16,7 +16,7 @@ from rsotrain.subspace import projection
 
 # Bytes of one temporary of a stack. Three or four of them are alive at a time; kernels of that size take some
 # 0.2 ms on an H100, fifty times as long as a launch.
-STACK_BYTES = 1 << 28
+STACK_BYTES = 3 << 27
 
 
 def in_stacks(device: torch.device) -> bool:
@@ -30,7 +30,7 @@ def stacks_of(
     shards: Mapping[str, Shard],
     itemsize: int,
 ) -> list[list[str]]:
-    """The names of ``parameters`` by kind, in stacks of at most ``STACK_BYTES`` at ``itemsize`` an element."""
+    """The names of ``parameters`` by kind, in stacks of at most ``STACK_BYTES`` at ``itemsize`` each."""
     if not all(in_stacks(parameter.device) for parameter in parameters.values()):
         return [[name] for name in parameters]
     kinds: dict[Hashable, list[list[str]]] = {}

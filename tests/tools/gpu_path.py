@@ -6,9 +6,9 @@
 For each METHOD (an optimizer, or optimizer:sampler) a Trainer on fake CUDA tensors makes two steps and one in
 which all bases are drawn anew, copies its state as a checkpoint does, loads it and makes another step; with
 adam and rso an evaluation and a generation, too. The screen, or FILE as JSON, says for each of these what was
-counted; with ``--ordinary`` for the optimizer's part of a step without a refresh alone, which a large model
-takes seconds for; with OPERATIONS=1 in the environment by operation, with TRACEBACK=1 an error has its traceback. It
-needs g++, and some seconds to compile a guard once.
+counted; with ``--ordinary`` for the update of a step without a refresh alone, which takes seconds for
+a large model; with OPERATIONS=1 in the environment by operation, with TRACEBACK=1 an error has its traceback.
+It needs g++, and some seconds to compile a guard once.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def _walk(trainer: Trainer, stage: Any, watch: GpuWatch, settings: list[str]) ->
 
 
 def _ordinary_step(trainer: Trainer, stage: Any) -> None:
-    """The optimizer's part of step 2, as if all bases had been drawn, with gradients that no pass has made."""
+    """The optimizer's part of step 2, as if all bases were there, with gradients that no pass has made."""
     optimizer = trainer.optimizer
     optimizer.steps_done = 1
     for holder in optimizer.gradient_holders():
