@@ -37,8 +37,10 @@ _NO_SCHEMA = re.compile(r"In '(.+?)': Could not (?:load|find) '/?schema/(.+?)/(.
 
 def _unregistered(file: str, group: str, schema: str) -> str:
     registry = {"optimizer": "methods.py", "sampler": "samplers.py"}.get(group, "schema.py")
+    beside = f", and no {file}.py beside it" if group == "optimizer" else ""
     return (
         f"{file}.yaml names the schema {schema}, which nothing in rsotrain/config/{registry} registers"
+        f"{beside}"
         f" (there are: {', '.join(sorted(SCHEMAS.get(group, ())))})"
     )
 

@@ -16,7 +16,7 @@ from rsotrain.config.schema import Config
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
     "save_every", "log_every", "max_bad_steps", "logger", "parallelism", "micro_batch_size",
-    "optimizer.update_in_backward", "generate", "export", "benchmark", "report", "data.workers",
+    "optimizer.update_in_backward", "generate", "export", "benchmark", "report", "tune", "data.workers",
     "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path", "evaluation.num_fewshot",
     "evaluation.task_limit", "evaluation.micro_batch_size", "evaluation.legacy_divisor",
 )  # fmt: skip

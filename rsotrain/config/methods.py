@@ -30,7 +30,8 @@ OPTIMIZERS: "dict[str, type[OptimizerConfig]]" = {}
 
 
 def optimizer(schema: str, code: str) -> Callable[[Settings], Settings]:
-    """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer."""
+    """Register settings under the name ``schema``. ``code``: ``module:class`` of a ParamGroupOptimizer, or
+    the class alone where it stands in the file of the settings."""
     return registering(OPTIMIZERS, schema, code)
 
 
@@ -175,6 +176,21 @@ class FrugalConfig(SolverConfig):
     free_scale: float = means(
         "factor on the rate for the signs outside the subspace", number(1.0, at_least=0, at_most=10**6)
     )
+
+
+@optimizer("orbit", "rsotrain.optim.orbit:Orbit")
+@dataclass
+class OrbitConfig(SolverConfig):
+    """Adam in the subspace, and outside it the residual, orthogonalised in groups of rows."""
+
+    free_scale: float = means(
+        "factor on the rate outside the subspace", number(1.5, at_least=0, at_most=10**6)
+    )
+    group: int | float = means(
+        "rows that are orthogonalised together: a number, or with a point a fraction of the shorter side",
+        number(0.25, above=0, at_most=SIZE),
+    )
+    ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
 
 
 @optimizer("apollo", "rsotrain.optim.residuals:Apollo")

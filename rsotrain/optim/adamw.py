@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.instruments.device_kind import device_kind
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype

@@ -111,7 +111,7 @@ class ParamGroupOptimizer(ABC):
         self.weights = Weights(parameters, self.shards, settings.weight_rounding, self.keeper.seed)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         self.moments: dict[str, dict[str, Moment]] = {name: {} for name in parameters}
-        self._dims: dict[tuple[str, str], int | None] = {}
+        self.dims: dict[tuple[str, str], int | None] = {}  # of each state tensor: add_moment's
         self.in_stacks = in_stacks(next(iter(parameters.values())).device)
 
     # --- what a method may define beside its constructor ---------------------------------------------
@@ -165,6 +165,13 @@ class ParamGroupOptimizer(ABC):
         raise NotImplementedError(
             f"{cls.__module__}.{cls.__name__} does not say how large its state is: define matrix_state"
         )
+
+    @classmethod
+    def has_formula(cls) -> bool:
+        """Does the method say in closed form how large its state is?"""
+        base, own = ParamGroupOptimizer, cls.state_bytes_formula.__func__  # type: ignore[attr-defined]
+        states = cls.matrix_state.__func__ is not base.matrix_state.__func__  # type: ignore[attr-defined]
+        return states or own is not base.state_bytes_formula.__func__  # type: ignore[attr-defined]
 
     def update(self, step: int, lr_factor: float) -> None:
         """Update all parameters."""
@@ -225,7 +232,7 @@ class ParamGroupOptimizer(ABC):
                 f"{type(self).__name__} replicates {key} on all ranks: give the dimension in which it is"
                 " sharded, or name it in replicated_state"
             )
-        self._dims[name, key] = dim
+        self.dims[name, key] = dim
         return tensor
 
     def is_replicated(self, name: str, key: str) -> bool:
@@ -238,7 +245,7 @@ class ParamGroupOptimizer(ABC):
         for name, state in self.state.items():
             own = self.shards[name]
             for key, tensor in state.items():
-                shape, dim = list(tensor.shape), self._dims[name, key]
+                shape, dim = list(tensor.shape), self.dims[name, key]
                 if own.dim is None or dim is None:
                     result[f"{name}.{key}"] = Shard(tuple(shape), mesh=own.mesh)
                 else:

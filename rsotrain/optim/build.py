@@ -44,9 +44,9 @@ def build_optimizer(
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
     run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
-    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows. Raises
-    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer and
-    sampler do not go together.
+    the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows.
+    Raises UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
+    and sampler do not go together.
     """
     method = method_of(config)
     check_ranges(config, "optimizer.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.stacks import put_back_, stacked
@@ -79,7 +80,7 @@ class FullRankOptimizer(ParamGroupOptimizer):
         for name in names:
             gradient = gradient_of(name, self.parameters[name])
             kept = list(self.moments[name].values())
-            in_cache = gradient.device.type == "cpu" and not self.whole(name)
+            in_cache = device_kind(gradient.device) == "cpu" and not self.whole(name)
             limit = CACHE_ELEMENTS if in_cache else gradient.numel()
             for rows, own in row_runs(gradient, kept, limit):
                 wide = self.keeper.read(own)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rsotrain.config.choices import BasisStorage
 from rsotrain.config.methods import RSOConfig
 from rsotrain.errors import require
+from rsotrain.instruments.devices import device_kind
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
 from rsotrain.optim.base import Settings, buckets, chosen
 from rsotrain.optim.moments import work_dtype
@@ -32,7 +33,8 @@ from rsotrain.optim.with_bases import (
     require_sampler,
 )
 from rsotrain.parallel.row_sums import RowSums
-from rsotrain.subspace.bases import Bases, BasisChange
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.batches import bases_on
 from rsotrain.subspace.projection import resolve_rank
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler
@@ -86,7 +88,8 @@ class RSO(OptimizerWithBases):
         assert sorted(parameters) == sorted(name for group in input_groups for name in group.layers)
         self.subspace, self.input_groups = subspace, input_groups
         weight = next(iter(parameters.values()))
-        self.bases = Bases(
+        self.bases = bases_on(
+            device_kind(weight.device),
             {group.name: (group.size, group.rank) for group in input_groups},
             subspace.sampler,
             gap=subspace.gap,
@@ -100,6 +103,7 @@ class RSO(OptimizerWithBases):
             mesh=self.shards[input_groups[0].name].mesh,
         )
         for group in input_groups:
+            group.device_kind = device_kind(weight.device)
             self._place_first_basis(group)
             for key, tensor in self.bases.state[group.name].items():
                 self.add_tensor(group.name, key, tensor)

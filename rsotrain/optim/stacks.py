@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rsotrain.instruments.device_kind import device_kind
+from rsotrain.instruments.devices import device_kind
 from rsotrain.parallel.sharding import Shard
 from rsotrain.subspace import projection
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
@@ -18,9 +19,11 @@ from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.stacks import products, stacked
 from rsotrain.optim.state_size import Weight, WeightsLayout
 from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
-from rsotrain.subspace.bases import Bases, BasisChange
+from rsotrain.subspace.bases import BasisChange
+from rsotrain.subspace.batches import bases_on
+from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.projection import oriented, project_, resolve_rank
-from rsotrain.subspace.samplers import Sampler, orthonormalised
+from rsotrain.subspace.samplers import Sampler
 from rsotrain.subspace.sources import GradientSource, Source
 
 
@@ -71,7 +74,8 @@ class SubspaceOptimizer(OptimizerWithBases):
         dtype = next(iter(parameters.values())).dtype
         self.product_dtype = subspace.compute_dtype or work_dtype(dtype)
         self.basis_dtype = work_dtype(dtype) if subspace.sampler.post_update else self.product_dtype
-        self.bases = Bases(
+        self.bases = bases_on(
+            device_kind(self.matrices[0].parameter.device),
             {m.name: (m.size, m.rank) for m in self.matrices},
             subspace.sampler,
             gap=subspace.gap,

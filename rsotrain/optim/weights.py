@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.choices import WeightRounding
-from rsotrain.instruments.device_kind import device_kind
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.moving import Place, move_all_
 from rsotrain.optim.rounding import keys_of, random_factors, stochastic_round_by_
 from rsotrain.parallel.sharding import Shard, local

@@ -90,4 +90,5 @@ class OptimizerWithBases(ParamGroupOptimizer):
         self.bases.resume()
 
     def metrics(self) -> dict[str, float]:
+        self.bases.hear()
         return self.bases.record.metrics()

@@ -8,8 +8,9 @@ from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
+from rsotrain.report.fairness import doubts, name_of
 from rsotrain.report.runs import Run
-from rsotrain.report.tables import columns_of, name_of, notes, rows
+from rsotrain.report.tables import columns_of, notes, rows
 from rsotrain.tracking.drawing import color_and_dashes
 from rsotrain.tracking.escaping import for_html
 from rsotrain.tracking.formats import format_count, format_seconds
@@ -115,8 +116,12 @@ BORDERS = ("solid", "dashed", "dotted")  # as drawing.DASHES, but for the last
 
 
 def _notes(groups: Sequence[Group], left_out: Sequence[str]) -> str:
+    """Why the comparison may not be fair, a line each, and what else there is to know."""
+    lines = "".join(f"<li>{for_html(sentence)}</li>" for sentence in doubts(groups))
     paragraphs = [" ".join(notes(groups)), *left_out]
-    return "".join(f'<p class="notes">{for_html(text)}</p>' for text in paragraphs if text)
+    return (f'<ul class="notes doubts">{lines}</ul>' if lines else "") + "".join(
+        f'<p class="notes">{for_html(text)}</p>' for text in paragraphs if text
+    )
 
 
 def _claims(findings: Sequence[Finding]) -> list[str]:
@@ -220,6 +225,7 @@ header p,footer,.notes{color:var(--muted);margin:4px 0 0}
 section{margin-top:40px}
 footer{margin-top:48px;padding-top:12px;border-top:1px solid var(--grid);font-size:13px}
 .notes{font-size:13px;margin-top:10px}
+.doubts{padding-left:18px;color:var(--ink)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px;margin-top:28px}
 .tile{border:1px solid var(--grid);border-radius:10px;padding:12px 16px;display:flex;flex-direction:column}
 .tile span{color:var(--muted);font-size:13px}

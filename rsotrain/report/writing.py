@@ -9,9 +9,10 @@ from rsotrain.files import write_atomic
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
+from rsotrain.report.fairness import doubts
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
-from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.escaping import for_terminal, print_line
 from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
@@ -52,9 +53,12 @@ def report_on(
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     console.print(screen(groups, console.width), highlight=False)
+    for sentence in doubts(groups):
+        console.print(Text(for_terminal(sentence), style="dim"))
     if findings:
         console.print(claims_screen(findings), highlight=False)
 

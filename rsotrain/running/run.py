@@ -145,7 +145,7 @@ class TrainingRun:
             summary = self.world.from_main(self._write_summary)
             exit_code = 0
         except NonFiniteError as error:
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{error}, {self._last_good()}; a lower optimizer.lr or grad_clip=1.0 may help"
             ) from error
         finally:

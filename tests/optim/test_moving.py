@@ -11,7 +11,7 @@ from helpers.command import ROOT
 from torch import Tensor
 
 from rsotrain.config.choices import WeightRounding
-from rsotrain.instruments.device_kind import planning_for
+from rsotrain.instruments.devices import planning_for
 from rsotrain.optim.moving import Place, move_all_
 from rsotrain.optim.rounding import keys_of
 from rsotrain.optim.weights import Weights

@@ -20,7 +20,7 @@ from rsotrain.config.methods import (
 )
 from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import Precision
-from rsotrain.instruments.device_kind import planning_for
+from rsotrain.instruments.devices import planning_for
 from rsotrain.models.layers import Linear
 from rsotrain.optim import adamw, base, rso, stacks, subspace_optimizer
 from rsotrain.optim.build import build_optimizer

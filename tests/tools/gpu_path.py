@@ -34,7 +34,6 @@ import torch  # noqa: E402 (after its devices)
 from helpers.gpu_watch import GpuWatch  # noqa: E402
 from helpers.runs import compose  # noqa: E402
 
-from rsotrain.benchmark.phases import all_bases_due, groups_with_bases  # noqa: E402
 from rsotrain.checkpoints.saving import copied_to_host  # noqa: E402
 from rsotrain.instruments.phases import Phase, phase  # noqa: E402
 from rsotrain.models.generation import generate_tokens  # noqa: E402
@@ -45,6 +44,7 @@ from rsotrain.planner.fake_run import FakeRun  # noqa: E402
 from rsotrain.subspace import seeding  # noqa: E402
 from rsotrain.subspace.samplers import SampleRequest  # noqa: E402
 from rsotrain.training.evaluation import evaluate  # noqa: E402
+from rsotrain.training.refreshes import all_bases_due, groups_with_bases  # noqa: E402
 from rsotrain.training.trainer import Trainer, no_signals  # noqa: E402
 
 GPU = torch.device("cuda", 0)

@@ -51,6 +51,7 @@ MORE = {
     "model": "Sizes are those of the papers' tables; `model=pretrained` is a Hugging Face folder's.",
     "evaluation": "[Trained models](../rsotrain/inference/README.md).",
     "report": "[Reports](../sweeps/README.md#reports).",
+    "tune": "[Tuning](../sweeps/README.md#tuning).",
 }
 
 

@@ -36,6 +36,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "lora": (12, 12, 1, 1),
     "muon": (346, 346, 1, 1),
     "normuon": (570, 570, 1, 1),
+    "orbit": (288, 4838, 1, 29),
     "osd": (2588, 1720, 15, 15),
     "racs": (1298, 1298, 1, 1),
     "relora": (12, 12, 1, 1),

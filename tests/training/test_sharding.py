@@ -28,6 +28,7 @@ METHODS = {
     **{name: refreshed_every(name, 8) for name in OPTIMIZERS},
     # signs of residuals that rounding decides differ between one process and several: on axes there are none
     "carry": [*SUBSPACE, "sampler=coordinate"],
+    "orbit": [*SUBSPACE, "sampler=coordinate"],
     "sn-subsets": ["optimizer=sn", "optimizer.subset_size=1"],
     "galore-momentum": ["optimizer=galore", "optimizer.solver=momentum", *SUBSPACE],
     "galore-adagrad": ["optimizer=galore", "optimizer.solver=adagrad", *SUBSPACE],

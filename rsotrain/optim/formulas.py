@@ -1,7 +1,8 @@
 """Bytes of the optimizer state in closed form, from the shapes of a model alone.
 
 The class of each method gives the state of a matrix (``matrix_state``), and ``optimizer.rest`` says which
-method has all other parameters. The formulas check the planner, which measures the optimizer's tensors.
+method has all other parameters. The formulas check the planner, which measures the optimizer's tensors. Only
+a method of the user's own may do without one.
 """
 
 import re
@@ -36,9 +37,11 @@ class StateBytes:
         return self.blocks + self.rest
 
 
-def state_bytes(config: Config, vocab_size: int) -> StateBytes:
-    """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks."""
+def state_bytes(config: Config, vocab_size: int) -> StateBytes | None:
+    """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks; None without a formula."""
     optimizer = config.optimizer
+    if not method_of(optimizer).has_formula():
+        return None
     patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
     blocks: list[Weight] = []
     rest: list[Weight] = []
