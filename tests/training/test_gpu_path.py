@@ -19,6 +19,7 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.
 # which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
+    "adam8bit": (278, 278, 1, 1),
     "adam_mini": (202, 202, 1, 1),
     "alice": (784, 5292, 1, 29),
     "alice_0": (756, 5040, 1, 29),
@@ -30,6 +31,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "foam": (234, 234, 1, 1),
     "frugal": (166, 502, 1, 15),
     "galore": (110, 3540, 1, 43),
+    "galore8bit": (264, 3694, 1, 43),
     "i3s": (110, 3680, 1, 85),
     "ldadam": (3946, 3792, 29, 29),
     "lion": (80, 80, 1, 1),
