@@ -5,16 +5,14 @@ The ordinary step knows nothing of this: methods of one Trainer are wrapped, and
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
-from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.parallel import exchange
-from rsotrain.subspace.schedule import RefreshSchedule
+from rsotrain.training.refreshes import groups_with_bases
 from rsotrain.training.trainer import Trainer
 
 
@@ -68,10 +66,6 @@ class PhaseClock:
         return seconds
 
 
-def groups_with_bases(trainer: Trainer) -> list[OptimizerWithBases]:
-    return [group for group in trainer.optimizer.groups if isinstance(group, OptimizerWithBases)]
-
-
 def attach(clock: PhaseClock, trainer: Trainer) -> None:
     """Have ``clock`` follow the steps of ``trainer``.
 
@@ -94,29 +88,6 @@ def attach(clock: PhaseClock, trainer: Trainer) -> None:
         if name == "observe" and trainer.config.compile:  # called from within compiled blocks
             wrapped = torch.compiler.disable(wrapped)
         setattr(owner, name, wrapped)
-
-
-def update_gap(trainer: Trainer) -> int | None:
-    """Steps between refreshes; None for a method without bases."""
-    groups = groups_with_bases(trainer)
-    return groups[0].subspace.gap if groups else None
-
-
-@contextmanager
-def all_bases_due(trainer: Trainer) -> Iterator[None]:
-    """The next step refreshes all bases, none of them for the first time, whatever the schedule."""
-    optimizer, groups = trainer.optimizer, groups_with_bases(trainer)
-    schedules, steps_done = [group.bases.schedule for group in groups], optimizer.steps_done
-    for group in groups:
-        gap = group.subspace.gap
-        group.bases.schedule = RefreshSchedule(gap, len(group.bases.sizes), staggered=False)
-        optimizer.steps_done = 2 * gap - group.samples_ahead
-    try:
-        yield
-    finally:
-        optimizer.steps_done = steps_done
-        for group, schedule in zip(groups, schedules, strict=True):
-            group.bases.schedule = schedule
 
 
 def communication_seconds(profile: torch.profiler.profile, num_steps: int) -> float:

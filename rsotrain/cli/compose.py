@@ -26,10 +26,12 @@ from rsotrain.errors import UserError
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option.
 
-    From then on Hydra reads YAML files with text where a key is text.
+    They take the place of those of an earlier command in this process. From then on Hydra reads YAML files
+    with text where a key is text.
     """
     keep_text_of_config_files()
     store = ConfigStore.instance()
+    store.repo.pop("schema", None)
     store.store(group="schema", name="config", node=Config, package="_global_")
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import checked_config, register_schemas
-from rsotrain.cli.flags import as_multirun, split_flags
+from rsotrain.cli.flags import as_multirun, config_dir, split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_length, check_overrides, normalise
+from rsotrain.cli.plugins import load_plugins
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Mode
@@ -68,8 +69,10 @@ def run(composed: DictConfig) -> dict[str, Any]:
         check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
         with leaving_at_once():
-            from rsotrain.cli.dispatch import run_mode, settle_epochs  # torch is imported from here on
+            # torch is imported from here on
+            from rsotrain.cli.dispatch import run_mode, settle_compile, settle_epochs
 
+            config = settle_compile(config)
             if config.epochs is not None:
                 config = settle_epochs(config)
             if config.mode is Mode.train:
@@ -105,7 +108,6 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     global _status
     _status = 0
-    register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
     if not {"--help", "-h"}.isdisjoint(sys.argv):
@@ -119,6 +121,8 @@ def main() -> None:
             print(f"rsotrain {version('rsotrain')}")
             sys.exit(0)
         flags, given = split_flags(sys.argv[1:])
+        load_plugins(config_dir(flags))
+        register_schemas()
         overrides = normalise(given)
         check_overrides(overrides)
         if "mode=tune" in overrides:

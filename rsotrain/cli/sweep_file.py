@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hydra.errors import HydraException
 
 from rsotrain.cli.hints import other_tools_name
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text
-from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys
+from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys, list_of
 from rsotrain.errors import UserError
 from rsotrain.tracking.escaping import one_line, print_line
 
@@ -33,6 +34,15 @@ SWEEP_KEYS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """``place``: line 3, or item 0 (line 1) of a YAML list; ``fault``: why it has no overrides."""
+
+    place: str
+    overrides: list[str]
+    fault: str | None = None
+
+
 def read_list(path: Path) -> list[list[str]]:
     """The configurations of a list: overrides in a line each, or a YAML list of such lines or of mappings.
 
@@ -40,32 +50,29 @@ def read_list(path: Path) -> list[list[str]]:
     key that does not exist, or several values of one.
     """
     configurations = numbered(path)
-    faults = [
-        f"{place}: {fault}" for place, overrides in configurations if (fault := _fault_of_keys(overrides))
-    ]
+    faults = [f"{c.place}: {fault}" for c in configurations if (fault := _fault_of_keys(c))]
     if faults:
         raise UserError(f"{path}: {'; '.join(faults)}")
-    return [overrides for _, overrides in configurations]
+    return [c.overrides for c in configurations]
 
 
-def numbered(path: Path) -> list[tuple[str, list[str]]]:
-    """The configurations, unchecked, each with its place: line 3, or item 0 (line 1) of a YAML list."""
+def numbered(path: Path) -> list[Configuration]:
+    """The configurations of a list, unchecked. Raises UserError for a file that is no list or is empty."""
     text = _read(path)
     if path.suffix in (".yaml", ".yml"):
         content = _parse(path, text)
         if not isinstance(content, list):
             raise UserError(f"{path} must be a YAML list, one configuration an item")
         starts = [node.start_mark.line + 1 for node in yaml.compose(text, yaml.SafeLoader).value]
-        places = [f"item {number} (line {line})" for number, line in enumerate(starts)]
         configurations = [
-            (place, _item(f"{path}, {place}", item)) for place, item in zip(places, content, strict=True)
+            _configuration(f"item {number} (line {line})", item)
+            for number, (line, item) in enumerate(zip(starts, content, strict=True))
         ]
     else:
-        lines = enumerate(text.splitlines(), start=1)
         configurations = [
-            (f"line {number}", overrides)
-            for number, line in lines
-            if (overrides := _split(f"{path}, line {number}", line))
+            _configuration(f"line {number}", line)
+            for number, line in enumerate(text.splitlines(), start=1)
+            if line.strip() and not line.lstrip().startswith("#")
         ]
     if not configurations:
         raise UserError(
@@ -74,14 +81,16 @@ def numbered(path: Path) -> list[tuple[str, list[str]]]:
     return configurations
 
 
-def _fault_of_keys(overrides: Sequence[str]) -> str | None:
+def _fault_of_keys(configuration: Configuration) -> str | None:
     """What is wrong with the first override that cannot be right whatever the others choose."""
+    if configuration.fault:
+        return configuration.fault
     known = known_keys()
-    for override in overrides:
+    for override in configuration.overrides:
         match = _KEY.match(override)
         if match is None:
             return f"{override!r} is not of the form key=value"
-        key = match["key"]
+        key = list_of(match["key"])
         if key not in known and not key.startswith("hydra"):
             return f"unknown key {key}{other_tools_name(key, known) or did_you_mean(key, known)}"
         if _is_sweep(override):
@@ -157,29 +166,32 @@ def _is_sweep(override: str) -> bool:
 
 def _check_key(path: Path, key: str) -> None:
     known = known_keys()
-    if key not in known and not key.startswith("hydra"):
+    if list_of(key) not in known and not key.startswith("hydra"):
         raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
 
 
-def _split(place: str, line: str) -> list[str]:
-    """Words up to a comment, which begins a word: shlex's own would begin in the middle of one."""
+def _words(line: str) -> list[str]:
+    """Words up to a comment, which begins a word: shlex's own would begin in the middle of one.
+
+    Raises ValueError for quotes and backslashes that do not fit.
+    """
     words = shlex.shlex(line, posix=True)
     words.whitespace_split, words.commenters = True, ""
-    try:
-        return list(takewhile(lambda word: not word.startswith("#"), words))
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
+    return list(takewhile(lambda word: not word.startswith("#"), words))
 
 
-def _item(place: str, item: object) -> list[str]:
+def _configuration(place: str, item: object) -> Configuration:
+    """From a line, or an item of a YAML list."""
     overrides: list[str] = []
-    if isinstance(item, str):
-        overrides = _split(place, item)
-    elif isinstance(item, Mapping):
+    if isinstance(item, Mapping):
         overrides = [f"{key}={_value(value)}" for key, value in flatten(item)]
-    if not overrides:
-        raise UserError(f"{place}: write key: value pairs, or one string of key=value")
-    return overrides
+    elif isinstance(item, str):
+        try:
+            overrides = _words(item)
+        except ValueError as error:  # a quote that nothing closes, or a backslash at the end
+            return Configuration(place, [], f"{error}; check the quotes and backslashes of {item.strip()}")
+    fault = None if overrides else "write key: value pairs, or one string of key=value"
+    return Configuration(place, overrides, fault)
 
 
 def _value(value: object) -> str:
@@ -252,20 +264,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = _parse(given.file, _read(given.file)) if given.file.suffix in (".yaml", ".yml") else None
         if isinstance(content, Mapping):
             number = check_sweep(given.file, content)
-            runs_of_it = members_of_sweep(content["parameters"])
+            tried = [Configuration(*member) for member in members_of_sweep(content["parameters"])]
         else:
-            runs_of_it = numbered(given.file)
-            number = len(runs_of_it)
-        faults = {place: fault for place, run in runs_of_it if (fault := _fault_of_keys(run))}
-        faults |= faults_of([(place, run) for place, run in runs_of_it if place not in faults])
-        found = {place: faults[place] for place, _ in runs_of_it if place in faults}
+            tried = numbered(given.file)
+            number = len(tried)
+        faults = {c.place: fault for c in tried if (fault := _fault_of_keys(c))}
+        faults |= faults_of([(c.place, c.overrides) for c in tried if c.place not in faults])
+        found = {c.place: faults[c.place] for c in tried if c.place in faults}
         for place, fault in (_shared(found) if isinstance(content, Mapping) else found).items():
             print_line(f"{given.file}, {one_line(f'{place}: {fault}')}", sys.stderr)
         if faults:
-            raise UserError(f"{given.file}: {len(faults)} of {len(runs_of_it)} would be refused")
+            raise UserError(f"{given.file}: {len(faults)} of {len(tried)} would be refused")
         runs = "runs without end" if number is None else f"{number} runs"
-        tried = len(runs_of_it)
-        whole = ", all of which" if number == tried else f"; {tried} combinations were tried, and"
+        whole = ", all of which" if number == len(tried) else f"; {len(tried)} combinations were tried, and"
         print_line(f"{given.file}: {runs}{whole} would start")
     except UserError as error:
         print_line(f"rsotrain: {one_line(str(error))}", sys.stderr)

@@ -1,13 +1,14 @@
 """Self-attention of a decoder layer."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsotrain.config.schema import ModelConfig
+from rsotrain.models.documents import Documents, attention
 from rsotrain.models.functional import rotary
 from rsotrain.models.layers import Linear, RMSNorm, apply_normed
 
 RotaryTables = tuple[Tensor, Tensor]
+Within = Tensor | Documents | None  # what a token attends to, as of ``attention``
 
 
 class CausalAttention(nn.Module):
@@ -32,22 +33,17 @@ class CausalAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, norm: RMSNorm, tables: RotaryTables, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, tables: RotaryTables, within: Within) -> Tensor:
         query, key, value = (
             out.unflatten(-1, (-1, self.head_dim))
             for out in apply_normed(x, norm, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        attended = F.scaled_dot_product_attention(
-            rotary(query, *tables).transpose(1, 2),
-            rotary(key, *tables).transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
+        attended = attention(
+            rotary(query, *tables), rotary(key, *tables), value, within, grouped=self.grouped
         )
-        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+        return self.o_proj(attended.flatten(-2))
 
     def flops_per_token(self, seq_len: int) -> int:
         """Of scores and values, forward and backward: half of 12·s·d, since a token sees those before it."""

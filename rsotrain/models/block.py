@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig
-from rsotrain.models.attention import RotaryTables
+from rsotrain.models.attention import RotaryTables, Within
 from rsotrain.models.layers import RMSNorm
 
 
@@ -31,19 +31,19 @@ class PreNormBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, x: Tensor, tables: RotaryTables, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tables: RotaryTables, within: Within = None) -> Tensor:
         if self.activation_checkpointing is ActivationCheckpointing.block:
-            return _recomputed(self._layer, x, tables, mask)
-        return self._layer(x, tables, mask)
+            return _recomputed(self._layer, x, tables, within)
+        return self._layer(x, tables, within)
 
-    def _layer(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
-        x = x + self.attention_branch(x, tables, mask)
+    def _layer(self, x: Tensor, tables: RotaryTables, within: Within) -> Tensor:
+        x = x + self.attention_branch(x, tables, within)
         if self.activation_checkpointing is ActivationCheckpointing.mlp:
             return x + _recomputed(self.mlp_branch, x)
         return x + self.mlp_branch(x)
 
-    def attention_branch(self, x: Tensor, tables: RotaryTables, mask: Tensor | None) -> Tensor:
-        return self.self_attn(x, self.input_layernorm, tables, mask)
+    def attention_branch(self, x: Tensor, tables: RotaryTables, within: Within) -> Tensor:
+        return self.self_attn(x, self.input_layernorm, tables, within)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.mlp(x, self.post_attention_layernorm)

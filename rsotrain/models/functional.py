@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rsotrain.instruments.devices import device_kind
+
 # torch types the context of an autograd.Function too loosely to name what save_for_backward brings.
 Context = Any
 # Elements of an embedding's gradient that are added up in float32 at a time: 16 MiB
@@ -242,7 +244,8 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     weight up in bfloat16 on a CPU, where small summands are lost beside a large sum; here they are added in
     float32, some columns at a time, and rounded once.
     """
-    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not torch.is_grad_enabled():
+    on_cpu = device_kind(weight.device) == "cpu"
+    if weight.dtype is not torch.bfloat16 or not on_cpu or not torch.is_grad_enabled():
         return F.embedding(tokens, weight)
     return _Embedding.apply(weight, tokens)
 

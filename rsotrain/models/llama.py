@@ -4,21 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.schema import ActivationCheckpointing, ModelConfig
+from rsotrain.models.attention import Within
+from rsotrain.models.documents import Documents, document_mask, documents_of, takes_documents
 from rsotrain.models.functional import embedding, rotary_tables
 from rsotrain.models.layers import Linear, RMSNorm
 from rsotrain.models.loss import linear_cross_entropy
 from rsotrain.models.parts import build_block
 from rsotrain.models.rope import rope_scaling
-
-
-def document_mask(tokens: Tensor, separator_id: int) -> Tensor:
-    """Which tokens each token attends to: those before it in its document, and itself.
-
-    A separator begins a document. tokens: (batch, seq_len). Returns bool (batch, 1, seq_len, seq_len).
-    """
-    documents = (tokens == separator_id).cumsum(1)
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return same.tril().unsqueeze(1)
 
 
 class LlamaModel(nn.Module):
@@ -45,14 +37,33 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def takes_documents(self, device: torch.device) -> bool:
+        """Does attention stay inside documents, by their beginnings?"""
+        return self.separator_id is not None and takes_documents(device, self.compute_dtype, self.head_dim)
+
+    def documents(self, tokens: Tensor, device: torch.device) -> Documents | None:
+        """To be given to ``forward`` with the tokens, on ``device``; None where it does not take them.
+
+        Of tokens on the host they need no wait.
+        """
+        if self.separator_id is None or not self.takes_documents(device):
+            return None
+        return documents_of(tokens, self.separator_id, device)
+
+    def _within(self, tokens: Tensor, documents: Documents | None) -> Within:
+        if self.separator_id is None or documents is not None:
+            return documents
+        found = self.documents(tokens, tokens.device)
+        return document_mask(tokens, self.separator_id) if found is None else found
+
+    def forward(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         x = embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         tables = rotary_tables(
             tokens.shape[1], self.head_dim, self.rope_theta, tokens.device, self.rope_scaling
         )
-        mask = None if self.separator_id is None else document_mask(tokens, self.separator_id)
+        within = self._within(tokens, documents)
         for layer in self.layers:
-            x = layer(x, tables, mask)
+            x = layer(x, tables, within)
         return self.norm(x)
 
 
@@ -63,8 +74,8 @@ class Llama(nn.Module):
     ``forward(tokens, targets)`` gives the sum of the cross-entropy over the targets (batch, seq_len) that
     are not −100, an fp32 scalar: position i is scored against ``targets[:, i]``, so targets are the
     tokens moved left by one. The caller divides by the number of scored tokens of the whole batch.
-    ``z_loss``, ``device_kind``: as of ``linear_cross_entropy``; a plan for a GPU is made with tensors on the
-    CPU.
+    ``z_loss``: as of ``linear_cross_entropy``. ``documents``: those of ``model.documents``, of tokens on the
+    host; without them a model that has a separator finds them itself.
     """
 
     def __init__(
@@ -79,7 +90,6 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss = config, z_loss
-        self.device_kind: str | None = None
         self.model = LlamaModel(config, vocab_size, compute_dtype, activation_checkpointing, separator_id)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         self.tie_weights()
@@ -91,14 +101,15 @@ class Llama(nn.Module):
             assert isinstance(embedding, nn.Parameter)
             self.lm_head.weight = embedding
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        hidden = self.model(tokens)
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        hidden = self.model(tokens, documents)
         if targets is None:
             return self.lm_head(hidden)
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
-            self.device_kind,
             z_loss=self.z_loss,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rsotrain.data.targets import IGNORE_INDEX
+from rsotrain.instruments.devices import device_kind
 
 # Tokens whose logits exist at a time. On two CPU cores (vocabulary 32000, width 512, bf16) the GEMMs
 # reach their full rate at 512 tokens (380 GFLOP/s; 350 at 256) and gain nothing beyond. A GPU takes more at
@@ -29,16 +30,15 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    device_kind: str | None = None,
     *,
     z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of −log softmax(hidden weightᵀ)[target], as an fp32 scalar.
 
     hidden: (tokens, features); weight: (vocabulary, features), cast to hidden's dtype for the GEMMs;
-    targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. ``device_kind``: "cpu" or "cuda",
-    whose working buffers are to be used; None: that of hidden's device. Softmax, loss and the sum of
-    the head's gradient over chunks are in fp32; gradients arrive in the dtype of their tensor.
+    targets: (tokens,) int64, those equal to ``IGNORE_INDEX`` count nothing. Softmax,
+    loss and the sum of the head's gradient over chunks are in fp32; gradients arrive in the dtype of their
+    tensor.
     ``z_loss``: weight c of the auxiliary loss Σ c·(log Z)², Z = Σ exp(logits), which keeps the logits from
     drifting (PaLM, arXiv 2204.02311, section 5, with c = 1e-4). It is in the gradients only: the value that
     is returned stays the cross-entropy, so that losses with and without it can be compared.
@@ -47,7 +47,7 @@ def linear_cross_entropy(
     """
     assert hidden.dim() == 2, hidden.shape
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
-    kind = device_kind or hidden.device.type
+    kind = device_kind(hidden.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets, kind, z_loss)
     return _loss_and_gradients(hidden, weight, targets, kind, z_loss, False, False)[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.blocks import by_blocks, decode, encode_signed_, encode_unsigned_, scales_shape
 from rsotrain.optim.rounding import random_factors
 
@@ -100,7 +101,7 @@ def encode(moments: Sequence[CodedMoment], values: Tensor, seed: int, step: str)
         factors = rows.unsqueeze(1), first.column_factors(seed, step)
     codes = torch.empty(values.shape, dtype=first.codes.dtype, device=values.device)
     scales = torch.empty(scales_shape(values.shape, first.dim, first.block), device=values.device)
-    limit = _CPU_ELEMENTS if values.device.type == "cpu" else _DEVICE_ELEMENTS
+    limit = _CPU_ELEMENTS if device_kind(values.device) == "cpu" else _DEVICE_ELEMENTS
     per = first.rows_of_block
     length = max(1, limit // max(1, per * values.shape[1])) * per
     for start in range(0, values.shape[0], length):

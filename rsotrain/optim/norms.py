@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rsotrain.instruments.devices import device_kind
+
 NORM_ELEMENTS = 1 << 20  # 4 MiB of float32
 
 
@@ -19,6 +21,6 @@ def norms_of(gradients: Iterable[Tensor]) -> list[Tensor]:
 
 def _pieces(gradient: Tensor) -> tuple[Tensor, ...]:
     wide = gradient.dtype.itemsize >= torch.float32.itemsize
-    if wide or gradient.device.type != "cpu":
+    if wide or device_kind(gradient.device) != "cpu":
         return (gradient,)
     return gradient.reshape(-1).split(NORM_ELEMENTS)

@@ -5,7 +5,7 @@ has the planned size but sends nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,13 +20,19 @@ from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.build_tokenizer import read_tokenizer
 from rsotrain.data.order import FileOrder
+from rsotrain.instruments.devices import planning_for
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.instruments.phases import Phase, Watcher, watching
+from rsotrain.instruments.work import WorkCounter
+from rsotrain.models.documents import Documents
 from rsotrain.parallel.ranks import World, build_mesh, destroy_groups
 from rsotrain.planner.tracker import CUDA_BLOCK_BYTES, Kind, MemoryTracker
-from rsotrain.training.trainer import Trainer, model_without_memory
+from rsotrain.training.model import model_without_memory
+from rsotrain.training.refreshes import all_bases_due
+from rsotrain.training.trainer import Trainer
 
 _CPU = torch.device("cpu")
+_TOKENS_OF_DOCUMENT = 256
 
 
 class _Answers(TorchDispatchMode):
@@ -80,6 +86,14 @@ class _FakeTrainer(Trainer):
         """Without data, assume that a sequence is padded wherever the packing allows it."""
         padded = self.config.data.packing is Packing.padded
         return torch.ones_like(targets, dtype=torch.bool) if padded else None
+
+    def documents(self, inputs: torch.Tensor) -> Documents | None:
+        """Without data, as many as there may be of some hundred tokens; memory does not depend on it."""
+        if not self.model.model.takes_documents(self.device):
+            return None
+        number = -(-inputs.numel() // _TOKENS_OF_DOCUMENT)
+        starts = torch.zeros(number + 1, dtype=torch.int32, device=self.device)
+        return Documents(starts, inputs.shape[1])
 
 
 def tokenizer_size(config: Config) -> int:
@@ -159,7 +173,6 @@ class FakeRun:
         world = self._stack.enter_context(fake_world(config, self._device))
         data = cast(Data, _Data(tokenizer_size(config), config.seq_len))
         model = model_without_memory(config, data.tokenizer)  # not fake: fake tensors cannot leave "meta"
-        model.device_kind = self.kind
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.faking():
             self.trainer = _FakeTrainer(config, data, world, model)
@@ -173,7 +186,7 @@ class FakeRun:
     @contextmanager
     def faking(self) -> Iterator[None]:
         """What is done inside is done with fake tensors."""
-        with self._fake, _Answers():
+        with self._fake, _Answers(), planning_for(self.kind):
             yield
 
     def go_to(self, number: int) -> None:
@@ -184,28 +197,37 @@ class FakeRun:
             for group in trainer.optimizer.groups:
                 group.resume()
 
-    def step(self, number: int) -> MemoryTracker:
-        """Run step ``number`` (1-based), with the refreshes of that step; return its memory."""
-        return self._step(number, whole=True)
+    def step(self, number: int, counter: WorkCounter | None = None) -> MemoryTracker:
+        """Run step ``number`` (1-based), with the refreshes of that step; return its memory.
+
+        ``counter`` counts what the step asks of the device.
+        """
+        return self._step(number, counter, whole=True)
+
+    def refreshing_step(self, counter: WorkCounter) -> None:
+        """Run a step in which all bases are refreshed, none for the first time, whatever the schedule."""
+        with all_bases_due(self.trainer):
+            self._step(self.trainer.optimizer.steps_done + 1, counter, whole=True)
 
     def passes(self, number: int) -> MemoryTracker:
         """The same for the passes alone, without an update that comes after them."""
-        return self._step(number, whole=False)
+        return self._step(number, None, whole=False)
 
-    def _step(self, number: int, *, whole: bool) -> MemoryTracker:
+    def _step(self, number: int, counter: WorkCounter | None, *, whole: bool) -> MemoryTracker:
         trainer = self.trainer
         tracker = MemoryTracker(CUDA_BLOCK_BYTES if self.kind == "cuda" else 1)
         with self.faking():
             self.go_to(number)
             trainer.saved_activations_bytes = 0  # measured here
-            with tracker, watching(self._watcher(tracker, whole)), suppress(_PassesDone):
+            watcher = self._watcher(tracker, counter, whole)
+            with tracker, counter or nullcontext(), watching(watcher), suppress(_PassesDone):
                 tracker.mark(trainer.model.parameters(), Kind.parameters)
                 tracker.mark(trainer.optimizer.state_tensors(), Kind.optimizer_state)
                 trainer.train_step()
             trainer.optimizer.zero_grad()
         return tracker
 
-    def _watcher(self, tracker: MemoryTracker, whole: bool) -> Watcher:
+    def _watcher(self, tracker: MemoryTracker, counter: WorkCounter | None, whole: bool) -> Watcher:
         trainer, optimizer = self.trainer, self.trainer.optimizer
         in_backward = optimizer.in_backward is not None
 
@@ -216,7 +238,7 @@ class FakeRun:
         def watch(name: Phase) -> Iterator[None]:
             if name is Phase.optimizer_step and not whole and not in_backward:
                 raise _PassesDone
-            with tracker.phase(name):
+            with tracker.phase(name), counter.phase(name) if counter else nullcontext():
                 if name is Phase.optimizer_step and in_backward:
                     tracker.mark(optimizer.partial_gradients(), Kind.gradients)
                 if name is Phase.forward:

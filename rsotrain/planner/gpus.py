@@ -3,35 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-GIB = 2**30
-# The total memory of a GPU in GiB as torch reports it ("total capacity" in its out-of-memory error). Reports
-# differ by up to 0.3 with the driver; this is the smallest found. ECC takes a share of an L40S (an A6000 has
-# 47.3), and an A10 or L4 of nominally 24 GB has only 22.0.
-_TOTAL_GIB = {
-    "24 GB": ("RTX 3090, 4090", 23.5),
-    "40 GB": ("A100", 39.3),
-    "48 GB": ("L40S, A6000", 44.3),
-    "80 GB": ("A100, H100", 79.1),
-    "141 GB": ("H200", 139.7),
-}
-# The CUDA context takes about half of this; the rest is for cuBLAS workspaces and fragmentation.
-RESERVED_BYTES = GIB
+from rsotrain.planner.cards import GPUS
+
 # Planning time grows with the chunks of the loss. Beyond so many tokens, peaks are extrapolated linearly.
 _MAX_TOKENS = 32768
 _MIN_LIMIT = 32  # up to so many sequences are planned in any case, if they may fit
 _ENDLESS = 2**40
-
-
-@dataclass(frozen=True)
-class Gpu:
-    size: str
-    examples: str
-    usable: int  # bytes
-
-
-GPUS = tuple(
-    Gpu(size, examples, int(total * GIB) - RESERVED_BYTES) for size, (examples, total) in _TOTAL_GIB.items()
-)
 
 
 @dataclass(frozen=True)

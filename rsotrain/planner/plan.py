@@ -1,6 +1,6 @@
 """The memory of a run before it starts, from the real step with fake tensors, and the GPUs that have it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,14 +9,17 @@ from rsotrain.config.schema import Config, Device
 from rsotrain.errors import require
 from rsotrain.instruments.memory import tensors_bytes
 from rsotrain.instruments.phases import Phase
+from rsotrain.instruments.work import Work, WorkCounter
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.models.loss import chunk_tokens
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, with_micro_batches, world_size
 from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
-from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
+from rsotrain.planner.roofline import Speed, StepWork, speeds
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
+from rsotrain.training.refreshes import groups_with_bases, update_gap
 
 _MOST_TOKENS = 2**23  # of a pass; the loss is planned chunk by chunk, so that time grows with them
 
@@ -34,15 +37,17 @@ class Plan:
     """Bytes on rank 0, the rank with the largest pieces.
 
     ``phases``: for each phase, the bytes by kind at its moment of most memory, and their sum ``peak``.
-    ``formula_state``: the optimizer state in closed form. ``traffic``: bytes that the rank sends in a step,
-    by kind of collective: ``step`` without a refresh where there is such a step, ``refresh`` with one.
+    ``formula_state``: the optimizer state in closed form; None where a method has none. ``traffic``: bytes
+    that the rank sends in a step, by kind of collective: ``step`` without a refresh where there is such a
+    step, ``refresh`` with one.
+    ``speeds``: what a step should take on each GPU; empty in a plan for a CPU.
     """
 
     settings: dict[str, Any]
     parameters: Share
     gradients: Share
     optimizer_state: Share
-    formula_state: Share
+    formula_state: Share | None
     saved_activations: int
     phases: dict[str, dict[str, int]]
     peak: int
@@ -50,6 +55,7 @@ class Plan:
     flops_per_token: int
     traffic: dict[str, dict[str, int]]
     gpus: list[Fit] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of a plan's file."""
@@ -62,7 +68,8 @@ def device_kind_of(config: Config) -> str:
 
 
 def make_plan(config: Config, *, gpus: bool = True) -> Plan:
-    """Plan the run of ``config``. ``gpus``: also find each GPU's largest micro-batch, which takes longer.
+    """Plan the run of ``config``. ``gpus``: also find each GPU's largest micro-batch and speed, which takes
+    longer.
 
     Raises UserError where the settings do not fit together, and for a pass of very many tokens.
     """
@@ -74,20 +81,20 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         " than any GPU holds and would take long to plan; give a micro_batch_size, such as 8",
     )
     with FakeRun(config, device_kind_of(config)) as run:
-        trackers = {number: run.step(number) for number in _steps(run)}
+        counters = {number: WorkCounter() if gpus else None for number in _steps(run)}
+        trackers = {number: run.step(number, counter) for number, counter in counters.items()}
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
         peaks = _merged(of_steps)
         trainer, optimizer = run.trainer, run.trainer.optimizer
-        has_blocks = bool(optimizer.parameter_groups.blocks)
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
         parameters = Share(
             tensors_bytes(trainer.model.parameters()),
-            tensors_bytes(optimizer.groups[0].weights_held()) if has_blocks else 0,
+            sum(tensors_bytes(group.weights_held()) for group in optimizer.methods),
         )
         gradients = Share(run.gradients_bytes, run.block_gradients_bytes)
-        state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
+        state = Share(optimizer.state_bytes(), optimizer.block_state_bytes())
         phases = {
             phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
             | {"peak": peaks[phase].total}
@@ -100,7 +107,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             parameters=parameters,
             gradients=gradients,
             optimizer_state=state,
-            formula_state=Share(formula.total, formula.blocks),
+            formula_state=None if formula is None else Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
             phases=phases,
             floor=floor_of(
@@ -115,8 +122,47 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,
             traffic=_traffic(config, micro, trackers, of_steps),
+            speeds=_speeds(config, run, counters, of_steps) if gpus and run.kind == "cuda" else [],
             gpus=_fits(run, of_steps, micro) if gpus else [],
         )
+
+
+def _speeds(
+    config: Config,
+    run: FakeRun,
+    counters: Mapping[int, WorkCounter | None],
+    of_steps: Mapping[int, Mapping[Phase, Peak]],
+) -> list[Speed]:
+    trainer = run.trainer
+    micro = trainer.config.micro_batch_size
+    assert micro is not None
+    number = config.batch_size // world_size(config) // micro
+
+    def work_of(counter: WorkCounter | None) -> dict[str, Work]:
+        assert counter is not None
+        works = counter.of_step(number)
+        works[Phase.optimizer_step].update(works.pop(None, Work()))  # reading the loss, and the like
+        return {phase.value: work for phase, work in works.items() if phase is not None}
+
+    refreshes = [step for step, peaks in of_steps.items() if Phase.refresh in peaks]
+    quiet = [step for step in of_steps if step not in refreshes]
+    without = work_of(counters[(quiet or refreshes)[-1]])
+    refresh: dict[str, Work] = {}
+    if any(group.bases.schedule.staggered for group in groups_with_bases(trainer)):
+        whole = WorkCounter()  # a staggered refresh is of some bases, in each step perhaps; here it is of all
+        run.refreshing_step(whole)
+        refresh = work_of(whole)
+        without.pop(Phase.refresh.value, None)
+    elif quiet and refreshes:
+        refresh = work_of(counters[refreshes[-1]])
+    costly = [step for group in trainer.optimizer.groups if (step := group.costliest_step()) is not None]
+    period = update_gap(trainer) or (costly[0] if costly else 1)
+    return speeds(
+        StepWork(without, refresh, min(period, config.steps)),
+        tokens=config.batch_size * config.seq_len,
+        flops_per_token=trainer.flops_per_token,
+        world_size=world_size(config),
+    )
 
 
 def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int) -> list[Fit]:
@@ -127,20 +173,22 @@ def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int
 def _steps(run: FakeRun) -> list[int]:
     """Numbers (1-based) of the steps that differ in memory: one without a refresh and one with.
 
-    The first step samples the first bases. It is planned if the run is too short for another refresh, if the
-    sampler finds its first bases in another way, or if refreshes are staggered, as it samples all bases at
-    once.
+    Those of all optimizers of the run. The first step samples the first bases. It is planned if the run is
+    too short for another refresh, if the sampler finds its first bases in another way, or if refreshes are
+    staggered, as it samples all bases at once.
     """
+    last, steps = run.config.steps, set[int]()
     for group in run.trainer.optimizer.groups:
         if isinstance(group, OptimizerWithBases):
             refresh = _refresh_step(group)
-            if refresh > run.config.steps:
-                return sorted({1, min(2, run.config.steps)})
+            if refresh > last:
+                steps |= {1, min(2, last)}
+                continue
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
-            return sorted({2, refresh} | ({1} if first else set()))
-        if (costliest := group.costliest_step()) is not None:
-            return sorted({1, min(costliest, run.config.steps)})
-    return [1]
+            steps |= {2, refresh} | ({1} if first else set())
+        elif (costliest := group.costliest_step()) is not None:
+            steps |= {1, min(costliest, last)}
+    return sorted(steps or {1})
 
 
 def _refresh_step(group: OptimizerWithBases) -> int:
@@ -225,6 +273,7 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "state_dtype": values["optimizer"]["state_dtype"],
         "update_in_backward": values["optimizer"]["update_in_backward"],
         "rest": values["optimizer"]["rest"],
+        "groups": values["optimizer"]["groups"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from rsotrain.errors import UserError
 from rsotrain.files import write_json_atomic
-from rsotrain.planner.gpus import GIB
+from rsotrain.instruments.phases import Phase
+from rsotrain.planner.cards import GIB
 from rsotrain.planner.plan import Plan
+from rsotrain.planner.roofline import ASSUMPTIONS, ASSUMPTIONS_OF_RANKS
 from rsotrain.planner.tracker import Kind
 from rsotrain.tracking.display import print_table, titled_table
 from rsotrain.tracking.escaping import print_line
-from rsotrain.tracking.formats import format_bytes, format_count
+from rsotrain.tracking.formats import format_bytes, format_count, three_digits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +33,8 @@ _FLOOR_NAMES = {
     Kind.activations: "kept activations",
     Kind.gathered: "one gathered block",
 }
+_SHORT = {Phase.forward.value: "fwd", Phase.backward.value: "bwd", Phase.optimizer_step.value: "update"}
+_COMPARED = ("RTX 4090", "A100-80", "H100")  # beside each other, in a terminal of 80 columns
 _MIB = 2**20
 PLANS = "plans.json"
 
@@ -42,12 +46,17 @@ def print_plan(plan: Plan) -> None:
     tables = [_parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
-    if plan.formula_state != plan.optimizer_state:
+    if plan.formula_state is not None and plan.formula_state != plan.optimizer_state:
         print_line(
             f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
             f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
         )
     print(f"FLOPs per token: {format_count(plan.flops_per_token)}")
+    if plan.speeds:
+        print_table(_speeds(plan))
+        print_line(ASSUMPTIONS)
+        if plan.settings["world_size"] > 1:
+            print_line(ASSUMPTIONS_OF_RANKS)
 
 
 def _phases(plan: Plan) -> "Table":
@@ -93,6 +102,8 @@ def _parts(plan: Plan) -> "Table":
         ("optimizer state", plan.optimizer_state),
         ("  by its formula", plan.formula_state),
     ):
+        if share is None:
+            continue
         cells = [nbytes / size for nbytes in (share.total, share.blocks) for _, size in units]
         table.add_row(name, *(f"{cell:.3f}" for cell in cells))
     saved = [plan.saved_activations / size for _, size in units]
@@ -116,6 +127,26 @@ def _gpus(plan: Plan) -> "Table":
             format_bytes(fit.usable),
             Text("fits", style="green") if fit.fits else Text("does not fit", style="red"),
             f"{fit.micro_batch:,}" if fit.micro_batch else "none",
+        )
+    return table
+
+
+def _speeds(plan: Plan) -> "Table":
+    """Milliseconds of a step; which GPUs hold it is another table's."""
+    table = titled_table("A step to expect: milliseconds")
+    table.add_column("GPU", style="bold", no_wrap=True)
+    phases = [*plan.speeds[0].phases]
+    for heading in (*(_SHORT.get(phase, phase) for phase in phases), "step", "tok/s", "MFU"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
+    for speed in plan.speeds:
+        table.add_row(
+            speed.gpu,
+            *(three_digits(1000 * speed.phases[phase]) for phase in phases),
+            three_digits(1000 * speed.step_seconds),
+            format_count(speed.tokens_per_second),
+            f"{speed.mfu:.0%}",
+            speed.bound_by,
         )
     return table
 
@@ -203,10 +234,27 @@ def print_plans(plans: Sequence[Mapping[str, Any]], folder: Path) -> None:
         smallest = next((fit["gpu"] for fit in plan["gpus"] if fit["fits"]), "none")
         table.add_row(name, *(f"{n / GIB:.2f}" for n in nbytes), smallest)
     print_table(table)
+    if all(plan["speeds"] for plan in plans):
+        print_table(_speeds_beside(names, plans))
     bars = {name: peak_of(plan["phases"]) for name, plan in zip(names, plans, strict=True)}
     write_json_atomic(folder / PLANS, dict(zip(names, plans, strict=True)))
     print_line(f"plans: {folder / PLANS}")
     print_line(write_picture(bars, folder / "plans.png"))
+
+
+def _speeds_beside(names: Sequence[str], plans: Sequence[Mapping[str, Any]]) -> "Table":
+    """Milliseconds of a step, and relative to the first plan's."""
+    table = titled_table("A step to expect: milliseconds, and of the first plan's")
+    table.add_column("", style="bold", overflow="fold")
+    for card in _COMPARED:
+        table.add_column(card, justify="right", no_wrap=True)
+    first: dict[str, float] = {}
+    for name, plan in zip(names, plans, strict=True):
+        seconds = {s["gpu"]: s["step_seconds"] for s in plan["speeds"]}
+        first = first or seconds
+        cells = (f"{three_digits(1000 * seconds[g])}  {seconds[g] / first[g]:.2f}" for g in _COMPARED)
+        table.add_row(name, *cells)
+    return table
 
 
 def peak_of(phases: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:

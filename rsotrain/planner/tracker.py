@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rsotrain.instruments.phases import Phase
+from rsotrain.instruments.work import collective_of
 from rsotrain.parallel.sharding import local
 
 CUDA_BLOCK_BYTES = 512  # torch's caching allocator rounds sizes up to a multiple of this
@@ -130,15 +131,11 @@ class MemoryTracker(TorchDispatchMode):
         self._mark(known, Kind.gathered)
 
     def _collective(self, func: Any, args: Any) -> None:
-        name = func._schema.name.removeprefix("c10d::").strip("_").replace("_base", "")
-        # inputs come second where there are outputs of their own
-        given = args[1] if name in ("allgather", "reduce_scatter", "gather", "scatter") else args[0]
+        collective = collective_of(func, args)
         if self.traffic:
-            self.traffic[-1][name] += sum(
-                t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, Tensor)
-            )
+            self.traffic[-1][collective.kind] += collective.given
         for leaf in tree_leaves(args):
-            if isinstance(leaf, Tensor) and name in ("allgather", "reduce_scatter"):
+            if isinstance(leaf, Tensor) and collective.kind in ("allgather", "reduce_scatter"):
                 found = self._found(leaf.untyped_storage())
                 if found.kind is None:
                     self._mark(found, Kind.gathered)

@@ -169,6 +169,6 @@ def horizontal_bars(names: Sequence[str], palette: Palette) -> tuple["Figure", "
 
 
 def _round_step(length: float) -> float:
-    """1, 2 or 5 times a power of ten, so that at most ten steps fill ``length``."""
-    power = 10.0 ** math.floor(math.log10(length / 10))
-    return next(factor * power for factor in (1, 2, 5, 10) if 10 * factor * power >= length)
+    """1, 2 or 5 times a power of ten, so that at most four steps fill ``length``: room for "500 MiB" each."""
+    power = 10.0 ** math.floor(math.log10(length / 4))
+    return next(factor * power for factor in (1, 2, 5, 10) if 4 * factor * power >= length)

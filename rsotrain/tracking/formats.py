@@ -3,7 +3,8 @@
 import math
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """1.23, 12.3, 123."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
@@ -15,9 +16,9 @@ def format_count(count: float) -> str:
         return str(count)
     for suffix in ("", "k", "M", "B"):
         if count < 999.5:
-            return _three_digits(count) + suffix
+            return three_digits(count) + suffix
         count /= 1000
-    return _three_digits(count) + "T"
+    return three_digits(count) + "T"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -27,8 +28,8 @@ def format_bytes(num_bytes: float) -> str:
     for unit in ("KiB", "MiB", "GiB"):
         num_bytes /= 1024
         if num_bytes < 999.5:
-            return f"{_three_digits(num_bytes)} {unit}"
-    return f"{_three_digits(num_bytes / 1024)} TiB"
+            return f"{three_digits(num_bytes)} {unit}"
+    return f"{three_digits(num_bytes / 1024)} TiB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,7 +6,7 @@ from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.ranks import resolve_device
-from rsotrain.training.trainer import float32_gains
+from rsotrain.training.model import float32_gains
 
 
 def check_composition(config: Config) -> None:

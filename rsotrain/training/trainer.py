@@ -9,20 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rsotrain.config.choices import WeightRounding
 from rsotrain.config.methods import LoRAConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import Data
 from rsotrain.data.position import order_record, saved_position
 from rsotrain.data.sequences import merged_states
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
-from rsotrain.data.tokenizer import Tokenizer
 from rsotrain.errors import NonFiniteError, UserError, require
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.models.architecture import flops_per_token
-from rsotrain.models.build import build_model, materialize, model_vocab_size
+from rsotrain.models.build import materialize
 from rsotrain.models.compiling import compile_blocks
+from rsotrain.models.documents import Documents
 from rsotrain.models.fit import Described, first_difference
 from rsotrain.models.generation import generate_texts
 from rsotrain.models.llama import Llama
@@ -33,6 +32,7 @@ from rsotrain.parallel.sharding import Shard, local, shard_model, shard_of
 from rsotrain.training.bad_steps import BadSteps
 from rsotrain.training.evaluation import Between, evaluate, go_on
 from rsotrain.training.lr_scheduler import lr_factor
+from rsotrain.training.model import model_without_memory
 
 _ALPHA = "adapter_alpha"  # in a checkpoint's record
 
@@ -55,26 +55,6 @@ Signals = Callable[[], tuple[float, ...]]
 
 def no_signals() -> tuple[float, ...]:
     return ()
-
-
-def float32_gains(config: Config) -> bool:
-    """Are the gains of norms float32 whatever the precision?"""
-    return config.optimizer.weight_rounding is WeightRounding.stochastic
-
-
-def model_without_memory(config: Config, tokenizer: Tokenizer) -> Llama:
-    """The model of a run on the meta device."""
-    return build_model(
-        config.model,
-        vocab_size=model_vocab_size(config.model, tokenizer.vocab_size),
-        precision=config.precision,
-        device=torch.device("meta"),
-        seed=config.seed,
-        activation_checkpointing=config.activation_checkpointing,
-        separator_id=tokenizer.eos_id if config.data.document_mask else None,
-        z_loss=config.z_loss,
-        float32_gains=float32_gains(config),
-    )
 
 
 def share_of_batch(batch_size: int, world: World) -> range:
@@ -217,19 +197,24 @@ class Trainer:
         valid_mask = self.valid_mask(targets)
         if valid_mask is not None:
             valid_mask = valid_mask.to(self.device, non_blocking=True)
+        documents = self.documents(inputs)
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with self.optimizer.observing(valid_mask):
             if self.saved_activations_bytes is not None:
-                return self.model(inputs, targets)
+                return self.model(inputs, targets, documents)
             with saved_activation_bytes(self.live_tensors()) as saved:  # once, on the first micro-batch
-                loss = self.model(inputs, targets)
+                loss = self.model(inputs, targets, documents)
             self.saved_activations_bytes = saved.total
             return loss
 
     def live_tensors(self) -> list[torch.Tensor]:
         """Parameters and optimizer state of this rank."""
         return [*self.model.parameters(), *self.optimizer.state_tensors()]
+
+    def documents(self, inputs: torch.Tensor) -> Documents | None:
+        """Of one micro-batch, where attention stays inside them by these; a plan replaces it."""
+        return self.model.model.documents(inputs, self.device)
 
     def valid_mask(self, targets: torch.Tensor) -> torch.Tensor | None:
         """``valid_positions`` of one micro-batch; a plan replaces it."""

@@ -21,7 +21,8 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.
 def phases_of(optimizer: str, arguments: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds of (forward and backward, the update, the refresh as amortised)."""
     from rsotrain.benchmark import BACKWARD, FORWARD, OPTIMIZER, REFRESH
-    from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, update_gap
+    from rsotrain.benchmark.phases import PhaseClock, attach
+    from rsotrain.training.refreshes import all_bases_due, update_gap
 
     trainer = build_trainer(
         f"model={arguments.model}", f"optimizer={optimizer}", f"precision={arguments.precision}",

@@ -142,7 +142,8 @@ class OurLoop:
 
     def refresh_seconds(self, first: float, ordinary: float) -> float:
         from rsotrain.benchmark import REFRESH
-        from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach, groups_with_bases
+        from rsotrain.benchmark.phases import PhaseClock, attach
+        from rsotrain.training.refreshes import all_bases_due, groups_with_bases
 
         if not groups_with_bases(self.trainer):
             return 0.0

@@ -27,7 +27,7 @@ from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.data.tokenizer import train_tokenizer
 from rsotrain.errors import UserError
 from rsotrain.models.build import build_model
-from rsotrain.models.llama import document_mask
+from rsotrain.models.documents import document_mask
 
 L = 24
 EOS = 2

@@ -13,31 +13,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rsotrain
+from rsotrain.instruments.launches import PER_PANEL, is_free, launches_of, operation_name
 from rsotrain.instruments.phases import Phase, watching
 
 _PACKAGE = str(Path(rsotrain.__file__).parent)
-# No kernel: memory alone, or a value on its way to the host (counted as a sync).
-_NO_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "set_", "resize_", "record_stream", "is_same_size")
-# About how many kernels an operation is that is more than one: cuSOLVER's for each matrix, others a call.
-_PER_MATRIX = {"linalg_qr": 60, "_linalg_eigh": 200, "_linalg_svd": 300, "linalg_householder_product": 30}
-_PER_CALL = {"sort": 4, "argsort": 4, "topk": 4, "embedding_dense_backward": 8, "linalg_vector_norm": 2}
 # Operations after which the host waits: a value goes to it, a result has a size that it must know, or it asks
 # whether a decomposition has converged.
 _VALUES = ("_local_scalar_dense", "equal")
 _SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
 _DECOMPOSITIONS = ("_linalg_eigh", "_linalg_svd", "_linalg_check_errors")
+_PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")
+_CHECKING = ("linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")  # with check_errors=True
 _WAITING = (*_VALUES, *_SIZES, *_DECOMPOSITIONS)
-# From ATen's MultiTensorApply.cuh: tensors of one launch by the number of lists, elements of a chunk,
-# and blocks of one launch.
-_TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-_CHUNK_ELEMENTS, _BLOCKS_OF_LAUNCH = 65536, 320
 
 
 class GpuWatch(TorchDispatchMode):
     """``launches``: number of kernels by phase of the step, in ``operations`` by (phase, operation).
 
-    ``syncs``: how often the host waits for the device, by place in the package. ``problems``: what a GPU
-    would refuse.
+    ``syncs``: how often the host waits for the device, by place in the package. ``flops``: of matrix
+    products, Cholesky factors and solutions, by (phase, dtype); ``decomposed``: the matrices whose
+    eigenvectors or singular vectors are taken, by their smaller side. ``problems``: what a GPU would refuse.
     """
 
     def __init__(self) -> None:
@@ -47,11 +42,13 @@ class GpuWatch(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.operations: Counter[tuple[str, str]] = Counter()
         self.syncs: Counter[str] = Counter()
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self.decomposed: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()
 
     def clear(self) -> None:
         """Forget what was counted, but for problems."""
-        for counter in (self.launches, self.operations, self.syncs):
+        for counter in (self.launches, self.operations, self.syncs, self.flops, self.decomposed):
             counter.clear()
 
     @contextmanager
@@ -71,17 +68,29 @@ class GpuWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.split("::")[1]
+        name = operation_name(func)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         self._check_devices(func, name, args, kwargs, inputs)
         result = func(*args, **kwargs)
         tensors = [*inputs, *(x for x in tree_leaves(result) if isinstance(x, Tensor))]
-        if any(x.is_cuda for x in tensors) and not _is_free(func, name):
-            number = _launches(name, args, inputs)
+        if any(x.is_cuda for x in tensors) and not is_free(func, name):
+            number = launches_of(name, args, inputs)
             self._idle = False
             self.launches[self._phase] += number
             self.operations[self._phase, name] += number
+            self._count_work(name, inputs, result)
         return result
+
+    def _count_work(self, name: str, inputs: Sequence[Tensor], result: Any) -> None:
+        if name in ("_linalg_eigh", "_linalg_svd"):
+            self.decomposed[min(inputs[0].shape[-2:])] += inputs[0][..., 0, 0].numel()
+        elif name in _PRODUCTS:
+            left = inputs[-2]  # addmm's first is the summand
+            self.flops[self._phase, _dtype(left)] += 2 * result.numel() * left.shape[-1]
+        elif name in PER_PANEL:
+            size, factor = inputs[0].shape[-1], 1 if name == "linalg_solve_triangular" else 1 / 3
+            columns = inputs[-1] if name == "linalg_solve_triangular" else inputs[0]
+            self.flops[self._phase, _dtype(columns)] += int(factor * size * columns.numel())
 
     def _check_devices(self, func: Any, name: str, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> None:
         kinds = {x.device.type for x in inputs if x.dim() > 0}
@@ -103,7 +112,8 @@ class GpuWatch(TorchDispatchMode):
                     self.syncs["an index on the CPU" + self._where()] += 1
         elif len(kinds) > 1:
             self.problems[f"{name}: tensors of {' and '.join(sorted(kinds))}{self._where()}"] += 1
-        if on_gpu and name in _WAITING:
+        checks = name in _CHECKING and (kwargs.get("check_errors") or args[-1] is True)
+        if on_gpu and (name in _WAITING or checks):
             if not self._idle:
                 self.syncs[name + self._where()] += 1
             self._idle = True
@@ -131,21 +141,5 @@ class GpuWatch(TorchDispatchMode):
         return ""
 
 
-def _is_free(func: Any, name: str) -> bool:
-    if func.namespace == "prim" or func.is_view or name.startswith(_NO_KERNEL):
-        return True
-    return name in ("lift_fresh", "_unsafe_view", "_reshape_alias", "detach")
-
-
-def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
-    if name.startswith(("_foreach", "_fused")):
-        lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
-        if not lists:
-            return 0
-        elements = sum(x.numel() for x in lists[0])
-        by_tensors = -(-len(lists[0]) // _TENSORS_OF_LAUNCH[min(5, len(lists))])
-        number = max(by_tensors, -(-elements // (_CHUNK_ELEMENTS * _BLOCKS_OF_LAUNCH)))
-        return number + (name == "_foreach_norm")
-    if name in _PER_MATRIX:
-        return _PER_MATRIX[name] * max(1, inputs[0][..., 0, 0].numel())
-    return _PER_CALL.get(name, 1)
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

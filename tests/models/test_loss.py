@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rsotrain.data.targets import IGNORE_INDEX
+from rsotrain.instruments.devices import planning_for
 from rsotrain.models import loss as loss_module
 from rsotrain.models.loss import linear_cross_entropy
 
@@ -48,11 +49,9 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 def test_equals_plain_loss_in_fp32(factor: float, kind: str) -> None:
     hidden, weight, targets = problem()
     # Same numbers in another order of summation: fp32 rounding of sums of about 30 to 200 terms.
-    for ours, theirs in zip(
-        gradients(partial(linear_cross_entropy, device_kind=kind), hidden, weight, targets, factor),
-        gradients(plain, hidden, weight, targets, factor),
-        strict=True,
-    ):
+    with planning_for(kind):
+        found = gradients(linear_cross_entropy, hidden, weight, targets, factor)
+    for ours, theirs in zip(found, gradients(plain, hidden, weight, targets, factor), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

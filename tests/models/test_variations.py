@@ -15,11 +15,12 @@ from rsotrain.config.schema import ActivationCheckpointing, Precision
 from rsotrain.errors import UserError
 from rsotrain.instruments.memory import saved_activation_bytes
 from rsotrain.models.build import build_model, model_without_memory
+from rsotrain.models.documents import document_mask
 from rsotrain.models.functional import rotary_tables
-from rsotrain.models.llama import Llama, document_mask
+from rsotrain.models.llama import Llama
 from rsotrain.models.rope import rope_scaling
 from rsotrain.optim.build import build_optimizer
-from rsotrain.planner.formulas import state_bytes
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.training.trainer import Trainer
 
 # The class of transformers that is the same model, and the arguments of its configuration that are not ours.

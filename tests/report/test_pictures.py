@@ -10,7 +10,7 @@ from rsotrain.report.curves import AXES, curves
 from rsotrain.report.plots import LOSSES
 from rsotrain.report.runs import read_runs
 from rsotrain.report.tables import notes, screen
-from rsotrain.tracking.drawing import WIDTH, drawing_in, look
+from rsotrain.tracking.drawing import WIDTH, drawing_in, look, stacked_bytes
 from rsotrain.tracking.theme import DARK, LIGHT, Palette
 
 METHODS = ("adam", "galore", "rso", "apollo", "frugal", "muon", "fira", "carry", "sn_sm", "ldadam")
@@ -41,6 +41,17 @@ def test_letters_are_legible_on_a_phone(make: Make) -> None:  # noqa: F811
     phone = 370 / (WIDTH * 96)  # of a picture as wide as the page's text, in CSS pixels
     assert points * 96 / 72 * phone >= 9
     assert figure.axes[0].get_position().width > 0.75  # the names stand below, and take no room beside it
+
+
+@pytest.mark.parametrize("mebibytes", [0.9, 5, 10.1, 16, 49, 101, 199, 500, 999])
+def test_the_numbers_at_an_axis_of_bytes_do_not_touch(mebibytes: float) -> None:
+    name = "carry randomized_svd"  # takes a third of the width
+    figure = stacked_bytes([name], {"weights": [mebibytes * 2**20]})
+    figure.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels() if tick.get_text()]
+    shown = [box for box in boxes if box.x0 < figure.axes[0].get_window_extent().x1]
+    assert len(shown) >= 3
+    assert all(a.x1 + 4 < b.x0 for a, b in itertools.pairwise(shown))
 
 
 def test_points_alone_have_an_axis_from_zero(make: Make) -> None:  # noqa: F811

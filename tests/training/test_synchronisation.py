@@ -9,7 +9,7 @@ from helpers.command import ROOT
 from helpers.runs import compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsotrain.benchmark.synthetic import random_data
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
@@ -72,7 +72,8 @@ def test_the_host_waits_once_a_step(optimizer: str, compiled: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_the_device_is_timed_by_phase() -> None:
     from rsotrain.benchmark import PHASES, REFRESH
-    from rsotrain.benchmark.phases import PhaseClock, all_bases_due, attach
+    from rsotrain.benchmark.phases import PhaseClock, attach
+    from rsotrain.training.refreshes import all_bases_due
 
     here = trainer("optimizer=rso_pca", "device=cuda")
     clock = PhaseClock(here.device)
