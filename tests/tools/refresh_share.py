@@ -27,7 +27,7 @@ import torch  # noqa: E402 (after its devices)
 from helpers.gpu_watch import GpuWatch  # noqa: E402
 from helpers.runs import compose  # noqa: E402
 
-from rsotrain.benchmark.phases import all_bases_due  # noqa: E402
+from rsotrain.training.refreshes import all_bases_due  # noqa: E402
 from rsotrain.models.architecture import flops_per_token  # noqa: E402
 from rsotrain.planner.fake_run import FakeRun, _Tokenizer  # noqa: E402
 from rsotrain.subspace.cost import eigenvectors_seconds  # noqa: E402
