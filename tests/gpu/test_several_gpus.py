@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, needs_gpus]
 Note = Callable[[str, object], None]
 # Sizes that eight ranks do not divide: pieces are uneven, and some are empty
 SMALL = (
-    "model=llama_tiny", "model.hidden_size=36", "model.num_attention_heads=2", "tokenizer.vocab_size=301",
+    "model=llama_tiny", "model.hidden_size=36", "model.num_attention_heads=2", "tokenizer.vocab_size=401",
     "seq_len=64", "batch_size=16", "micro_batch_size=1", "logger=jsonl", "evaluation.samples=false",
     "log_every=1", "evaluation.max_tokens=1000", "compile=false",
 )  # fmt: skip
@@ -135,7 +135,7 @@ def test_tokens_per_second_scale(tmp_path: Path, record_property: Note) -> None:
             [
                 *launcher(ranks), "-m", "rsotrain", "mode=benchmark", "optimizer=rso", "seq_len=64", *big,
                 batch, *strategy, "benchmark.steps=3", f"run_name=ranks{ranks}", f"output_dir={tmp_path}",
-                f"device={HERE.device}", "tokenizer.vocab_size=301",
+                f"device={HERE.device}", "tokenizer.vocab_size=401",
             ]
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
