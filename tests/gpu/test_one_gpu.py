@@ -131,6 +131,7 @@ def test_a_checkpoint_goes_on(optimizer: str, tmp_path: Path, record_property: N
         "run": {"data": "", "seconds": 0, "validation": {}, "record": {}},
         "score": None,
     }
+    here.before_update = saver.let_copies_end
     saver.start(here.step, state, here.shards(), record)
     went_on = losses(here, 3)
     assert saver.wait() is None
