@@ -101,7 +101,7 @@ _STANDS_FOR = {
 }  # fmt: skip
 _OTHER_PROGRAMS = ("pip ", "sbatch ", "wandb ", "rsotrain-report ", "eval ", "python -m rsotrain.sweep_file ")
 # Files that a reader has, and this test has not; a command with one of them is read as far as that.
-_READERS_OWN = ("my_conf", "hub_folder")
+_READERS_OWN = ("my_conf", "hub_folder", "--config-dir outputs/conf")
 
 
 def _overrides(line: str) -> list[str] | None:
@@ -139,7 +139,7 @@ def test_a_command_of_a_page_composes(line: str, tmp_path: Path, monkeypatch: py
         (tmp_path / name).write_text("")
     for name in ("books", "a_run"):
         (tmp_path / name).mkdir()
-    sweeps = "-m" in flags
+    sweeps = "-m" in flags or "mode=tune" in overrides
     assert sweeps or not any(re.search(r"=[^'\"\[]*,", word) for word in overrides)
     mine = [re.sub(r"(=[^,\[{]*),.*", r"\1", o) for o in overrides if not o.startswith("hydra")]
     config = compose(mine)

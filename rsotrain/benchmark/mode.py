@@ -14,11 +14,11 @@ from rsotrain.benchmark.phases import (
     attach,
     communication_seconds,
 )
-from rsotrain.benchmark.synthetic import random_data
 from rsotrain.benchmark.tables import print_benchmark
 from rsotrain.config.identity import run_name
 from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import Config
+from rsotrain.errors import require
 from rsotrain.files import os_errors_said, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
@@ -28,8 +28,10 @@ from rsotrain.training.composition import check_composition
 from rsotrain.training.determinism import settle
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
-from rsotrain.training.refreshes import all_bases_due, update_gap
+from rsotrain.training.random_data import random_data
+from rsotrain.training.refreshes import all_bases_due, groups_with_bases, update_gap
 from rsotrain.training.trainer import Trainer
+from rsotrain.training.trial import try_plugged
 
 BENCHMARKS_FOLDER = "benchmarks"  # not the run's folder: what is timed has not been trained
 MIN_REFRESHES = 2
@@ -46,6 +48,8 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), world.ending_together():
         world.together(lambda: check_composition(config))
+        if (untried := try_plugged(config, world)) is not None and world.is_main:
+            print_line(untried)
         data = world.in_turn(lambda: random_data(config))
         folder = Path(world.from_main(lambda: str(_make_folder(config))))
         rate = _matmul_rate(config, world)  # of matrices that are larger than a small model
@@ -76,6 +80,12 @@ def _matmul_rate(config: Config, world: World) -> float:
 def _measure(trainer: Trainer, folder: Path, first_rate: float) -> dict[str, Any]:
     """``first_rate``: of matrix products, as measured before; the better of two such counts."""
     config, world, gap = trainer.config, trainer.world, update_gap(trainer)
+    gaps = sorted({group.subspace.gap for group in groups_with_bases(trainer)})
+    require(
+        len(gaps) < 2,
+        "mode=benchmark divides the time of a refresh of all bases by update_proj_gap, of which the methods"
+        f" of optimizer.groups have several ({', '.join(map(str, gaps))}); give them the same",
+    )
     settings = config.benchmark
     clock = PhaseClock(trainer.device)
     attach(clock, trainer)

@@ -7,6 +7,7 @@ from typing import Any
 from rsotrain.benchmark.mode import benchmark_mode
 from rsotrain.config.identity import cache_dir
 from rsotrain.config.schema import Config, Mode
+from rsotrain.errors import UserError
 from rsotrain.inference import modes
 from rsotrain.models.compiling import is_worthwhile
 from rsotrain.parallel.ranks import resolve_device
@@ -36,6 +37,8 @@ def run_mode(config: Config) -> dict[str, Any]:
             return plan_mode(config)
         case Mode.benchmark:
             return benchmark_mode(config, explaining_out_of_memory)
+        case Mode.tune:
+            raise UserError("mode=tune starts several runs; say so on the command line: rsotrain mode=tune …")
         case Mode.evaluate:
             return modes.evaluate_mode(config, cache_dir(config))
         case Mode.generate:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.compose import checked_config, register_schemas
-from rsotrain.cli.flags import split_flags
+from rsotrain.cli.flags import as_multirun, config_dir, split_flags
 from rsotrain.cli.help import list_groups, list_keys, skip_hydras_list_of_groups
 from rsotrain.cli.mistakes import FULL_ERROR, is_hydras, say, say_interrupted
 from rsotrain.cli.multirun import announce, keep_outcomes, print_comparison
 from rsotrain.cli.overrides import check_length, check_overrides, normalise
+from rsotrain.cli.plugins import load_plugins
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.identity import run_folder_path
 from rsotrain.config.schema import Mode
@@ -28,6 +29,7 @@ from rsotrain.data.validation import check_files
 from rsotrain.errors import (
     INTERRUPTED_STATUS,
     Interrupted,
+    NonFiniteError,
     StoppedEarly,
     TrainingError,
     UserError,
@@ -35,6 +37,7 @@ from rsotrain.errors import (
 from rsotrain.parallel.slurm import adopt_slurm_step
 from rsotrain.running.allocator import keep_freed_memory
 from rsotrain.running.interrupt import leaving_at_once
+from rsotrain.tracking.run_files import DIVERGED
 from rsotrain.tracking.screen import silence
 
 OWN_FULL_ERROR = "RSOTRAIN_FULL_ERROR"  # FULL_ERROR is set, but not by the user
@@ -75,6 +78,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             if config.mode is Mode.train:
                 outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
             result = run_mode(config)
+        if config.mode is Mode.train:
+            outcome["loss"] = result.get("val/loss")
         if config.mode is Mode.plan:
             outcome |= {"plan": result, "output_dir": Path(config.output_dir).expanduser()}
         if config.mode is Mode.benchmark:
@@ -93,6 +98,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
             raise
         say(error)
         outcome["status"] = FAILED_STATUS if isinstance(error, TrainingError) else USER_ERROR_STATUS
+        if isinstance(error, NonFiniteError):
+            outcome[DIVERGED] = True
     _status = max(_status, outcome["status"])
     return outcome
 
@@ -101,7 +108,6 @@ def main() -> None:
     """Console entry point: 0, or 2 for a user's mistake, 1 for a failed training; see errors.py."""
     global _status
     _status = 0
-    register_schemas()
     OmegaConf.register_new_resolver("rsotrain.groups", list_groups, replace=True)
     OmegaConf.register_new_resolver("rsotrain.keys", list_keys, replace=True)
     if not {"--help", "-h"}.isdisjoint(sys.argv):
@@ -115,8 +121,12 @@ def main() -> None:
             print(f"rsotrain {version('rsotrain')}")
             sys.exit(0)
         flags, given = split_flags(sys.argv[1:])
+        load_plugins(config_dir(flags))
+        register_schemas()
         overrides = normalise(given)
         check_overrides(overrides)
+        if "mode=tune" in overrides:
+            flags = as_multirun(flags)
         sys.argv[1:] = flags + overrides
         application()
     except KeyboardInterrupt:
@@ -135,4 +145,5 @@ def main() -> None:
         if not _wants_traceback:
             del os.environ[FULL_ERROR], os.environ[OWN_FULL_ERROR]
     print_comparison(outcomes)
-    sys.exit(max([_status, *(outcome["status"] for outcome in outcomes)]))
+    # a multirun's outcomes say it all: of its members one in this process may have diverged in a search
+    sys.exit(max([outcome["status"] for outcome in outcomes], default=_status))

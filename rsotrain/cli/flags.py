@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -43,6 +44,19 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if flags and flags[-1] in ("--info", "-i"):  # an override would be taken for its value
         flags[-1] = f"--info={given.info}"
     return flags, given.overrides
+
+
+def config_dir(arguments: Sequence[str]) -> Path | None:
+    """The folder of ``--config-dir``, which adds options to the groups, in what ``split_flags`` has taken."""
+    given, _ = get_args_parser().parse_known_args(list(arguments))
+    return None if given.config_dir is None else Path(given.config_dir)
+
+
+def as_multirun(flags: Sequence[str]) -> list[str]:
+    """``flags`` with that of a multirun, unless they ask for help, say, or for something else than runs."""
+    given = get_args_parser().parse_args(list(flags))
+    others = (given.help, given.hydra_help, given.cfg, given.info, given.shell_completion, given.run)
+    return list(flags) if given.multirun or any(others) else [*flags, "--multirun"]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,18 +1,17 @@
 """What ``rsotrain --help`` lists."""
 
 import dataclasses
-import itertools
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rsotrain.cli.flags import config_dir
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import kinds
 from rsotrain.config.meanings import meaning_of, unit_of
@@ -24,13 +23,9 @@ _LONGEST_VALUE = 40  # of a key and its value that stand on one line with the me
 
 def list_groups() -> str:
     """The groups and their options for ``--help``: a group a paragraph, models and recipes by size."""
-    folders = [conf_dir()]
-    arguments = [part for a in sys.argv for part in (a.split("=", 1) if a.startswith("--") else [a])]
-    for flag, value in itertools.pairwise(arguments):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(Path(value))
+    own = config_dir(sys.argv[1:])
     options: dict[str, set[str]] = {}
-    for folder in folders:
+    for folder in [conf_dir(), *([] if own is None else [own])]:
         for file in folder.glob("*/*.yaml"):
             options.setdefault(file.parent.name, set()).add(file.stem)
     return "\n".join(

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from rsotrain.cli.mistakes import say
+from rsotrain.cli.tune import tune
 from rsotrain.config.schema import Mode, ReportConfig
 from rsotrain.errors import UserError
 from rsotrain.tracking.escaping import print_line
@@ -37,13 +38,16 @@ def keep_outcomes() -> list[dict[str, Any]]:
     @functools.wraps(multirun)
     def kept(self: Hydra, **call: Any) -> Any:
         shared = self.compose_config(call["config_name"], call["overrides"], RunMode.MULTIRUN)
-        if shared.mode is Mode.train and shared.report.path is not None:
+        if shared.mode in (Mode.train, Mode.tune) and shared.report.path is not None:
             from rsotrain.tracking.drawing import import_matplotlib
 
             try:
                 import_matplotlib()
             except UserError as error:  # now, not after the last run
                 raise UserError(f"{error}, or go without: report.path=null report.claims=false") from error
+        if shared.mode is Mode.tune:
+            outcomes.extend(tune(self.config_loader, shared, call["task_function"], call["config_name"]))
+            return None
         _members[:] = _members_of(shared, call["overrides"])
         returned = multirun(self, **call)
         outcomes.extend(job.return_value for batch in returned for job in batch)

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
-from rsotrain.config.ranges import COUNT, SIZE, number
+from rsotrain.config.ranges import COUNT, FACTOR, SIZE, number
 from rsotrain.config.text import file_path
 
 # --- data --------------------------------------------------------------------------------------
@@ -284,3 +284,27 @@ class BenchmarkConfig:
         number(2, above=0, at_most=1000),
         unit="optimizer steps",
     )
+
+
+@dataclass
+class TuneConfig:
+    """What mode=tune does: each trial is a run whose ``key`` is the first value times a power of ``factor``.
+
+    The first value is that of the configuration."""
+
+    key: str = means("the number that is tuned", "optimizer.scale")
+    factor: float = means("between a value and the next", number(2.0, above=1, at_most=1000))
+    lowest: float | None = means(
+        "the smallest value that is tried; null: what the key allows",
+        number(None, at_least=0, at_most=FACTOR),
+    )
+    highest: float | None = means(
+        "the largest value that is tried; null: what the key allows", number(None, above=0, at_most=FACTOR)
+    )
+    max_values: int = means(
+        "end without a best that lies inside after so many", number(12, above=2, at_most=1000), unit="values"
+    )
+    path: str | None = means(
+        "folder for tuned/NAME.yaml, which --config-dir takes; null: conf in output_dir", file_path(None)
+    )
+    name: str | None = means("of that file; null: the method and the model", None)

@@ -16,7 +16,7 @@ from rsotrain.config.schema import Config
 OPERATIONAL_KEYS = (
     "mode", "output_dir", "run_name", "overwrite", "cache_dir", "max_seconds", "keep_checkpoints",
     "save_every", "log_every", "max_bad_steps", "logger", "parallelism", "micro_batch_size",
-    "optimizer.update_in_backward", "generate", "export", "benchmark", "report", "data.workers",
+    "optimizer.update_in_backward", "generate", "export", "benchmark", "report", "tune", "data.workers",
     "evaluation.samples", "evaluation.tasks", "evaluation.tasks_path", "evaluation.num_fewshot",
     "evaluation.task_limit", "evaluation.micro_batch_size", "evaluation.legacy_divisor",
 )  # fmt: skip
@@ -115,7 +115,8 @@ def _name_of_settings(config: Config) -> str:
     defaults = {key: field.default for key, field in later_fields(config).items()}
     named = _identity(plain(config), defaults, config)
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    parts = [config.model.name, config.optimizer.name]
+    others = dict.fromkeys(str(group.get("optimizer")) for group in config.optimizer.groups)
+    parts = [config.model.name, "+".join([config.optimizer.name, *others])]
     if not isinstance(config.sampler, NoSamplerConfig):
         parts.append(config.sampler.name)
     return "-".join([*parts, f"seed{config.seed}", digest])

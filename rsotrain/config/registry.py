@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from rsotrain.errors import UserError
+
 Settings = TypeVar("Settings", bound=type)
 
 # Settings -> ``module:name`` of the code, so that settings need not import torch.
@@ -10,12 +12,21 @@ CODE: dict[type, str] = {}
 
 
 def registering(registry: dict[str, type], schema: str, code: str) -> Callable[[Settings], Settings]:
-    """A decorator that enters settings into ``registry`` as ``schema``, and their ``code`` into ``CODE``."""
+    """A decorator that enters settings into ``registry`` as ``schema``, and their ``code`` into ``CODE``.
+
+    ``code``: ``module:name``; the name alone where the code stands in the module of the settings; empty:
+    none. Raises UserError where there is such a schema already.
+    """
 
     def register(settings: Settings) -> Settings:
-        assert schema not in registry, f"two schemas are called {schema} in {settings.__module__}"
+        if schema in registry:
+            other = registry[schema]
+            raise UserError(
+                f"{settings.__name__} is registered as {schema}, as {other.__name__} of {other.__module__} is"
+                " already; give it another name"
+            )
         registry[schema] = settings
-        CODE[settings] = code
+        CODE[settings] = f"{settings.__module__}:{code}" if code and ":" not in code else code
         return settings
 
     return register

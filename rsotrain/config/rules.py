@@ -170,7 +170,7 @@ def validate_training(config: Config) -> None:
     )
     validate_decay(config.optimizer)
     require(
-        config.epochs is None or config.mode is Mode.train,
+        config.epochs is None or config.mode in (Mode.train, Mode.tune),
         f"epochs={config.epochs} is for mode=train, where the data say how many steps that is; give steps=…",
     )
     require(

@@ -36,11 +36,12 @@ def check_read(config: Config, given: Iterable[str]) -> None:
     """Raise UserError for the first of the keys and groups ``given`` that the mode would not look at."""
     keys = list(given)
     for key in keys:
-        if config.mode is not Mode.benchmark:
+        for mode in (Mode.benchmark, Mode.tune):
             require(
-                not _among(key, ["benchmark"]),
-                f"{key} is for mode=benchmark; leave it out of mode={config.mode.name}",
+                config.mode is mode or not _among(key, [mode.name]),
+                f"{key} is for mode={mode.name}; leave it out of mode={config.mode.name}",
             )
+        if config.mode is not Mode.benchmark:
             continue
         require(
             _among(key, _BENCHMARKED) or not _among(key, _NOT_BENCHMARKED),
@@ -81,7 +82,7 @@ def validate_modes(config: Config) -> None:
         "checkpoint.load=weights is for training; the other modes take nothing else",
     )
     require(
-        config.mode in (Mode.train, Mode.benchmark) or processes().size == 1,
+        config.mode in (Mode.train, Mode.benchmark, Mode.tune) or processes().size == 1,
         f"mode={config.mode.name} is for one process; start one",
     )
     require(

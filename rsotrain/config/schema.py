@@ -28,6 +28,7 @@ from rsotrain.config.data import (
     SyntheticDataConfig,
     TokenizerConfig,
     TrainedTokenizerConfig,
+    TuneConfig,
 )
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
@@ -41,12 +42,14 @@ from rsotrain.config.text import file_path
 
 class Mode(Enum):
     """plan: the memory of the training run, without running it. benchmark: the configured training step, on
-    random tokens. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not
+    random tokens. tune: training runs with several values of ``tune.key``, until the best has worse ones on
+    both sides. evaluate, generate and export act on ``checkpoint.path``: its model and tokenizer, not
     those of the command line."""
 
     train = "train"
     plan = "plan"
     benchmark = "benchmark"
+    tune = "tune"
     evaluate = "evaluate"
     generate = "generate"
     export = "export"
@@ -281,6 +284,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 # Group -> the schema that each file of conf/<group>/ names in its defaults list.

@@ -151,7 +151,7 @@ class InputGroup:
     ``observing``, forward passes that need gradients add XᵀX to ``gram`` (in × in, at least float32).
     ``gram`` exists before the first of them, because compiled blocks can add to a tensor but not create it.
     ``valid_mask`` covers all dimensions of x but the last; positions where it is False do not count in XᵀX.
-    None: all positions count.
+    None: all positions count. ``device_kind``: "cuda" where products of bfloat16 have float32 results.
     """
 
     name: str
@@ -163,6 +163,7 @@ class InputGroup:
     observing: bool = False
     valid_mask: Tensor | None = None
     gram: Tensor | None = None
+    device_kind: str = "cpu"
 
     def current_basis(self) -> Tensor:
         if self.basis is not None:
@@ -187,10 +188,12 @@ class InputGroup:
     def observe(self, x: Tensor) -> None:
         """gram ← gram + XᵀX, in its lower blocks only; x: (..., in)."""
         assert self.gram is not None
-        inputs = x.reshape(-1, self.size).to(self.gram.dtype)
+        inputs = x.reshape(-1, self.size)
+        if self.device_kind != "cuda" or self.gram.dtype is not torch.float32:
+            inputs = inputs.to(self.gram.dtype)
         if self.valid_mask is not None:  # indexing by it would give a shape that depends on data
             inputs = inputs.masked_fill(~self.valid_mask.reshape(-1, 1), 0.0)
-        add_gram_(self.gram, inputs)  # in float32: a bfloat16 product would round each entry to 8 bits
+        add_gram_(self.gram, inputs)  # summed in float32: a bfloat16 sum would have 8 bits
 
     def take_gram(self) -> Tensor:
         """Return the whole symmetric Σ XᵀX and drop it here. Raises RuntimeError if no input was observed."""

@@ -1,11 +1,13 @@
 """The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from rsotrain.config.choices import WeightRounding
@@ -17,6 +19,7 @@ from rsotrain.optim.functional import Betas
 from rsotrain.optim.moments import Moment, StateKeeper
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
+from rsotrain.optim.stacks import in_stacks, products, stacks_of
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
 from rsotrain.optim.weights import ALL_ROWS, Weights
 from rsotrain.parallel.sharding import Shard, local, shard_of
@@ -108,7 +111,8 @@ class ParamGroupOptimizer(ABC):
         self.weights = Weights(parameters, self.shards, settings.weight_rounding, self.keeper.seed)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         self.moments: dict[str, dict[str, Moment]] = {name: {} for name in parameters}
-        self._dims: dict[tuple[str, str], int | None] = {}
+        self.dims: dict[tuple[str, str], int | None] = {}  # of each state tensor: add_moment's
+        self.in_stacks = in_stacks(next(iter(parameters.values())).device)
 
     # --- what a method may define beside its constructor ---------------------------------------------
 
@@ -161,6 +165,13 @@ class ParamGroupOptimizer(ABC):
         raise NotImplementedError(
             f"{cls.__module__}.{cls.__name__} does not say how large its state is: define matrix_state"
         )
+
+    @classmethod
+    def has_formula(cls) -> bool:
+        """Does the method say in closed form how large its state is?"""
+        base, own = ParamGroupOptimizer, cls.state_bytes_formula.__func__  # type: ignore[attr-defined]
+        states = cls.matrix_state.__func__ is not base.matrix_state.__func__  # type: ignore[attr-defined]
+        return states or own is not base.state_bytes_formula.__func__  # type: ignore[attr-defined]
 
     def update(self, step: int, lr_factor: float) -> None:
         """Update all parameters."""
@@ -221,7 +232,7 @@ class ParamGroupOptimizer(ABC):
                 f"{type(self).__name__} replicates {key} on all ranks: give the dimension in which it is"
                 " sharded, or name it in replicated_state"
             )
-        self._dims[name, key] = dim
+        self.dims[name, key] = dim
         return tensor
 
     def is_replicated(self, name: str, key: str) -> bool:
@@ -234,7 +245,7 @@ class ParamGroupOptimizer(ABC):
         for name, state in self.state.items():
             own = self.shards[name]
             for key, tensor in state.items():
-                shape, dim = list(tensor.shape), self._dims[name, key]
+                shape, dim = list(tensor.shape), self.dims[name, key]
                 if own.dim is None or dim is None:
                     result[f"{name}.{key}"] = Shard(tuple(shape), mesh=own.mesh)
                 else:
@@ -262,6 +273,21 @@ class ParamGroupOptimizer(ABC):
 
     def resume(self) -> None:  # noqa: B027, most methods have nothing to do
         """Called after the optimizer state has been loaded."""
+
+    def join_state(self) -> None:
+        """Let the state of a stack share memory, of which ``stacked`` is then a view. Called when made."""
+        for names in self.stacks if self.in_stacks else ():
+            for key in self.joined_keys(names[0]):
+                joined = torch.stack([self.state[name][key] for name in names])
+                for name, tensor in zip(names, joined.unbind(), strict=True):
+                    self.state[name][key] = tensor
+                    if key in self.moments[name]:
+                        self.moments[name][key] = replace(self.moments[name][key], values=tensor)
+
+    def joined_keys(self, name: str) -> list[str]:
+        """The state tensors of ``name`` that nothing but ``state`` and ``moments`` refers to."""
+        coded = [moment for moment in self.moments[name].values() if moment.coded is not None]
+        return [key for key in self.state[name] if not any(key in moment.tensors for moment in coded)]
 
     # --- gradients ------------------------------------------------------------------------------------
 
@@ -330,6 +356,55 @@ class ParamGroupOptimizer(ABC):
         """The same for the update ``low_rank`` Qᵀ (M×r and k×r)."""
         decay = self.decay_of(name)
         self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
+
+    def apply_stack_(
+        self, names: Sequence[str], updates: Tensor, lr: float, step: int, side: Side = Side.right
+    ) -> None:
+        """``apply_`` for n weights of one shape and decay; ``updates``: (n, …). May overwrite them."""
+        if not self.in_stacks:
+            for name, update in zip(names, updates.unbind(), strict=True):
+                self.apply_(name, update, lr, step, side)
+            return
+        own = updates if side is Side.right else updates.mT
+        kept = 1.0 - lr * self.decay_of(names[0])
+        self.weights.move_all_(names, list(own.unbind()), lr, step, kept=kept)
+
+    def apply_lifted_stack_(
+        self,
+        names: Sequence[str],
+        low_rank: Tensor,
+        basis: Tensor,
+        lr: float,
+        step: int,
+        side: Side = Side.right,
+    ) -> None:
+        """``apply_lifted_`` for n weights of one shape and decay; (n, M, r) and (n, k, r)."""
+        if not self.in_stacks:
+            for name, update, own in zip(names, low_rank.unbind(), basis.unbind(), strict=True):
+                self.apply_lifted_(name, update, own, lr, step, side)
+            return
+        factor = low_rank.to(basis.dtype)
+        # in the memory layout of the weights
+        lifted = products(factor, basis.mT) if side is Side.right else products(basis, factor.mT)
+        kept = 1.0 - lr * self.decay_of(names[0])
+        self.weights.move_all_(names, list(lifted.unbind()), lr, step, kept=kept)
+
+    def stack_kind(self, name: str) -> Hashable:
+        """What parameters of one stack have in common: their update is the same function."""
+        return self.shards[name].shape, self.parameters[name].dtype, self.decay_of(name)
+
+    @cached_property
+    def stacks(self) -> list[list[str]]:
+        """The parameters by name that are updated together: those of a kind on a GPU, one by one on a CPU.
+
+        By the sizes of whole parameters, so that all ranks have the same stacks.
+        """
+        return stacks_of(self.parameters, self.stack_kind, self.shards, self.stack_itemsize)
+
+    @property
+    def stack_itemsize(self) -> int:
+        """Bytes of an element of the temporaries that an update of a stack makes."""
+        return torch.float32.itemsize
 
     # --- metrics and tables -----------------------------------------------------------------------------
 

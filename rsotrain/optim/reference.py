@@ -66,12 +66,12 @@ def galore(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, rank: int, gap: int, betas: Betas,
     eps: float, weight_decay: float = 0.0, on_refresh: str = "keep", sample: Sample = dominant,
     outside: str = "dropped", free_scale: float = 1.0, max_growth: float = 1.01, rounding: float = 0.0,
-    residual_lr: float | None = None,
+    residual_lr: float | None = None, group: int = 1,
 ) -> Tensor:  # fmt: skip
-    """GaLore, or Fira and FRUGAL by ``outside="fira"`` or ``"frugal"``, which differ in the residual only.
+    """GaLore, or by ``outside`` "fira", "frugal" or "orbit", which differ in the residual only.
 
     ``rounding``: relative rounding error of the arithmetic under test, below which FRUGAL's residual counts
-    as 0. ``residual_lr``: of Fira's residual; None: ``lr``.
+    as 0. ``residual_lr``: of Fira's residual; None: ``lr``. ``group``: ORBIT's, in rows.
     """
     W, gradients, turned = _orient(weight, gradients)
     M = V = torch.zeros(W.shape[0], rank, dtype=W.dtype)
@@ -103,7 +103,17 @@ def galore(
         if outside == "frugal" and rank < W.shape[1]:
             noise = 4 * W.shape[1] ** 0.5 * rounding * A.norm(dim=1, keepdim=True)
             W = W - lr * free_scale * torch.sign(residual) * (residual.abs() > noise)
+        if outside == "orbit" and rank < W.shape[1]:
+            parts = [_newton_schulz(part, 5) for part in residual.split(group)]
+            W = W - lr * free_scale * W.shape[1] ** 0.5 * torch.cat(parts)
     return W.T if turned else W
+
+
+def _newton_schulz(X: Tensor, iterations: int) -> Tensor:
+    X = X / X.norm()
+    for _ in range(iterations):
+        X = 3.4445 * X - 4.775 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
+    return X
 
 
 def apollo(

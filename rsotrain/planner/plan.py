@@ -12,10 +12,10 @@ from rsotrain.instruments.phases import Phase
 from rsotrain.instruments.work import Work, WorkCounter
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.models.loss import chunk_tokens
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, with_micro_batches, world_size
 from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
-from rsotrain.planner.formulas import state_bytes
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.roofline import Speed, StepWork, speeds
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
@@ -37,8 +37,9 @@ class Plan:
     """Bytes on rank 0, the rank with the largest pieces.
 
     ``phases``: for each phase, the bytes by kind at its moment of most memory, and their sum ``peak``.
-    ``formula_state``: the optimizer state in closed form. ``traffic``: bytes that the rank sends in a step,
-    by kind of collective: ``step`` without a refresh where there is such a step, ``refresh`` with one.
+    ``formula_state``: the optimizer state in closed form; None where a method has none. ``traffic``: bytes
+    that the rank sends in a step, by kind of collective: ``step`` without a refresh where there is such a
+    step, ``refresh`` with one.
     ``speeds``: what a step should take on each GPU; empty in a plan for a CPU.
     """
 
@@ -46,7 +47,7 @@ class Plan:
     parameters: Share
     gradients: Share
     optimizer_state: Share
-    formula_state: Share
+    formula_state: Share | None
     saved_activations: int
     phases: dict[str, dict[str, int]]
     peak: int
@@ -85,16 +86,15 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
         peaks = _merged(of_steps)
         trainer, optimizer = run.trainer, run.trainer.optimizer
-        has_blocks = bool(optimizer.parameter_groups.blocks)
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
         parameters = Share(
             tensors_bytes(trainer.model.parameters()),
-            tensors_bytes(optimizer.groups[0].weights_held()) if has_blocks else 0,
+            sum(tensors_bytes(group.weights_held()) for group in optimizer.methods),
         )
         gradients = Share(run.gradients_bytes, run.block_gradients_bytes)
-        state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
+        state = Share(optimizer.state_bytes(), optimizer.block_state_bytes())
         phases = {
             phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
             | {"peak": peaks[phase].total}
@@ -107,7 +107,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
             parameters=parameters,
             gradients=gradients,
             optimizer_state=state,
-            formula_state=Share(formula.total, formula.blocks),
+            formula_state=None if formula is None else Share(formula.total, formula.blocks),
             saved_activations=run.saved_activations_bytes,
             phases=phases,
             floor=floor_of(
@@ -173,20 +173,22 @@ def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int
 def _steps(run: FakeRun) -> list[int]:
     """Numbers (1-based) of the steps that differ in memory: one without a refresh and one with.
 
-    The first step samples the first bases. It is planned if the run is too short for another refresh, if the
-    sampler finds its first bases in another way, or if refreshes are staggered, as it samples all bases at
-    once.
+    Those of all optimizers of the run. The first step samples the first bases. It is planned if the run is
+    too short for another refresh, if the sampler finds its first bases in another way, or if refreshes are
+    staggered, as it samples all bases at once.
     """
+    last, steps = run.config.steps, set[int]()
     for group in run.trainer.optimizer.groups:
         if isinstance(group, OptimizerWithBases):
             refresh = _refresh_step(group)
-            if refresh > run.config.steps:
-                return sorted({1, min(2, run.config.steps)})
+            if refresh > last:
+                steps |= {1, min(2, last)}
+                continue
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
-            return sorted({2, refresh} | ({1} if first else set()))
-        if (costliest := group.costliest_step()) is not None:
-            return sorted({1, min(costliest, run.config.steps)})
-    return [1]
+            steps |= {2, refresh} | ({1} if first else set())
+        elif (costliest := group.costliest_step()) is not None:
+            steps |= {1, min(costliest, last)}
+    return sorted(steps or {1})
 
 
 def _refresh_step(group: OptimizerWithBases) -> int:
@@ -271,6 +273,7 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "state_dtype": values["optimizer"]["state_dtype"],
         "update_in_backward": values["optimizer"]["update_in_backward"],
         "rest": values["optimizer"]["rest"],
+        "groups": values["optimizer"]["groups"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],

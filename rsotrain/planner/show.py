@@ -46,7 +46,7 @@ def print_plan(plan: Plan) -> None:
     tables = [_parts(plan), _gpus(plan)]
     for table in [*tables, _traffic(plan)] if plan.traffic["step"] else tables:
         print_table(table)
-    if plan.formula_state != plan.optimizer_state:
+    if plan.formula_state is not None and plan.formula_state != plan.optimizer_state:
         print_line(
             f"warning: the optimizer state has {plan.optimizer_state.total:,} bytes, but by the formula of"
             f" optimizer={plan.settings['optimizer']} it has {plan.formula_state.total:,}"
@@ -102,6 +102,8 @@ def _parts(plan: Plan) -> "Table":
         ("optimizer state", plan.optimizer_state),
         ("  by its formula", plan.formula_state),
     ):
+        if share is None:
+            continue
         cells = [nbytes / size for nbytes in (share.total, share.blocks) for _, size in units]
         table.add_row(name, *(f"{cell:.3f}" for cell in cells))
     saved = [plan.saved_activations / size for _, size in units]

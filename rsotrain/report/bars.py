@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsotrain.report.comparison import THROUGHPUT, Group
-from rsotrain.report.tables import name_of
+from rsotrain.report.fairness import name_of
 from rsotrain.tracking.drawing import (
     count_tick,
     horizontal_bars,

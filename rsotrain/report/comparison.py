@@ -272,7 +272,7 @@ def short(value: object) -> str:
 # --- what a validation loss means --------------------------------------------------------------
 
 
-def _differences(one: Run, other: Run) -> list[str]:
+def differences_of_sets(one: Run, other: Run) -> list[str]:
     """Why their validation losses mean different things, a clause each; empty where they do not.
 
     The fingerprints of data and tokenizer decide where both runs have one, since paths need not be equal;
@@ -295,7 +295,7 @@ def _validation_sets(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs whose validation losses can be compared, together."""
     sets: list[list[Run]] = []
     for run in runs:
-        fitting = next((of_set for of_set in sets if not _differences(of_set[0], run)), None)
+        fitting = next((of_set for of_set in sets if not differences_of_sets(of_set[0], run)), None)
         if fitting is None:
             sets.append([run])
         else:
@@ -307,7 +307,7 @@ def comparable(runs: Sequence[Run], standard: Run) -> tuple[list[Run], list[str]
     """The runs whose validation losses can be compared with that of ``standard``; of each other why not."""
     kept, refused = [], []
     for run in runs:
-        if differences := _differences(standard, run):
+        if differences := differences_of_sets(standard, run):
             refused.append(
                 f"left out: {run.name}, whose validation loss cannot be compared with that of {standard.name}"
                 f" ({differences[0]}; --mixed marks such runs)"
@@ -320,7 +320,7 @@ def comparable(runs: Sequence[Run], standard: Run) -> tuple[list[Run], list[str]
 def _refusal(one: Run, other: Run) -> str:
     return (
         f"{one.name} and {other.name} cannot be compared by their validation losses:"
-        f" {_differences(one, other)[0]}; leave one out, or mark them with --mixed"
+        f" {differences_of_sets(one, other)[0]}; leave one out, or mark them with --mixed"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rsotrain.report.comparison import Group
-from rsotrain.report.tables import name_of
+from rsotrain.report.fairness import name_of
 from rsotrain.tracking.drawing import count_tick, label, look, new_figure, seconds_tick
 from rsotrain.tracking.theme import Palette
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rsotrain.report.comparison import LOSS, THROUGHPUT, comparable, compare, label_runs
 from rsotrain.report.runs import Run
-from rsotrain.report.tables import screen
 from rsotrain.report.watching import Told, looks
+from rsotrain.report.writing import print_comparison
 from rsotrain.tracking.display import titled_table
 from rsotrain.tracking.formats import format_count, format_seconds
 from rsotrain.tracking.run_files import RunState
@@ -51,7 +51,7 @@ def follow(paths: Sequence[Path], keys: Sequence[str], *, mixed: bool, every: fl
         for sentence in unlike:
             told(sentence)
     if len(runs) > 1:
-        console.print(screen(compare(runs, keys, mixed=mixed), console.width))
+        print_comparison(compare(runs, keys, mixed=mixed))
 
 
 def runs_table(runs: Sequence[Run], width: int) -> "Table":

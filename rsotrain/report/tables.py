@@ -19,6 +19,7 @@ from rsotrain.report.comparison import (
     peaks_compare,
 )
 from rsotrain.report.evidence import Verdict
+from rsotrain.report.fairness import doubts, listed, name_of
 from rsotrain.tracking.display import titled_table
 from rsotrain.tracking.escaping import for_csv, for_markdown
 
@@ -46,10 +47,6 @@ def rows(groups: Sequence[Group]) -> list[tuple[Group, list[tuple[str, bool]]]]:
     return out
 
 
-def name_of(group: Group) -> str:
-    return f"{group.label} {group.mark}".strip()
-
-
 def notes(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to read the table right, a sentence each."""
     said = []
@@ -64,20 +61,13 @@ def notes(groups: Sequence[Group]) -> list[str]:
         if statistic is not None and (without := len(group.finished) - statistic.number) > 0:
             said.append(f"{without} of the finished runs of {name_of(group)} ended without a finite loss.")
         if group.varies:
-            said.append(f"The runs of {name_of(group)} differ in {_listed(group.varies)}, too.")
+            said.append(f"The runs of {name_of(group)} differ in {listed(group.varies)}, too.")
     firsts = [group.runs[0] for group in groups]
     if between := [k for k in differing_keys(firsts, BYTES_KEYS) if k.split(".")[0] in BYTES_KEYS]:
-        said.append(f"Groups differ in {_listed(between)}, on which bytes and tokens/s depend.")
+        said.append(f"Groups differ in {listed(between)}, on which bytes and tokens/s depend.")
     if budgets_differ(groups) and len({group.mark for group in groups}) == 1:
         said.append("No loss is the best, since they come after different numbers of steps or tokens.")
-    if any(group.mark for group in groups):
-        said.append("Validation losses of groups with different letters mean different things.")
     return said
-
-
-def _listed(keys: Sequence[str], number: int = 8) -> str:
-    more = f" and {len(keys) - number} more" if len(keys) > number else ""
-    return ", ".join(keys[:number]) + more
 
 
 def markdown(groups: Sequence[Group]) -> str:
@@ -87,7 +77,8 @@ def markdown(groups: Sequence[Group]) -> str:
     for group, cells in rows(groups):
         texts = [f"**{text}**" if is_best else text for text, is_best in cells]
         lines.append(f"| {for_markdown(name_of(group))} | " + " | ".join(texts) + f" | {group.status} |")
-    return "\n".join([*lines, "", *map(for_markdown, notes(groups))]).rstrip() + "\n"
+    said = [*notes(groups), *(f"- {sentence}" for sentence in doubts(groups))]
+    return "\n".join([*lines, "", *map(for_markdown, said)]).rstrip() + "\n"
 
 
 def comma_separated(groups: Sequence[Group]) -> str:

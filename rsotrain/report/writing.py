@@ -9,9 +9,10 @@ from rsotrain.files import write_atomic
 from rsotrain.report.claims import Finding
 from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
+from rsotrain.report.fairness import doubts
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import claims_screen, comma_separated, screen
-from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.escaping import for_terminal, print_line
 from rsotrain.tracking.theme import DARK, LIGHT
 
 PAGE = "report.html"
@@ -52,9 +53,12 @@ def report_on(
 
 def print_comparison(groups: Sequence[Group], findings: Sequence[Finding] = ()) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     console.print(screen(groups, console.width), highlight=False)
+    for sentence in doubts(groups):
+        console.print(Text(for_terminal(sentence), style="dim"))
     if findings:
         console.print(claims_screen(findings), highlight=False)
 
@@ -73,16 +77,19 @@ def write_report(
 
     Raises UserError where it cannot be written, or matplotlib is missing.
     """
+    from rsotrain.report.front import front_csv, front_latex, front_of
     from rsotrain.report.page import page
     from rsotrain.report.plots import draw, svg_text
     from rsotrain.tracking.drawing import write_png
 
     figures = draw(groups, LIGHT)
+    front = front_of(groups)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
     texts = {
         PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
         "report.md": document(groups, findings, figures, title, command, left_out),
         "report.csv": comma_separated(groups),
+        **({"front.csv": front_csv(front), "front.tex": front_latex(front)} if front else {}),
         **{f"{name}.svg": svg for name, svg in svgs.items()},
     }
     pictures = [(name, figure, LIGHT) for name, figure in figures.items()]

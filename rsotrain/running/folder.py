@@ -26,10 +26,20 @@ from rsotrain.config.identity import (
 from rsotrain.config.keys import plain, with_values, without_keys
 from rsotrain.config.schema import Config
 from rsotrain.data.tokenizer import TOKENIZER_FOLDER
-from rsotrain.errors import Interrupted, StoppedEarly, TrainingError, UserError, require
+from rsotrain.errors import Interrupted, NonFiniteError, StoppedEarly, TrainingError, UserError, require
 from rsotrain.files import os_errors_said, read_json, read_yaml, write_atomic, write_json_atomic
 from rsotrain.running.owned import clear, forget_refused, refuse_links
-from rsotrain.tracking.run_files import CHECKPOINTS, CONFIG, LOCK, LOG, METRICS, RUN_RECORD, SUMMARY, RunState
+from rsotrain.tracking.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    DIVERGED,
+    LOCK,
+    LOG,
+    METRICS,
+    RUN_RECORD,
+    SUMMARY,
+    RunState,
+)
 
 _WANDB_ID = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
 
@@ -65,10 +75,11 @@ class RunFolder:
         summary = _read_json(self.summary)
         return summary if summary.get("finished") else None
 
-    def record(self, **facts: str | int) -> None:
-        """Add ``facts`` to ``run.json``, what others may know of the run."""
+    def record(self, **facts: str | int | None) -> None:
+        """Add ``facts`` to ``run.json``, what others may know of the run; None takes one out."""
         file = self.path / RUN_RECORD
-        write_json_atomic(file, _read_json(file) | facts)
+        known = _read_json(file) | facts
+        write_json_atomic(file, {key: value for key, value in known.items() if value is not None})
 
     def is_the_same(self) -> bool:
         """Is the folder at this path still the one that was opened?"""
@@ -169,11 +180,19 @@ def _recording_state(folder: RunFolder) -> Iterator[None]:
     state = RunState.failed
     with os_errors_said(f"{folder.path / RUN_RECORD} cannot be written"):
         folder.record(
-            run_id=folder.run_id, state=RunState.running.value, host=socket.gethostname(), pid=os.getpid()
+            run_id=folder.run_id,
+            state=RunState.running.value,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            **{DIVERGED: None},
         )
+    diverged = None
     try:
         yield
         state = RunState.finished
+    except NonFiniteError:
+        diverged = True
+        raise
     except (StoppedEarly, Interrupted, KeyboardInterrupt):
         state = RunState.stopped
         raise
@@ -181,7 +200,7 @@ def _recording_state(folder: RunFolder) -> Iterator[None]:
         # a full disk has been reported, or the error that ends the run is on its way
         with suppress(OSError):
             if folder.is_the_same():
-                folder.record(state=state.value)
+                folder.record(state=state.value, **{DIVERGED: diverged})
 
 
 def _settle_config(config: Config, path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rsotrain.tracking.wandb_environment import init_timeout_seconds, resolve_mo
 from rsotrain.training.composition import check_composition
 from rsotrain.training.determinism import resume_in_words, settle
 from rsotrain.training.guard import Guard, unguarded
+from rsotrain.training.trial import try_plugged
 
 
 def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     ):
         config = with_steps(config, world)
         world.together(lambda: check_composition(config))
+        untried = try_plugged(config, world)
         resolve_mode(config.logger)
         init_timeout_seconds(config.logger)
 
@@ -63,6 +65,8 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
         display.message(f"run {folder.path.name} on {device_name(world.device, world.size)}")
         display.message(f"its folder: {shown_path(folder.path)}")
         display.message(resume_in_words(world.device, config.deterministic))
+        if untried is not None:
+            display.message(untried)
         for key, value in folder.as_before.items():
             display.message(
                 f"the run in {folder.path} began before there was {key}, and goes on as it began,"

@@ -10,7 +10,6 @@ from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.checkpoints.saving import BackgroundSaver
 from rsotrain.config.identity import cache_dir, identity
 from rsotrain.config.keys import flatten, plain
-from rsotrain.config.methods import SubspaceConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import build_data
 from rsotrain.data.position import began_to_repeat, epochs_taken
@@ -26,6 +25,7 @@ from rsotrain.errors import (
 from rsotrain.files import finite, os_errors_said, reason, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.parallel.ranks import World
 from rsotrain.running.folder import RunFolder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
@@ -37,6 +37,7 @@ from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory
 from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.refresh_cost import costly_refreshes
 from rsotrain.training.trainer import Signals, StepResult, Trainer, share_of_batch
 
 
@@ -80,6 +81,8 @@ class TrainingRun:
         )
         world.main_together(self._save_tokenizer)
         self.trainer = Trainer(config, self.data, world)
+        for said in costly_refreshes(self.trainer, world.device.type):
+            display.message(said)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
@@ -148,7 +151,7 @@ class TrainingRun:
             summary = self.world.from_main(self._write_summary)
             exit_code = 0
         except NonFiniteError as error:
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{error}, {self._last_good()}; a lower optimizer.lr or grad_clip=1.0 may help"
             ) from error
         finally:
@@ -291,9 +294,9 @@ class TrainingRun:
 
     def _memory_is_due(self, step: int) -> bool:
         """At the first step after a refresh, unless refreshes come as often as lines of the log."""
-        optimizer = self.config.optimizer
-        gap = optimizer.update_proj_gap if isinstance(optimizer, SubspaceConfig) else 0
-        return gap > self.config.log_every and self.trainer.optimizer.begins_round(step)
+        optimizer = self.trainer.optimizer
+        gaps = [group.subspace.gap for group in optimizer.groups if isinstance(group, OptimizerWithBases)]
+        return max(gaps, default=0) > self.config.log_every and optimizer.begins_round(step)
 
     def _memory(self) -> dict[str, float]:
         device = self.trainer.device

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.refresh_record import RefreshRecord
-from rsotrain.subspace.samplers import Sampler, SampleRequest, orthonormalised
+from rsotrain.subspace.samplers import Sampler, SampleRequest
 from rsotrain.subspace.schedule import RefreshSchedule
 from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source, spread
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 # Elements of gathered matrices that one rank holds while it samples the bases of a round: 128 MiB in float32.
 _ROUND_ELEMENTS = 1 << 25
-_SAMPLED, _NOT_FINITE, _ZERO, _FAILED = range(1, 5)  # a plan reads 1 from every tensor
-_REASONS = {_NOT_FINITE: "is not finite", _FAILED: "could not be decomposed"}
+SAMPLED, NOT_FINITE, ZERO, FAILED = range(1, 5)  # outcomes; a plan reads 1 from every tensor
+REASONS = {NOT_FINITE: "is not finite", FAILED: "could not be decomposed"}
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,14 @@ class Bases:
     def resume(self) -> None:
         """Called after the optimizer state has been loaded."""
         if self.stored:
-            self.waiting = {name for name in self.sizes if not bool(self.state[name]["basis"].any())}
+            found = torch.stack([self.state[name]["basis"].any() for name in self.sizes]).tolist()
+            self.waiting = {name for name, any_ in zip(self.sizes, found, strict=True) if not any_}
         else:
-            self.seeds = {name: int(self.state[name]["basis_seed"]) for name in self.sizes}
+            seeds = torch.stack([self.state[name]["basis_seed"] for name in self.sizes]).tolist()
+            self.seeds = dict(zip(self.sizes, seeds, strict=True))
+
+    def hear(self, before: int | None = None) -> None:
+        """Take note of how the refreshes of steps ``before`` this one ended, or all; here that is known."""
 
     def _seed_of(self, name: str, index: int | str) -> int:
         """The seed of a refresh; its complement, which is negative, where normal numbers are counted.
@@ -145,8 +151,8 @@ class Bases:
 
     def _request(self, name: str, seed: int) -> SampleRequest:
         size, rank = self.sizes[name]
-        counted = ~seed if seed < 0 else None
-        random = torch.Generator().manual_seed(seed if counted is None else counted)
+        counted = (~seed,) if seed < 0 else None
+        random = torch.Generator().manual_seed(max(seed, ~seed))
         return SampleRequest(size, rank, None, random, self.devices[name], counted=counted)
 
     def place(self, name: str, basis: Tensor) -> None:
@@ -174,7 +180,7 @@ class Bases:
         """Norms of the columns of the basis in use, which a method may have placed with one scale for all."""
         if not self.scaled or self.sampler.column_scales is None:
             return self._scale(*self.sizes[name])
-        norms = torch.linalg.vector_norm(basis.to(torch.promote_types(basis.dtype, torch.float32)), dim=0)
+        norms = torch.linalg.vector_norm(basis.to(torch.promote_types(basis.dtype, torch.float32)), dim=-2)
         return torch.where(norms > 0, norms, 1.0)
 
     def informed(self, step: int) -> bool:
@@ -210,22 +216,28 @@ class Bases:
         work, if the caller keeps none. ``index``: the refresh index of each basis; None: the index of the
         refresh that is due at ``step``.
         """
-        alone: list[str] = []
         number = index or (lambda name: self.schedule.latest(self.positions[name], step)[0])
-        for name, source in sources.items():
-            first = number(name) == 0 or name in self.waiting
-            together = self.sampler.by_products and not first
-            if self.mesh is not None and self.informed(step) and not together:
-                alone.append(name)
-                continue
-            with phase(Phase.refresh):
-                change = self.refresh(name, source.everywhere, step, lr_factor, number(name))
-            if change is not None:
-                yield name, change
+        divided = self.mesh is not None and self.informed(step)
+        alone = [n for n in sources if divided and (self._first(n, number) or not self.sampler.by_products)]
+        everywhere = {name: source for name, source in sources.items() if name not in alone}
+        yield from self._refresh_everywhere(everywhere, step, lr_factor, number)
         for names in self._rounds(alone, sources):
             with phase(Phase.refresh):
                 changes = self._share({name: sources[name] for name in names}, step, lr_factor, number)
             yield from changes.items()
+
+    def _first(self, name: str, number: Callable[[str], int]) -> bool:
+        return number(name) == 0 or name in self.waiting
+
+    def _refresh_everywhere(
+        self, sources: Mapping[str, Source], step: int, lr_factor: float, number: Callable[[str], int]
+    ) -> Iterator[tuple[str, BasisChange]]:
+        """Refresh bases that each rank samples itself."""
+        for name, source in sources.items():
+            with phase(Phase.refresh):
+                change = self.refresh(name, source.everywhere, step, lr_factor, number(name))
+            if change is not None:
+                yield name, change
 
     def _rounds(self, names: list[str], sources: Mapping[str, Source]) -> Iterator[list[str]]:
         """Divide ``names``, in order, into rounds whose gathered matrices the ranks can hold together."""
@@ -250,8 +262,7 @@ class Bases:
         """Refresh bases: one rank gathers each matrix, samples its basis and broadcasts it."""
         assert self.mesh is not None
         names = list(sources)
-        rank, size = dist.get_rank(), dist.get_world_size()
-        owners = dict(zip(names, spread([s.cost for s in sources.values()], size), strict=True))
+        rank, size, owners = dist.get_rank(), dist.get_world_size(), self._owners(sources)
         device = self.devices[names[0]]
         with self.record.timing(step, device):
             arriving = {name: sources[name].at(owners[name]) for name in names}
@@ -270,17 +281,22 @@ class Bases:
             dist.all_reduce(outcomes)
             found = dict(zip(names, outcomes.tolist(), strict=True))
             for owner in range(size):
-                sent = [name for name in names if owners[name] == owner and found[name] == _SAMPLED]
+                sent = [name for name in names if owners[name] == owner and found[name] == SAMPLED]
                 if sent:
                     sampled |= self._broadcast(sent, owner, sampled)
         changes = {}
         for name in names:
-            if reason := _REASONS.get(found[name]):
+            if reason := REASONS.get(found[name]):
                 self.record.skip(name, step, reason, name in self.waiting)
             change = self._settle(name, self[name], sampled.get(name), step, number(name))
             if change is not None:
                 changes[name] = change
         return changes
+
+    @staticmethod
+    def _owners(sources: Mapping[str, Source]) -> dict[str, int]:
+        costs = [source.cost for source in sources.values()]
+        return dict(zip(sources, spread(costs, dist.get_world_size()), strict=True))
 
     def _broadcast(self, names: list[str], owner: int, sampled: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = [self.sizes[name] for name in names]
@@ -314,7 +330,7 @@ class Bases:
         with self.record.timing(step, old.device):
             seen = gram() if self.informed(step) else None
             outcome, new = self._try_sample(name, old, seen, step, lr_factor, index)
-        if reason := _REASONS.get(outcome):
+        if reason := REASONS.get(outcome):
             self.record.skip(name, step, reason, name in self.waiting)
         return self._settle(name, old, new, step, index)
 
@@ -326,17 +342,21 @@ class Bases:
             return None
         first = name in self.waiting or step == 1
         change = None if first else BasisChange(old.clone(), new, self._scale_in_use(name, old))
+        self._note(name, change, step, index)
+        if self.stored:
+            old.copy_(new)
+        return change
+
+    def _note(self, name: str, change: BasisChange | None, step: int, index: int) -> None:
+        """Keep the books of a basis that is new in ``step``."""
         if self.record.measures(index):
             self.record.sampled(name, None if change is None else change.overlap(self.sampler.orthonormal))
         if name in self.waiting:
             self.waiting.remove(name)
             self._first_refreshes[name] = step
-        if self.stored:
-            old.copy_(new)
-        else:
+        if not self.stored:
             self.seeds[name] = self._seed_of(name, index)
             self.state[name]["basis_seed"].fill_(self.seeds[name])
-        return change
 
     def _try_sample(
         self, name: str, old: Tensor, seen: Gram | None, step: int, lr_factor: float, index: int
@@ -345,16 +365,16 @@ class Bases:
         request = self.request(name, index)
         if self.informed(step):
             if seen is None:
-                return _NOT_FINITE, None
+                return NOT_FINITE, None
             if seen.is_zero:
-                return _ZERO, None
+                return ZERO, None
         request.gram = seen
         request.switched = self._switched(step)
         request.lr_factor = lr_factor * self.lr_share
-        request.state = self.state[name]
+        request.states = [self.state[name]]
         if index > 0 and name not in self.waiting:
             request.previous = old / self._scale_in_use(name, old) if self.scaled else old
         try:
-            return _SAMPLED, self._sampled(request)
+            return SAMPLED, self._sampled(request)
         except torch.linalg.LinAlgError:
-            return _FAILED, None
+            return FAILED, None

@@ -1,5 +1,6 @@
 """Online PCA of the gradient (OSD: Liang et al., NeurIPS 2024, arXiv 2408.12857)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from rsotrain.config.samplers import OnlinePCAConfig, PCASolver
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state, orthonormalised
+from rsotrain.subspace.orthonormal import orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, no_state
 from rsotrain.subspace.spectral import svd
 
 BETAS = (0.9, 0.999)
@@ -21,9 +23,9 @@ def pca_gradient(gram: Gram, basis: Tensor, penalty: float) -> Tensor:
     products with the Gram matrix.
     """
     energy = gram.energy().clamp(min=torch.finfo(basis.dtype).tiny)
-    product = gram.matmul(basis) / energy.to(basis.dtype)  # HQ
-    overlap = basis.T @ basis  # QᵀQ
-    within = 2.0 * (basis.T @ product) + 4.0 * penalty * overlap
+    product = gram.matmul(basis) / energy.to(basis.dtype)[..., None, None]  # HQ
+    overlap = basis.mT @ basis  # QᵀQ
+    within = 2.0 * (basis.mT @ product) + 4.0 * penalty * overlap
     return 2.0 * (product @ overlap) - 4.0 * product + basis @ within - 4.0 * penalty * basis
 
 
@@ -51,8 +53,10 @@ def online_pca(
     assert request.gram is not None
     basis = request.previous.float()
     update = -pca_gradient(request.gram, basis, penalty)
-    if use_adam:
-        state = request.state
+    if use_adam and request.batched:
+        update = _adam_negative_updates(-update, request.gram.usable, request.states)
+    elif use_adam:
+        (state,) = request.states
         state["basis_step"] += 1.0
         moments = state["basis_exp_avg"], state["basis_exp_avg_sq"]
         update = _adam_negative_update(-update, *moments, state["basis_step"])
@@ -69,6 +73,24 @@ def _adam_negative_update(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
     )  # fmt: skip
     return update
+
+
+def _adam_negative_updates(gradients: Tensor, usable: Tensor, states: Sequence[dict[str, Tensor]]) -> Tensor:
+    """The same of a batch, by the equations; where ``usable`` (n) is False the moments stay as they are."""
+    beta1, beta2 = BETAS
+    exp_avgs, exp_avg_sqs, steps = (
+        [state[key] for state in states] for key in ("basis_exp_avg", "basis_exp_avg_sq", "basis_step")
+    )
+    mask = usable[:, None, None]
+    old_mean, old_square, count = torch.stack(exp_avgs), torch.stack(exp_avg_sqs), torch.stack(steps)
+    count += usable
+    mean = torch.lerp(old_mean, gradients, 1.0 - beta1).where(mask, old_mean)
+    square = (old_square * beta2).addcmul_(gradients, gradients, value=1.0 - beta2).where(mask, old_square)
+    for kept, new in ((exp_avgs, mean), (exp_avg_sqs, square), (steps, count)):
+        torch._foreach_copy_(kept, list(new.unbind()))
+    wide = count.double()[:, None, None]
+    corrections = (1.0 - beta1**wide).float(), (1.0 - beta2**wide).sqrt().float()
+    return mean.div_(-corrections[0]).div_(square.sqrt_().div_(corrections[1]).add_(EPS))
 
 
 def online_pca_sampler(config: OnlinePCAConfig) -> Sampler:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
-from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
+from rsotrain.subspace.orthonormal import orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
 
 def haar(request: SampleRequest) -> Tensor:
@@ -19,8 +20,7 @@ def gaussian(request: SampleRequest) -> Tensor:
 
 def coordinate(request: SampleRequest) -> Tensor:
     """r distinct random axes, in ascending order."""
-    picked = torch.randperm(request.size, generator=request.generator)[: request.rank].sort().values
-    return one_hot(picked.to(request.device), request.size)
+    return one_hot(request.axes(), request.size)
 
 
 def srht(request: SampleRequest) -> Tensor:
@@ -33,19 +33,23 @@ def srht(request: SampleRequest) -> Tensor:
     while odd % 2 == 0:
         odd //= 2
     two = request.size // odd
-    signs = torch.randint(0, 2, (request.size, 1), generator=request.generator) * 2.0 - 1.0
-    columns = torch.randperm(request.size, generator=request.generator)[: request.rank].sort().values
+    if request.counted is not None:
+        signs = torch.where(request.uniform() < 0.5, -1.0, 1.0).unsqueeze(-1)
+    else:
+        signs = torch.randint(0, 2, (request.size, 1), generator=request.generator) * 2.0 - 1.0
+    columns = request.axes().unsqueeze(-2)
+    device = columns.device
     # H[i, j] = (−1)^popcount(i & j) / √two
-    parity = torch.arange(two)[:, None] & (columns // odd)[None, :]
+    parity = torch.arange(two, device=device)[:, None] & (columns // odd)
     for shift in (32, 16, 8, 4, 2, 1):
         parity = parity ^ (parity >> shift)
     hadamard = (1.0 - 2.0 * (parity & 1)) / two**0.5
     # C[i, j] = √(2/odd) cos(π (i + ½) j / odd), and 1/√odd for j = 0
     j = (columns % odd).double()
-    cosines = torch.cos(torch.pi * (torch.arange(odd).double()[:, None] + 0.5) * j / odd)
+    cosines = torch.cos(torch.pi * (torch.arange(odd, device=device).double()[:, None] + 0.5) * j / odd)
     cosines *= torch.where(j == 0, 1.0, 2.0**0.5) / odd**0.5
-    product = hadamard[:, None, :] * cosines[None, :, :]
-    return (product.reshape(request.size, -1) * signs).float().to(request.device)
+    product = hadamard.unsqueeze(-2) * cosines.unsqueeze(-3)
+    return (product.flatten(-3, -2) * signs.to(device)).float()
 
 
 def haar_sampler(config: HaarConfig) -> Sampler:

@@ -1,11 +1,12 @@
 """Samplers: functions from a SampleRequest (Gram matrix or size, rank, generator) to a basis, k×r in float32.
 
 Random samplers (``random_bases.py``) use only ``SampleRequest.size``; data-dependent ones (``spectral.py``,
-``online_pca.py``) use ``SampleRequest.gram``.
+``online_pca.py``) use ``SampleRequest.gram``. On a GPU a request is for a batch of n matrices of one size:
+all tensors, the basis among them, have n as their first dimension, and the host reads no value.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from rsotrain.subspace.gram import Gram
-from rsotrain.subspace.seeding import counted_normals, seed_of
+from rsotrain.subspace.seeding import counted_normals, counted_uniforms, seed_of
 
 
 @dataclass
 class SampleRequest:
-    """The input of a sampler for one refresh.
+    """The input of a sampler for one refresh of one matrix, or of a batch of them (``batched``).
 
     ``size``, ``rank``: k and r. ``previous``: the basis in use (k×r), None at the first refresh.
     ``switched``: training is past the sampler's ``switch``. ``lr_factor``: of the learning-rate schedule, 1
-    at the peak. ``state``: the sampler's own tensors for this matrix, which it updates in place.
-    ``counted``: the seed of normal numbers that are a function of their place, as a GPU draws them; None:
-    ``generator`` draws them.
+    at the peak. ``states``: the sampler's own tensors for each matrix, which it updates in place.
+    ``counted``: the seed for each matrix of random numbers that are a function of their place, as a GPU draws
+    them; None: ``generator`` draws them.
     """
 
     size: int
@@ -35,17 +36,37 @@ class SampleRequest:
     previous: Tensor | None = None
     switched: bool = False
     lr_factor: float = 1.0
-    state: dict[str, Tensor] = field(default_factory=dict)
-    counted: int | None = None
+    states: Sequence[dict[str, Tensor]] = ({},)
+    counted: tuple[int, ...] | None = None
+    batched: bool = False
     _drawn: int = field(default=0, init=False)  # how many times
 
     def normal(self) -> Tensor:
         """Independent N(0, 1) numbers, k×r in float32, others at each call."""
         self._drawn += 1
         if self.counted is not None:
-            seed = seed_of(self.counted, self._drawn)
-            return counted_normals(self.size, self.rank, seed, self.device)
+            return self._of_one(counted_normals(self.size, self.rank, self._seeds(), self.device))
         return torch.randn(self.size, self.rank, generator=self.generator).to(self.device)
+
+    def uniform(self) -> Tensor:
+        """Independent uniform numbers in (0, 1) from ``counted``, k in float64, others at each call."""
+        self._drawn += 1
+        return self._of_one(counted_uniforms(self.size, self._seeds(), self.device))
+
+    def _seeds(self) -> list[int]:
+        assert self.counted is not None
+        return [seed_of(seed, self._drawn) for seed in self.counted]
+
+    def _of_one(self, drawn: Tensor) -> Tensor:
+        return drawn if self.batched else drawn[0]
+
+    def axes(self) -> Tensor:
+        """Indices of r distinct random axes, ascending."""
+        if self.counted is not None:
+            order = self.uniform().argsort(dim=-1, stable=True)
+        else:
+            order = torch.randperm(self.size, generator=self.generator).to(self.device)
+        return order[..., : self.rank].sort().values
 
 
 def no_state(size: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -78,7 +99,7 @@ class Sampler:
     together; otherwise one rank samples for all. ``state_shapes(k, r)``: shapes of its own float32 tensors
     for a k×r basis, by name. ``informed_columns(r)``: how many columns, the first ones, depend on data; None:
     all of them if ``informed``. ``column_scales(k, r)``: what multiplies the columns (r) of bases that are to
-    have E[PPᵀ] = I; None: √(k/r) for all.
+    have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes eigenvectors of a k×k matrix.
     """
 
     name: str
@@ -93,6 +114,7 @@ class Sampler:
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
     informed_columns: Callable[[int], int] | None = None
     column_scales: Callable[[int, int], Tensor] | None = None
+    decomposes: bool = False
 
     def num_informed(self, rank: int) -> int:
         """How many columns of a data-dependent basis depend on data; they are the first ones."""
@@ -109,16 +131,7 @@ class Sampler:
         return sum(4 * math.prod(shape) for shape in self.state_shapes(size, rank).values())
 
 
-def orthonormalised(block: Tensor) -> Tensor:
-    """Q of the QR decomposition with a positive diagonal of R, which makes it continuous in ``block``.
-
-    Q is orthonormal for every finite ``block``, whatever its rank.
-    """
-    q, r = torch.linalg.qr(block)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-
-
 def one_hot(indices: Tensor, size: int) -> Tensor:
     """The unit vectors e_i for ``indices`` (r) as columns, k×r with k = ``size``."""
-    basis = torch.zeros(size, len(indices), device=indices.device)
-    return basis.scatter_(0, indices[None, :], 1.0)
+    basis = torch.zeros(*indices.shape[:-1], size, indices.shape[-1], device=indices.device)
+    return basis.scatter_(-2, indices.unsqueeze(-2), 1.0)

@@ -4,8 +4,8 @@ A basis is sampled in one of two ways: on every rank, with all-reduced products 
 all ranks get the same basis; or on one rank, the owner, which gathers the matrix and broadcasts the basis.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,11 @@ class Source(Protocol):
         """Elements that the owner gathers."""
         ...
 
+    @property
+    def kind(self) -> Hashable:
+        """Sources of one kind can be in one batch."""
+        ...
+
     def everywhere(self) -> Gram | None:
         """The Gram matrix on every rank."""
         ...
@@ -36,6 +41,30 @@ class Source(Protocol):
     def at(self, owner: int) -> Callable[[], Gram | None]:
         """Begin to gather on ``owner``. The returned function waits: the Gram matrix there, else None."""
         ...
+
+    def matrix(self) -> Tensor:
+        """What ``everywhere`` takes the Gram matrix of, on this rank."""
+        ...
+
+    def matrix_at(self, owner: int) -> Callable[[], Tensor | None]:
+        """The same of ``at``."""
+        ...
+
+    @staticmethod
+    def together(sources: Sequence[Any], matrices: Sequence[Tensor], *, whole: bool) -> Gram:
+        """The Gram matrices of sources of one kind, whose ``matrices`` are whole or this rank's, as a batch.
+
+        They may be not finite or zero; the host is not told.
+        """
+        ...
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """n×M×k, each in the memory layout of the first; one alone is not copied."""
+    if len(matrices) == 1:
+        return matrices[0].unsqueeze(0)
+    transposed = matrices[0].stride(-2) < matrices[0].stride(-1)
+    return torch.stack([m.mT for m in matrices]).mT if transposed else torch.stack(list(matrices))
 
 
 def spread(costs: list[float], num_ranks: int) -> list[int]:
@@ -55,31 +84,52 @@ class GradientSource:
         rows, size = max(shard.shape), min(shard.shape)
         self.elements = rows * size
         self.cost = float(2 * rows * size**2 + 10 * size**3)  # Gram matrix, eigenvectors
+        self.kind = (shard.shape, shard.dim, side)
 
     def everywhere(self) -> Gram | None:
-        piece = self.gradient()
-        if self.shard.dim is None:
-            return GradientGram.of_finite(piece)
-        if self.by_columns:
-            return GradientGram.of_finite(
-                oriented(self.shard.all_gather(oriented(piece, self.side)), self.side)
-            )
-        return SummedGram.of_finite(piece, self.shard)
+        matrix = self.matrix()
+        if self.shard.dim is None or self.by_columns:
+            return GradientGram.of_finite(matrix)
+        return SummedGram.of_finite(matrix, self.shard)
 
     def at(self, owner: int) -> Callable[[], Gram | None]:
+        whole = self.matrix_at(owner)
+
+        def gram() -> Gram | None:
+            matrix = whole()
+            return None if matrix is None else GradientGram.of_finite(matrix)
+
+        return gram
+
+    def matrix(self) -> Tensor:
+        piece = self.gradient()
+        if not self.by_columns:
+            return piece
+        return oriented(self.shard.all_gather(oriented(piece, self.side)), self.side)
+
+    def matrix_at(self, owner: int) -> Callable[[], Tensor | None]:
         rank, pieces = dist.get_rank(), self.shard.pieces
         if rank // pieces != owner // pieces:  # the owner is in another replica
             return lambda: None
         gathered = self.shard.gather(oriented(self.gradient(), self.side), owner % pieces)
 
-        def gram() -> Gram | None:
+        def matrix() -> Tensor | None:
             whole = gathered()
             if rank != owner:
                 return None
             assert whole is not None
-            return GradientGram.of_finite(oriented(whole, self.side))
+            return oriented(whole, self.side)
 
-        return gram
+        return matrix
+
+    @staticmethod
+    def together(
+        sources: "Sequence[GradientSource]", matrices: Sequence[Tensor], *, whole: bool
+    ) -> "GradientGram | SummedGram":
+        first = sources[0]
+        if whole or first.shard.dim is None or first.by_columns:
+            return GradientGram(stacked(matrices))
+        return SummedGram(stacked(matrices), first.shard)
 
 
 class TrackedSource:
@@ -87,7 +137,8 @@ class TrackedSource:
 
     def __init__(self, source: GradientSource, basis: Tensor, tracked: Tensor, weight: float) -> None:
         self.source, self.basis, self.tracked, self.weight = source, basis, tracked, weight
-        self.elements, self.cost = source.elements, source.cost
+        self.elements, self.cost, self.kind = source.elements, source.cost, ("tracked", source.kind)
+        self.matrix, self.matrix_at = source.matrix, source.matrix_at
 
     def everywhere(self) -> Gram | None:
         return self._tracked(self.source.everywhere())
@@ -102,6 +153,14 @@ class TrackedSource:
         assert isinstance(gram, GradientGram | SummedGram)
         return TrackedGram(gram, gram.largest, self.basis, self.tracked, self.weight)
 
+    @staticmethod
+    def together(
+        sources: "Sequence[TrackedSource]", matrices: Sequence[Tensor], *, whole: bool
+    ) -> TrackedGram:
+        gram = GradientSource.together([s.source for s in sources], matrices, whole=whole)
+        basis, tracked = (torch.stack(t) for t in zip(*((s.basis, s.tracked) for s in sources), strict=True))
+        return TrackedGram(gram, gram.largest, basis, tracked, sources[0].weight)
+
 
 class SumSource:
     """A Gram matrix (k×k) that is a sum over ranks; each rank's ``summand()`` may be overwritten."""
@@ -110,23 +169,40 @@ class SumSource:
         self.summand, self.shared = summand, shared
         self.elements = size**2
         self.cost = float(10 * size**3)
+        self.kind = size
 
     def everywhere(self) -> Gram | None:
+        return DenseGram.of_finite(self.matrix())
+
+    def at(self, owner: int) -> Callable[[], Gram | None]:
+        whole = self.matrix_at(owner)
+
+        def gram() -> Gram | None:
+            matrix = whole()
+            return None if matrix is None else DenseGram.of_finite(matrix)
+
+        return gram
+
+    def matrix(self) -> Tensor:
         matrix = self.summand()
         if self.shared:
             dist.all_reduce(matrix)
-        return DenseGram.of_finite(matrix)
+        return matrix
 
-    def at(self, owner: int) -> Callable[[], Gram | None]:
-        matrix = self.summand()
-        work = dist.reduce(matrix, dst=owner, async_op=True)
+    def matrix_at(self, owner: int) -> Callable[[], Tensor | None]:
+        summand = self.summand()
+        work = dist.reduce(summand, dst=owner, async_op=True)
         assert work is not None
 
-        def gram() -> Gram | None:
+        def matrix() -> Tensor | None:
             work.wait()
-            return DenseGram.of_finite(matrix) if dist.get_rank() == owner else None
+            return summand if dist.get_rank() == owner else None
 
-        return gram
+        return matrix
+
+    @staticmethod
+    def together(sources: "Sequence[SumSource]", matrices: Sequence[Tensor], *, whole: bool) -> DenseGram:
+        return DenseGram(stacked(matrices))
 
 
 class SummedGram(Scaled):
@@ -136,7 +212,7 @@ class SummedGram(Scaled):
     """
 
     def __init__(self, gradient: Tensor, shard: Shard) -> None:
-        self.size = gradient.shape[1]
+        self.size = gradient.shape[-1]
         self.resolution = torch.finfo(gradient.dtype).eps
         self.shard = shard
         dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -144,6 +220,7 @@ class SummedGram(Scaled):
         self.largest = torch.where(largest.isfinite(), largest, torch.inf)
         dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=shard.group)
         self.piece = GradientGram(gradient, self.largest)
+        self.eigen_dtype = self.piece.eigen_dtype
         self._energy: Tensor | None = None
 
     @classmethod

@@ -21,8 +21,9 @@ from rsotrain.config.samplers import (
     TopkNormConfig,
 )
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
-from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot, orthonormalised
+from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
 
 def _noise(dtype: torch.dtype, size: int) -> float:
@@ -68,19 +69,34 @@ def _is_rounding(gram: Gram, lost: Tensor, factor: Tensor) -> bool:
     return bool(ratio <= 16 * gram.resolution)
 
 
+def eigenbases(gram: Gram) -> tuple[Tensor, Tensor]:
+    """``eigenbasis`` of a batch, but ascending, in a dtype that needs no answer of the device to go on.
+
+    λ: n×k; eigenvectors: n×k×k, of no meaning where ``gram`` is not usable. The host waits once, for torch
+    asks whether all have converged; LinAlgError if not.
+    """
+    matrix = gram.matrix(gram.eigen_dtype).masked_fill(~gram.usable[:, None, None], 0.0)
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values[:, -1:].clamp(min=0)
+    return values.where(values > _noise(values.dtype, gram.size) * largest, 0.0), vectors
+
+
 def align_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
     """Flip columns that point against those of ``previous``, so that kept moments still fit."""
     if previous is None:
         return basis
-    cosines = (basis * previous.to(basis.dtype)).sum(0)
+    cosines = (basis * previous.to(basis.dtype)).sum(-2, keepdim=True)
     return basis * torch.where(cosines < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def svd(request: SampleRequest) -> Tensor:
     """The r dominant singular vectors (GaLore, arXiv 2403.03507), from the smaller side's Gram matrix."""
     assert request.gram is not None
-    _, vectors = eigenbasis(request.gram, lambda values: bool(values[request.rank - 1] > 0))
-    return align_signs(vectors[:, : request.rank].float(), request.previous)
+    if request.batched:
+        vectors = eigenbases(request.gram)[1][..., -request.rank :].flip(-1)
+    else:
+        _, vectors = eigenbasis(request.gram, lambda values: bool(values[request.rank - 1] > 0))
+    return align_signs(vectors[..., : request.rank].float(), request.previous)
 
 
 def full_svd(request: SampleRequest) -> Tensor:
@@ -92,18 +108,23 @@ def full_svd(request: SampleRequest) -> Tensor:
     assert request.gram is not None
     factor = request.gram.factor()
     assert factor is not None, "only a gradient has a full SVD"
-    if factor.stride(0) < factor.stride(1):
-        return torch.linalg.svd(factor.T.float(), full_matrices=False)[0][:, : request.rank]
-    return torch.linalg.svd(factor.float(), full_matrices=False)[2][: request.rank].T
+    if request.batched:
+        factor = factor.masked_fill(~request.gram.usable[:, None, None], 0.0)
+    if factor.stride(-2) < factor.stride(-1):
+        return torch.linalg.svd(factor.mT.float(), full_matrices=False)[0][..., : request.rank]
+    return torch.linalg.svd(factor.float(), full_matrices=False)[2][..., : request.rank, :].mT
 
 
 def weighted_sample(logarithms: Tensor, request: SampleRequest) -> Tensor:
     """Ascending indices of r of k items, drawn without replacement with weights exp(``logarithms``) (k)."""
     # the indices of the r largest log w + Gumbel noise are such a sample
-    uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
+    if request.counted is not None:
+        uniform = request.uniform()
+    else:
+        uniform = torch.rand(request.size, generator=request.generator, dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
     keys = logarithms.to(gumbel.device) + gumbel
-    return keys.argsort(descending=True, stable=True)[: request.rank].sort().values
+    return keys.argsort(dim=-1, descending=True, stable=True)[..., : request.rank].sort().values
 
 
 def importance(request: SampleRequest, power: float) -> Tensor:
@@ -113,6 +134,10 @@ def importance(request: SampleRequest, power: float) -> Tensor:
     no importance weights. Vectors with σ = 0 are sampled only if there are no others.
     """
     assert request.gram is not None
+    if request.batched:
+        values, vectors = eigenbases(request.gram)
+        picked = weighted_sample(0.5 * power * values.double().log(), request).flip(-1)
+        return align_signs(_columns(vectors, picked).float(), request.previous)
 
     def resolved(values: Tensor) -> bool:
         # singular values set to 0 were below √noise·σ₁; together they must have at most 1 % of the weight
@@ -122,7 +147,14 @@ def importance(request: SampleRequest, power: float) -> Tensor:
 
     values, vectors = eigenbasis(request.gram, resolved)
     picked = weighted_sample(0.5 * power * values.double().log(), request)
-    return align_signs(vectors[:, picked.to(vectors.device)].float(), request.previous)
+    return align_signs(_columns(vectors, picked.to(vectors.device)).float(), request.previous)
+
+
+def _columns(matrix: Tensor, picked: Tensor) -> Tensor:
+    """The columns ``picked`` (r) of ``matrix`` (k×k), of each matrix of a batch its own."""
+    if picked.dim() == 1:
+        return matrix[..., picked]
+    return matrix.gather(-1, picked.unsqueeze(-2).expand(-1, matrix.shape[-2], -1))
 
 
 def randomized_svd(request: SampleRequest, rounds: int, svd_first: bool = False) -> Tensor:
@@ -130,7 +162,8 @@ def randomized_svd(request: SampleRequest, rounds: int, svd_first: bool = False)
 
     The first refresh starts from a random basis and runs two more iterations, or is svd (``svd_first``).
     Columns for which AᵀA Q is only rounding errors restart from random vectors, because they cannot return to
-    the gradient's row space.
+    the gradient's row space. In a batch, where the host must not ask for them, those that ``cholesky_qr``
+    takes for zero columns stand for the random ones, and come to the row space in the next iteration.
     """
     assert request.gram is not None
     if svd_first and request.previous is None:
@@ -143,9 +176,12 @@ def randomized_svd(request: SampleRequest, rounds: int, svd_first: bool = False)
     for i in range(rounds):
         product = multiply(block)
         if i == 0:
-            norms = torch.linalg.vector_norm(product, dim=0)
-            left = norms <= 16 * torch.finfo(norms.dtype).eps * request.gram.energy().to(norms.dtype)
-            if bool(left.any()):
+            norms = torch.linalg.vector_norm(product, dim=-2, keepdim=True)
+            energy = request.gram.energy().to(norms.dtype)[..., None, None]
+            left = norms <= 16 * torch.finfo(norms.dtype).eps * energy
+            if request.batched:
+                product = product.masked_fill_(left, 0.0)
+            elif bool(left.any()):
                 product = torch.where(left, multiply(haar(request)), product)
         block = orthonormalised(product)
     return block
@@ -171,8 +207,9 @@ def dct(request: SampleRequest) -> Tensor:
     """The r columns D_j of the cosine transform with the largest ‖A D_j‖, in ascending order."""
     assert request.gram is not None
     basis = cosine_basis(request.size, request.device)
-    energies = (request.gram.matrix(torch.float32) @ basis).mul_(basis).sum(0)
-    return basis[:, energies.topk(request.rank).indices.sort().values]
+    energies = (request.gram.matrix(torch.float32) @ basis).mul_(basis).sum(-2)
+    picked = energies.topk(request.rank).indices.sort().values
+    return _columns(basis.expand(*picked.shape[:-1], -1, -1), picked)
 
 
 def topk_norm(request: SampleRequest) -> Tensor:
@@ -192,7 +229,7 @@ def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
         return haar(request)
     dominant = svd(replace(request, rank=principal, previous=None))
     # orthonormalising leaves the first columns, which are orthonormal already, unchanged
-    basis = orthonormalised(torch.cat([dominant, request.normal()[:, principal:]], dim=1))
+    basis = orthonormalised(torch.cat([dominant, request.normal()[..., principal:]], dim=-1))
     return align_signs(basis, request.previous)
 
 
@@ -214,13 +251,16 @@ def switching(request: SampleRequest, leading: int) -> Tensor:
     if request.previous is None:
         return svd(request)
     block = orthonormalised(request.gram.matmul(request.previous.float()))
-    _, rotation = torch.linalg.eigh(block.T @ request.gram.matmul(block))
-    subspace = block @ rotation.flip(1)
+    within = block.mT @ request.gram.matmul(block)
+    if request.batched:
+        within = within.masked_fill_(~request.gram.usable[:, None, None], 0.0)
+    _, rotation = torch.linalg.eigh(within)
+    subspace = block @ rotation.flip(-1)
     drawn = min(request.rank - min(leading, request.rank), request.size - request.rank)
     if drawn > 0:
         # orthonormalising leaves the first columns unchanged
-        more = orthonormalised(torch.cat([subspace, request.normal()[:, :drawn]], dim=1))[:, request.rank :]
-        subspace = torch.cat([subspace[:, : request.rank - drawn], more], dim=1)
+        more = orthonormalised(torch.cat([subspace, request.normal()[..., :drawn]], dim=-1))
+        subspace = torch.cat([subspace[..., : request.rank - drawn], more[..., request.rank :]], dim=-1)
     return align_signs(subspace, request.previous)
 
 
@@ -231,12 +271,12 @@ def golore(request: SampleRequest) -> Tensor:
 
 def svd_sampler(config: SvdConfig) -> Sampler:
     if config.solver is SvdSolver.full:
-        return Sampler(config.name, full_svd, informed=True, needs_gradient=True)
-    return Sampler(config.name, svd, informed=True)
+        return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
+    return Sampler(config.name, svd, informed=True, decomposes=True)
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
-    return Sampler(config.name, partial(importance, power=config.power), informed=True)
+    return Sampler(config.name, partial(importance, power=config.power), informed=True, decomposes=True)
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
@@ -267,6 +307,7 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         config.name,
         partial(mixture, principal_fraction=fraction),
         informed=True,
+        decomposes=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
         column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
     )
@@ -283,4 +324,4 @@ def switching_sampler(config: SwitchingConfig) -> Sampler:
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:
-    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction)
+    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction, decomposes=True)

@@ -11,6 +11,7 @@ LOCK = ".lock"
 FILES = (LOCK, CONFIG, METRICS, SUMMARY, RUN_RECORD, LOG)
 CHECKPOINTS = "checkpoints"
 WANDB = "wandb"
+DIVERGED = "diverged"  # in RUN_RECORD, of a run that failed since its loss was not finite
 
 
 class RunState(Enum):

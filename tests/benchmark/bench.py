@@ -145,7 +145,7 @@ def configuration(*overrides: str) -> Any:
 
 def build_trainer(*overrides: str) -> Any:
     """The Trainer of a command line, on random tokens."""
-    from rsotrain.benchmark.synthetic import random_data
+    from rsotrain.training.random_data import random_data
     from rsotrain.training.trainer import Trainer
 
     config = configuration(*overrides)

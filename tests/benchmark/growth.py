@@ -71,7 +71,7 @@ def measure_trainer(label: str, steps: int, trainer: Any) -> Point:
 def of_ranks(number: int, steps: int, overrides: tuple[str, ...]) -> Point:
     from helpers import ranks
 
-    from rsotrain.benchmark.synthetic import random_data
+    from rsotrain.training.random_data import random_data
     from rsotrain.training.trainer import Trainer
 
     if number == 1:

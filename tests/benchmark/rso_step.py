@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from bench import MAX_DISTURBANCE, MIB, configuration, other_processes_seconds, use_threads
 
-from rsotrain.benchmark.synthetic import random_data
 from rsotrain.config.schema import Config
 from rsotrain.instruments.memory import saved_activation_bytes, tensors_bytes
 from rsotrain.models.subspace_linear import SubspaceLinear
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 REST = "optimizer.update_proj_gap=1000000"  # no refresh but the first

@@ -16,7 +16,6 @@ from helpers.runs import compose
 
 from rsotrain.benchmark import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, PHASES, REFRESH
 from rsotrain.benchmark.phases import PhaseClock, attach, covered
-from rsotrain.benchmark.synthetic import NUM_BATCHES, random_data, vocabulary_size
 from rsotrain.benchmark.tables import labels
 from rsotrain.config.rules_modes import check_read
 from rsotrain.config.schema import Config, Strategy
@@ -24,6 +23,7 @@ from rsotrain.config.validation import validate
 from rsotrain.data.targets import IGNORE_INDEX
 from rsotrain.errors import UserError
 from rsotrain.parallel.ranks import World
+from rsotrain.training.random_data import NUM_BATCHES, random_data, vocabulary_size
 from rsotrain.training.refreshes import all_bases_due, update_gap
 from rsotrain.training.trainer import Trainer
 

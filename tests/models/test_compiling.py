@@ -11,9 +11,9 @@ import torch._dynamo
 from helpers import ranks
 from helpers.runs import compose
 
-from rsotrain.benchmark.synthetic import random_data
 from rsotrain.config.schema import Config
 from rsotrain.parallel.ranks import World
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 SMALL = [

@@ -20,7 +20,7 @@ from rsotrain.models.functional import rotary_tables
 from rsotrain.models.llama import Llama
 from rsotrain.models.rope import rope_scaling
 from rsotrain.optim.build import build_optimizer
-from rsotrain.planner.formulas import state_bytes
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.training.trainer import Trainer
 
 # The class of transformers that is the same model, and the arguments of its configuration that are not ours.

@@ -203,6 +203,7 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
     "sm": lambda M, k: 4 * (k * RANK + M * RANK + M * k),
     "fira": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 2),
     "frugal": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
+    "orbit": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
     "apollo": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 2),
     "apollo_mini": lambda M, k: 4 * (k + 2 * M + 2),
     "ldadam": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1 + M * k),

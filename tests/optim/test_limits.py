@@ -16,6 +16,7 @@ from rsotrain.config.methods import (
     GaLoreConfig,
     MuonConfig,
     OptimizerConfig,
+    OrbitConfig,
     SNConfig,
     SNSMConfig,
     SubspaceConfig,
@@ -341,6 +342,42 @@ def test_what_alice_remembers_draws_the_subspace() -> None:
         overlaps.append(float((optimizer.state_dict()["w.basis"][:, 0] @ direction).abs()))
     assert overlaps[0] > 0.99
     assert overlaps[1] < 0.9
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orbit_with_groups_of_one_row_divides_the_residual_by_its_rows_rms(shape: tuple[int, int]) -> None:
+    """The polynomial takes the one singular value of a row, 1, to 0.70; without the subspace's part."""
+    ns = 1.0
+    for _ in range(5):
+        ns = 3.4445 * ns - 4.775 * ns**3 + 2.0315 * ns**5
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for free_scale in (1.0, 0.0):
+        parameter = nn.Parameter(torch.zeros(shape))
+        config = low(OrbitConfig, rank=3, group=1, free_scale=free_scale)
+        optimizer = build_optimizer([("w", parameter)], config, SVD, seed=1, total_steps=2)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        moved.append(parameter.data.clone())
+    oriented = gradient if shape[0] >= shape[1] else gradient.T
+    left, values, right = torch.linalg.svd(oriented, full_matrices=False)
+    residual = (left[:, 3:] * values[3:]) @ right[3:]
+    wanted = -0.01 * ns * residual / residual.square().mean(1, keepdim=True).sqrt()
+    difference = moved[0] - moved[1]
+    assert torch.allclose(difference if shape[0] >= shape[1] else difference.T, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_orbit_takes_no_step_along_rounding_errors(precision: torch.dtype) -> None:
+    """A gradient inside the subspace has a residual of rounding errors; O is as large as of any other."""
+    moved = []
+    for kind in (OrbitConfig, GaLoreConfig):
+        parameter = nn.Parameter(torch.zeros(24, FULL, dtype=precision))
+        optimizer = build_optimizer([("w", parameter)], low(kind, rank=4), SVD, seed=1, total_steps=2)
+        parameter.grad = inside((24, FULL), 3, torch.Generator().manual_seed(0)).to(precision)
+        optimizer.step()
+        moved.append(parameter.data.clone())
+    assert torch.equal(*moved)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

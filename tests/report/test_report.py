@@ -127,7 +127,7 @@ def test_other_validation_data_is_refused_or_marked(
     groups = compare(runs, mixed=True)
     assert sorted(group.mark for group in groups) == ["[a]", "[b]"]
     assert not best_groups(groups, COLUMNS[0])
-    assert "different letters" in markdown(groups)
+    assert "mean different things: " in markdown(groups)
 
 
 def test_how_training_data_are_read_does_not_matter(make: Make) -> None:

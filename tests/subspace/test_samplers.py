@@ -2,60 +2,21 @@
 
 import pytest
 import torch
-from helpers.methods import SAMPLERS, sampler_config
+from helpers.samplers import GRADIENTS, ORTHONORMAL, RANK, ROWS, SIZE, spectrum
 from torch import Tensor
 
-from rsotrain.config.samplers import OnlinePCAConfig, PCASolver, SvdConfig, SvdSolver
-from rsotrain.optim.build import build_sampler
 from rsotrain.subspace import random_bases, spectral
 from rsotrain.subspace.gram import DenseGram, GradientGram, add_gram_, mirrored_
 from rsotrain.subspace.online_pca import online_pca, pca_gradient
-from rsotrain.subspace.samplers import Sampler, SampleRequest
+from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
 from rsotrain.subspace.spectral import eigenbasis
-
-ROWS, SIZE, RANK = 40, 24, 6
 
 
 def request_of(gradient: Tensor | None, rank: int = RANK, index: int = 0, **own: object) -> SampleRequest:
     size = SIZE if gradient is None else gradient.shape[1]
     gram = None if gradient is None else GradientGram(gradient)
     return SampleRequest(size, rank, gram, generator(0, "test", index), torch.device("cpu"), **own)  # type: ignore[arg-type]
-
-
-def spectrum(values: Tensor, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A matrix with these singular values, rows × len(values)."""
-    random = torch.Generator().manual_seed(1)
-    left = torch.linalg.qr(torch.randn(rows, len(values), generator=random, dtype=torch.float64))[0]
-    right = torch.linalg.qr(torch.randn(len(values), len(values), generator=random, dtype=torch.float64))[0]
-    return ((left * values.double()) @ right.T).to(dtype)
-
-
-def built_samplers() -> dict[str, Sampler]:
-    """Every sampler of conf/sampler, and the forms that their settings give them."""
-    configs = [sampler_config(name) for name in SAMPLERS]
-    configs += [
-        SvdConfig(name="full_svd", solver=SvdSolver.full),
-        OnlinePCAConfig(name="online_pca-orthonormal", lr=0.05, solver=PCASolver.sgd, orthonormalize=True),
-    ]
-    return {config.name: sampler for config in configs if (sampler := build_sampler(config)) is not None}
-
-
-ORTHONORMAL = {name: sampler.sample for name, sampler in built_samplers().items() if sampler.orthonormal}
-GRADIENTS = {
-    "ordinary": spectrum(0.9 ** torch.arange(SIZE)),
-    "square": spectrum(0.9 ** torch.arange(SIZE), rows=SIZE),
-    "zero": torch.zeros(ROWS, SIZE),
-    "rank 2": spectrum((torch.arange(SIZE) < 2).float()),
-    "rank 0.5 of the basis": spectrum((torch.arange(SIZE) < RANK // 2).float()),
-    "ill-conditioned": spectrum(10.0 ** -torch.arange(SIZE)),
-    "flat": spectrum(torch.ones(SIZE)),
-    "huge": spectrum(0.9 ** torch.arange(SIZE)) * 1e36,
-    "tiny": spectrum(0.9 ** torch.arange(SIZE)) * 1e-36,
-    "subnormal": torch.full((ROWS, SIZE), 1e-42),
-    "one entry": torch.zeros(ROWS, SIZE).index_put_((torch.tensor(3), torch.tensor(5)), torch.tensor(1.0)),
-    "bfloat16": spectrum(0.9 ** torch.arange(SIZE)).bfloat16(),
-}
 
 
 @pytest.mark.parametrize("rank", [1, RANK, SIZE])

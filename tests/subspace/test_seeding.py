@@ -16,8 +16,8 @@ SIZE, RANK = 24, 6
 
 def test_numbers_are_normal_and_independent() -> None:
     """Moments and products of neighbours are within four standard errors of those of normal numbers."""
-    x = counted_normals(1024, 2048, seed_of(0, "a"), CPU).double()
-    y = counted_normals(1024, 2048, seed_of(0, "b"), CPU).double()
+    x = counted_normals(1024, 2048, [seed_of(0, "a")], CPU)[0].double()
+    y = counted_normals(1024, 2048, [seed_of(0, "b")], CPU)[0].double()
     root = math.sqrt(x.numel())
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float((x**power).mean()) - mean) * root < 4 * math.sqrt(variance)
@@ -32,16 +32,16 @@ def test_numbers_are_normal_and_independent() -> None:
 
 
 def test_each_number_belongs_to_its_place() -> None:
-    whole = counted_normals(7, 5, 3, CPU)
-    assert torch.equal(whole, counted_normals(7, 5, 3, CPU))
+    whole = counted_normals(7, 5, [3], CPU)[0]
+    assert torch.equal(whole, counted_normals(7, 5, [3], CPU)[0])
     assert whole.unique().numel() == 35
-    assert not torch.equal(whole, counted_normals(7, 5, 4, CPU))
+    assert not torch.equal(whole, counted_normals(7, 5, [4], CPU)[0])
 
 
 def test_many_numbers_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = counted_normals(9, 5, 3, CPU)
+    whole = counted_normals(9, 5, [3], CPU)[0]
     monkeypatch.setattr("rsotrain.subspace.seeding._PAIRS_AT_A_TIME", 4)
-    assert torch.equal(counted_normals(9, 5, 3, CPU), whole)
+    assert torch.equal(counted_normals(9, 5, [3], CPU)[0], whole)
 
 
 def bases() -> Bases:
@@ -59,7 +59,7 @@ def test_a_basis_of_the_other_kind_of_device_is_drawn_again_the_same() -> None:
     here.resume()
     of_gpu = here["w"].clone()
     assert not torch.equal(own, of_gpu)
-    numbers = counted_normals(SIZE, RANK, seed_of(here._seed_of("w", 0), 1), CPU)
+    numbers = counted_normals(SIZE, RANK, [seed_of(here._seed_of("w", 0), 1)], CPU)[0]
     q, r = torch.linalg.qr(numbers)
     assert torch.equal(of_gpu, q * r.diagonal().sign())
     here.refresh("w", lambda: None, 5, 1.0)  # the next is this device's again

@@ -14,8 +14,8 @@ from helpers.run_folders import assert_near, history, weights
 from helpers.runs import compose, load_data
 
 from rsotrain.config.schema import Config
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.parallel.ranks import World
-from rsotrain.planner.formulas import state_bytes
 from rsotrain.running.mode import train
 from rsotrain.training.trainer import Trainer
 

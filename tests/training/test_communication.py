@@ -100,7 +100,7 @@ def traffic(
 
 def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     _, found = traffic
-    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry", "foam", "lion"):
+    for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry", "orbit", "foam", "lion"):
         assert found[name]["quiet"] == found["adam"]["quiet"], name
 
 

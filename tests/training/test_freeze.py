@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rsotrain.checkpoints.files import load_tensors
 from rsotrain.cli.dispatch import run_mode
 from rsotrain.errors import UserError
-from rsotrain.planner.formulas import state_bytes
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.planner.plan import make_plan
 from rsotrain.running.mode import train
 from rsotrain.training.composition import check_composition

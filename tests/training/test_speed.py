@@ -19,9 +19,9 @@ from helpers.runs import compose
 
 from rsotrain.benchmark import BACKWARD, FORWARD, OPTIMIZER
 from rsotrain.benchmark.phases import PhaseClock, attach
-from rsotrain.benchmark.synthetic import random_data
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.tracking.metrics import peak_memory_bytes
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 SIZES = ["model=llama_9m", "tokenizer.vocab_size=8192", "seq_len=256", "batch_size=2", "precision=bf16"]

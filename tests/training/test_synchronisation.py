@@ -9,7 +9,7 @@ from helpers.command import ROOT
 from helpers.runs import compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsotrain.benchmark.synthetic import random_data
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))

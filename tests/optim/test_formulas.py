@@ -8,7 +8,7 @@ from rsotrain.config.choices import RestRule
 from rsotrain.config.schema import Config
 from rsotrain.models.build import build_model, count_parameters
 from rsotrain.optim.build import build_optimizer
-from rsotrain.planner.formulas import StateBytes, state_bytes, weights_of
+from rsotrain.optim.formulas import StateBytes, state_bytes, weights_of
 
 VOCAB_SIZE = 32000
 
