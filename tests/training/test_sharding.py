@@ -17,7 +17,8 @@ from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
 from rsotrain.models.llama import Llama
 from rsotrain.parallel.ranks import World
-from rsotrain.training.trainer import Trainer, model_without_memory
+from rsotrain.training.model import model_without_memory
+from rsotrain.training.trainer import Trainer
 
 STEPS = 20
 
