@@ -155,7 +155,7 @@ class SubspaceOptimizer(OptimizerWithBases):
 
     def stacks_in(self, bucket: list[Matrix], *lists: list[Tensor]) -> Iterator["Stack"]:
         """The stacks of ``bucket``. ``lists``: tensors of each matrix, to be stacked alike."""
-        length = len(bucket) if self.in_stacks else 1
+        length = max(1, len(bucket)) if self.in_stacks else 1
         for i in range(0, len(bucket), length):
             own = bucket[i : i + length]
             stacks = tuple(stacked(tensors[i : i + length]) for tensors in lists)
