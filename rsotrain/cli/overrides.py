@@ -106,9 +106,9 @@ def _check_choices(arguments: Sequence[str]) -> None:
                 raise UserError(f"{group}={word} chooses no option; {advice}")
 
 
-def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
-    """Raise UserError where the optimizer is not the one that the rates of conf/tuned are for."""
-    if tuned != optimizer:
+def check_tuned(tuned: str, method: str, optimizer: str, arguments: Sequence[str]) -> None:
+    """Raise UserError where the optimizer is not the ``method`` that the rates of conf/tuned are for."""
+    if method != optimizer:
         chosen = chosen_options(arguments)
         advice = f"say tuned={optimizer}"
         if "optimizer" in chosen:
@@ -116,7 +116,7 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
         elif "tuned" in chosen:
             advice = f"leave tuned={tuned} out"
         raise UserError(
-            f"conf/tuned/{tuned}.yaml has {tuned}'s rates, but the optimizer is {optimizer}; {advice}"
+            f"conf/tuned/{tuned}.yaml has {method}'s rates, but the optimizer is {optimizer}; {advice}"
         )
 
 

@@ -1,6 +1,7 @@
 """The files of ``conf/`` without Hydra, for programs that use a method and no run."""
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,18 @@ def _files(group: str) -> dict[str, Path]:
     own = plugged.__path__ if group == "optimizer" else ()
     folders = [*map(Path, own), conf_dir() / group]
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+
+
+@cache
+def tuned_method(name: str) -> str | None:
+    """The method whose rates ``tuned=name`` has; None for a file that is not one of ours."""
+    file = conf_dir() / f"tuned/{name}.yaml"
+    if not file.is_file():
+        return None
+    (method,) = (
+        entry["override /optimizer"] for entry in read_yaml(file)["defaults"] if isinstance(entry, dict)
+    )
+    return str(method)
 
 
 def method_defaults(name: str) -> Defaults:

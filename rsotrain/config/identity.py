@@ -40,6 +40,8 @@ def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def _identity(settings: dict[str, Any], left_out: dict[str, Any], config: Config) -> dict[str, Any]:
     flat, later = dict(flatten(settings)), later_fields(config)
+    if flat.get("compile") is None:  # not settled, as where nothing is trained; once it was false
+        flat["compile"] = False
     return {
         key: value
         for key, value in flat.items()

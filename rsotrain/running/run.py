@@ -31,12 +31,14 @@ from rsotrain.running.folder import RunFolder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, print_parameter_table
+from rsotrain.tracking.formats import format_seconds
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
 from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
-from rsotrain.training.trainer import StepResult, Trainer, share_of_batch
+from rsotrain.training.refresh_cost import costly_refreshes
+from rsotrain.training.trainer import Signals, StepResult, Trainer, share_of_batch
 
 
 class _StoppedError(Exception):
@@ -79,6 +81,8 @@ class TrainingRun:
         )
         world.main_together(self._save_tokenizer)
         self.trainer = Trainer(config, self.data, world)
+        for said in costly_refreshes(self.trainer, world.device.type):
+            display.message(said)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
@@ -99,6 +103,7 @@ class TrainingRun:
         )
         self.stop = StopRequest(config.max_seconds)
         self.start = time.monotonic()
+        self.warmup_seconds: float | None = None  # of the first step of this start
 
     def _save_tokenizer(self) -> None:
         with os_errors_said(f"{self.folder.path / TOKENIZER_FOLDER} cannot be written"):
@@ -195,7 +200,8 @@ class TrainingRun:
                     self._evaluate()
             while trainer.step < config.steps and reason is None and not self._ended_early():
                 position = trainer.position
-                result = trainer.train_step(stop.signals)
+                step = self._first_step if self.warmup_seconds is None else trainer.train_step
+                result = step(stop.signals)
                 if began_to_repeat(self.data.train, position, trainer.position):
                     self._say_repeated()
                 if result.skipped:
@@ -213,6 +219,18 @@ class TrainingRun:
         except _StoppedError as stopped:
             return stopped
         return None if reason is None else _StoppedError(reason, evaluating=False)
+
+    def _first_step(self, signals: Signals) -> StepResult:
+        """One that compiles its blocks, where it does."""
+        began = time.monotonic()
+        result = self.trainer.train_step(signals)
+        self.warmup_seconds = time.monotonic() - began
+        if self.config.compile:
+            self.display.message(
+                f"compile=true: the first step took {format_seconds(self.warmup_seconds)}, most of it to"
+                " compile; compile=false does without"
+            )
+        return result
 
     def _say_repeated(self) -> None:
         self.display.message(
@@ -359,6 +377,8 @@ class TrainingRun:
         }
         median = self.timer.median()
         if median is not None:
+            if self.config.compile and self.warmup_seconds is not None:
+                summary["throughput/warmup_seconds"] = self.warmup_seconds
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}
         unigram = unigram_loss(self.data.train, self.data.validation, self.config.evaluation.max_tokens)
         if unigram is not None:

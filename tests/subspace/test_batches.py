@@ -188,7 +188,7 @@ def test_a_run_in_batches_is_the_run_of_one_matrix_at_a_time(sampler: str, on_re
 def test_batches_of_any_size_give_one_run(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = small(method, rank=3, gap=3)[1].name
     weights = []
-    for elements in (1 << 24, 1):
+    for elements in (1 << 22, 1):
         monkeypatch.setattr(batches, "BATCH_ELEMENTS", elements)
         optimizer, parameters = built(method, sampler, "cuda")
         train(optimizer, parameters, range(1, 13))
