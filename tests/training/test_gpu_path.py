@@ -31,7 +31,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "foam": (234, 234, 1, 1),
     "frugal": (166, 460, 1, 1),
     "galore": (110, 3264, 1, 2),
-    "galore8bit": (264, 3694, 1, 43),
+    "galore8bit": (264, 3418, 1, 2),
     "i3s": (110, 3309, 1, 2),
     "ldadam": (984, 830, 1, 1),
     "lion": (80, 80, 1, 1),
