@@ -25,6 +25,7 @@ from rsotrain.parallel.ranks import World, start
 from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.composition import check_composition
+from rsotrain.training.determinism import settle
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.random_data import random_data
@@ -43,6 +44,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
     for what cannot be composed and for a folder that cannot be written.
     """
+    settle(config.deterministic)
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), world.ending_together():
         world.together(lambda: check_composition(config))

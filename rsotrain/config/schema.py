@@ -233,6 +233,10 @@ class Config:
         "compile each block with torch.compile; null: to train or time on a GPU that has Triton",
         None,
     )
+    deterministic: bool = means(
+        "kernels whose sums are in one order, so that a resume on a GPU is bitwise; slower there",
+        later(False),
+    )
     activation_checkpointing: ActivationCheckpointing = means(
         "what the backward pass computes again instead of keeping it", ActivationCheckpointing.none
     )

@@ -1,7 +1,7 @@
 """Adam-mini: one second moment for a row or a head (Zhang et al., ICLR 2025, arXiv 2406.16793)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import require
-from rsotrain.optim.base import Settings
+from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.full_rank import FullRankOptimizer
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.state_size import Shape
@@ -22,11 +22,15 @@ def mean_squares(gradient: Tensor) -> Tensor:
 
 
 def means_of_heads(of_rows: Tensor, shard: Shard, head_size: int) -> Tensor:
-    """Each row's entry of ``of_rows`` (m×1, this rank's) replaced by the mean over its head's rows."""
-    heads = torch.arange(shard.shape[0], device=of_rows.device) // head_size
-    heads = heads[shard.start : shard.stop] if shard.dim is not None else heads
-    sums = of_rows.new_zeros(shard.shape[0] // head_size, 1).index_add_(0, heads, of_rows)
-    return shard.sum_(sums).div_(head_size)[heads]
+    """Each row's entry of ``of_rows`` replaced by the mean over its head's rows.
+
+    ``of_rows``: n·m×1, the rows that this rank has of n matrices that are laid out as ``shard`` says.
+    """
+    start, stop = (0, shard.shape[0]) if shard.dim is None else (shard.start, shard.stop)
+    heads = torch.arange(start, stop, device=of_rows.device) // head_size
+    by_matrix = of_rows.view(-1, len(heads), 1)
+    sums = of_rows.new_zeros(len(by_matrix), shard.shape[0] // head_size, 1).index_add_(1, heads, by_matrix)
+    return shard.sum_(sums).div_(head_size)[:, heads].view(of_rows.shape)
 
 
 def adam_mini_negative_update(
@@ -92,6 +96,9 @@ class AdamMini(FullRankOptimizer):
 
     def whole(self, name: str) -> bool:
         return name in self.head_sizes
+
+    def stack_kind(self, name: str) -> Hashable:
+        return ParamGroupOptimizer.stack_kind(self, name), self.head_sizes.get(name)
 
     def negative_update(self, name: str, gradient: Tensor, moments: list[Tensor], step: int) -> Tensor:
         squares = mean_squares(gradient)

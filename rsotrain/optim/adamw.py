@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,24 +10,28 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import BUCKET_ELEMENTS, ParamGroupOptimizer, Settings, buckets, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype
+from rsotrain.optim.stacks import converted
 from rsotrain.optim.state_size import MatrixSize, StateSize
-from rsotrain.optim.weights import Factors, factors_by_rows, store_all
+from rsotrain.optim.weights import ALL_ROWS, Factors, factors_by_rows, store_all
 from rsotrain.parallel.sharding import local
 
-# Elements converted to float32 at a time on a CPU: 4 MiB each for weight and gradient stay in its cache
-PIECE_ELEMENTS = 1 << 20
+# Elements converted to float32 at a time: on a CPU 4 MiB each for weight and gradient stay in its cache, on a
+# GPU as many as one launch of torch's kernels for lists takes, 320 blocks of 65,536
+PIECE_ELEMENTS, GPU_PIECE_ELEMENTS = 1 << 20, 320 * 65536
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class _Piece:
-    """A run of rows of one parameter. ``weight`` is a view: writing to it updates the parameter."""
+    """The ``rows`` of the parameter ``name``. ``weight`` is a view: writing to it updates the parameter."""
 
+    name: str
+    rows: slice
     weight: Tensor
-    factors: Factors | None  # of its stochastic rounding
+    factors: Factors | None  # of its stochastic rounding on a CPU
     gradient: Tensor
     exp_avg: Moment
     exp_avg_sq: Moment
@@ -56,6 +61,9 @@ class AdamW(ParamGroupOptimizer):
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
         return StateSize((matrix.piece, matrix.piece))
 
+    def joined_keys(self, name: str) -> list[str]:
+        return []  # its kernel takes lists
+
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         # the kernel takes lists of one dtype and device, and one decay
@@ -66,7 +74,7 @@ class AdamW(ParamGroupOptimizer):
         for (dtype, device, decay), own in kinds.items():
             count = torch.full((), float(step), device=device)  # made on the device: no copy to wait for
             copies = dtype is not work_dtype(dtype) or self.keeper.reduced
-            largest = PIECE_ELEMENTS if device_kind(device) == "cpu" else BUCKET_ELEMENTS
+            largest = PIECE_ELEMENTS if device_kind(device) == "cpu" else GPU_PIECE_ELEMENTS
             limit = largest if copies else None
             pieces = [piece for name in own for piece in self._pieces(name, limit, step)]
             groups = buckets(pieces, lambda p: p.weight.numel(), limit) if limit else [pieces]
@@ -77,22 +85,33 @@ class AdamW(ParamGroupOptimizer):
         parameter, moments = self.parameters[name], [self.moments[name][key] for key in _MOMENTS]
         weight, gradient = local(parameter).detach(), gradient_of(name, parameter)
         if limit is None:
-            return [_Piece(weight, None, gradient, *moments)]
+            return [_Piece(name, ALL_ROWS, weight, None, gradient, *moments)]
         exp_avgs, exp_avg_sqs = (moment.rows(limit) for moment in moments)
         counts = [run.values.shape[0] for run in exp_avgs]
-        factors = factors_by_rows(self.weights.factors(name, step), counts)
-        runs = zip(weight.split(counts), factors, gradient.split(counts), exp_avgs, exp_avg_sqs, strict=True)
-        return [_Piece(*run) for run in runs]
+        whole = self.weights.factors(name, step) if self.weights.in_runs(name) else None
+        starts = accumulate(counts, initial=0)
+        runs = zip(
+            [slice(start, start + count) for start, count in zip(starts, counts, strict=False)],
+            weight.split(counts),
+            factors_by_rows(whole, counts),
+            gradient.split(counts),
+            exp_avgs,
+            exp_avg_sqs,
+            strict=True,
+        )
+        return [_Piece(name, *run) for run in runs]
 
     def _update_group(self, pieces: list[_Piece], count: Tensor, step: int, lr: float, decay: float) -> None:
         weights = [p.weight for p in pieces]
         wide = work_dtype(weights[0].dtype)
         moments = [p.exp_avg for p in pieces] + [p.exp_avg_sq for p in pieces]
-        wide_weights = [w.to(wide) for w in weights]
+        on_cpu = self.weights.in_runs(pieces[0].name)
+        wide_weights = [w.to(wide) for w in weights] if on_cpu else converted(weights, wide)
+        gradients = [p.gradient for p in pieces]
         wide_moments = self.keeper.read(moments)
         fused_adamw_(
             wide_weights,
-            [p.gradient.to(wide) for p in pieces],
+            [g.to(wide) for g in gradients] if on_cpu else converted(gradients, wide),
             wide_moments[: len(pieces)],
             wide_moments[len(pieces) :],
             [count] * len(pieces),
@@ -101,6 +120,9 @@ class AdamW(ParamGroupOptimizer):
             eps=self.settings.eps,
             weight_decay=decay,
         )
-        if wide is not weights[0].dtype:
+        if wide is not weights[0].dtype and not on_cpu:
+            names, rows = [p.name for p in pieces], [p.rows for p in pieces]
+            self.weights.move_all_(names, wide_weights, 1.0, step, kept=0.0, rows=rows)
+        elif wide is not weights[0].dtype:
             store_all([(p.weight, p.factors) for p in pieces], wide_weights)
         self.keeper.write(moments, wide_moments, step)

@@ -14,10 +14,12 @@ from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix, grams_of_rows
 from rsotrain.optim.residuals import rounding_noise
 from rsotrain.optim.solvers import Solver, solver_of
+from rsotrain.optim.stacks import add_lifted_, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
+from rsotrain.optim.subspace_optimizer import Stack
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, resolve_rank
+from rsotrain.subspace.projection import resolve_rank
 from rsotrain.subspace.sources import GradientSource, Source, TrackedSource
 
 
@@ -88,39 +90,45 @@ class Alice(GaLore):
         self._track(bucket, projected)
         updates = self.negative_updates(bucket, projected, step)
         beta1, beta2 = self.settings.betas
-        for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
+        for stack in self.stacks_in(bucket, gradients, projected, updates):
+            (a, r, update), basis, m = stack.tensors, stack.basis, stack.first
             # the solver's N is M/(1−β₁ᵗ) / √(V/(1−β₂ᵗ))
-            count = self.state[m.name]["step"].double()
+            count = stacked([self.state[own.name]["step"] for own in stack.matrices]).double()
             corrections = (1.0 - beta1**count) / (1.0 - beta2**count).sqrt()
-            update.mul_(corrections.to(update.dtype))
-            basis = self.basis(m)
+            update.mul_(corrections.to(update.dtype).view(-1, 1, 1))
             if m.rank == m.size:
-                self.apply_lifted_(m.name, update, basis, lr, step, m.side)
+                self.apply_lifted_to(stack, update, lr, step)
                 continue
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
-            scales = self._scales(m, residual, r, step)
+            scales = self._scales(stack, residual, r, step)
             outside = residual.mul_((scales * -self.config.compensation).to(basis.dtype))
             add_lifted_(outside, update, basis, 1.0)
-            self.apply_(m.name, outside, lr, step, m.side)
+            self.apply_to(stack, outside, lr, step)
 
     def _track(self, bucket: list[Matrix], projected: list[Tensor]) -> None:
         if not self.config.tracking:
             return
-        for m, gram in zip(bucket, grams_of_rows(bucket, projected), strict=True):
-            tracked = self.state[m.name]["tracked"]
-            tracked.lerp_(gram.to(tracked.dtype), 1.0 - self.config.tracking)
+        tracked = [self.state[m.name]["tracked"] for m in bucket]
+        grams = [gram.to(tracked[0].dtype) for gram in grams_of_rows(bucket, projected)]
+        torch._foreach_lerp_(tracked, grams, 1.0 - self.config.tracking)
 
-    def _scales(self, matrix: Matrix, residual: Tensor, projected: Tensor, step: int) -> Tensor:
-        """√(k−r)·diag(p)^-½ with the limiter's factor, M×1, after the update of p."""
-        kept = [self.moments[matrix.name]["residual_sq"]]
+    def _scales(self, stack: Stack, residual: Tensor, projected: Tensor, step: int) -> Tensor:
+        """√(k−r)·diag(p)^-½ with the limiter's factor, (n, M, 1), after the update of p."""
+        first = stack.first
+        kept = [self.moments[m.name]["residual_sq"] for m in stack.matrices]
         wide = self.keeper.read(kept)
-        norms = matrix.row_norms(residual, wide[0].dtype)
-        inside = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-        norms = norms.where(norms > rounding_noise(matrix.size, residual.dtype) * inside, 0.0)
-        wide[0].lerp_(norms.square(), 1.0 - self.settings.betas[0])
-        scales = inverse_root(wide[0]).mul_((matrix.size - matrix.rank) ** 0.5).where(norms > 0, 0.0)
+        averages = stacked(wide)
+        norms = first.row_norms(residual, averages.dtype)
+        inside = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        norms = norms.masked_fill_(norms <= rounding_noise(first.size, residual.dtype) * inside, 0.0)
+        averages.lerp_(norms.square(), 1.0 - self.settings.betas[0])
+        scales = inverse_root(averages).mul_((first.size - first.rank) ** 0.5).masked_fill_(norms <= 0, 0.0)
+        put_back_(wide, averages)
         self.keeper.write(kept, wide, step)
-        (norm,) = matrix.low_rank_norms(norms * scales)
-        previous = self.state[matrix.name]["residual_norm"]
-        return scales * limited_growth_(norm, previous, self.config.max_growth)
+        (norm,) = first.low_rank_norms(norms * scales)
+        limits = [self.state[m.name]["residual_norm"] for m in stack.matrices]
+        previous = stacked(limits)
+        factors = limited_growth_(norm, previous, self.config.max_growth)
+        put_back_(limits, previous)
+        return scales * factors.view(-1, 1, 1)

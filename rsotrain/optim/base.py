@@ -1,11 +1,13 @@
 """The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from rsotrain.config.choices import WeightRounding
@@ -17,6 +19,7 @@ from rsotrain.optim.functional import Betas
 from rsotrain.optim.moments import Moment, StateKeeper
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
+from rsotrain.optim.stacks import in_stacks, products, stacks_of
 from rsotrain.optim.state_size import MatrixSize, StateSize, Weight, WeightsLayout
 from rsotrain.optim.weights import ALL_ROWS, Weights
 from rsotrain.parallel.sharding import Shard, local, shard_of
@@ -109,6 +112,7 @@ class ParamGroupOptimizer(ABC):
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         self.moments: dict[str, dict[str, Moment]] = {name: {} for name in parameters}
         self.dims: dict[tuple[str, str], int | None] = {}  # of each state tensor: add_moment's
+        self.in_stacks = in_stacks(next(iter(parameters.values())).device)
 
     # --- what a method may define beside its constructor ---------------------------------------------
 
@@ -270,6 +274,21 @@ class ParamGroupOptimizer(ABC):
     def resume(self) -> None:  # noqa: B027, most methods have nothing to do
         """Called after the optimizer state has been loaded."""
 
+    def join_state(self) -> None:
+        """Let the state of a stack share memory, of which ``stacked`` is then a view. Called when made."""
+        for names in self.stacks if self.in_stacks else ():
+            for key in self.joined_keys(names[0]):
+                joined = torch.stack([self.state[name][key] for name in names])
+                for name, tensor in zip(names, joined.unbind(), strict=True):
+                    self.state[name][key] = tensor
+                    if key in self.moments[name]:
+                        self.moments[name][key] = replace(self.moments[name][key], values=tensor)
+
+    def joined_keys(self, name: str) -> list[str]:
+        """The state tensors of ``name`` that nothing but ``state`` and ``moments`` refers to."""
+        coded = [moment for moment in self.moments[name].values() if moment.coded is not None]
+        return [key for key in self.state[name] if not any(key in moment.tensors for moment in coded)]
+
     # --- gradients ------------------------------------------------------------------------------------
 
     def gradient_holders(self) -> dict[str, Tensor]:
@@ -337,6 +356,55 @@ class ParamGroupOptimizer(ABC):
         """The same for the update ``low_rank`` Qᵀ (M×r and k×r)."""
         decay = self.decay_of(name)
         self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
+
+    def apply_stack_(
+        self, names: Sequence[str], updates: Tensor, lr: float, step: int, side: Side = Side.right
+    ) -> None:
+        """``apply_`` for n weights of one shape and decay; ``updates``: (n, …). May overwrite them."""
+        if not self.in_stacks:
+            for name, update in zip(names, updates.unbind(), strict=True):
+                self.apply_(name, update, lr, step, side)
+            return
+        own = updates if side is Side.right else updates.mT
+        kept = 1.0 - lr * self.decay_of(names[0])
+        self.weights.move_all_(names, list(own.unbind()), lr, step, kept=kept)
+
+    def apply_lifted_stack_(
+        self,
+        names: Sequence[str],
+        low_rank: Tensor,
+        basis: Tensor,
+        lr: float,
+        step: int,
+        side: Side = Side.right,
+    ) -> None:
+        """``apply_lifted_`` for n weights of one shape and decay; (n, M, r) and (n, k, r)."""
+        if not self.in_stacks:
+            for name, update, own in zip(names, low_rank.unbind(), basis.unbind(), strict=True):
+                self.apply_lifted_(name, update, own, lr, step, side)
+            return
+        factor = low_rank.to(basis.dtype)
+        # in the memory layout of the weights
+        lifted = products(factor, basis.mT) if side is Side.right else products(basis, factor.mT)
+        kept = 1.0 - lr * self.decay_of(names[0])
+        self.weights.move_all_(names, list(lifted.unbind()), lr, step, kept=kept)
+
+    def stack_kind(self, name: str) -> Hashable:
+        """What parameters of one stack have in common: their update is the same function."""
+        return self.shards[name].shape, self.parameters[name].dtype, self.decay_of(name)
+
+    @cached_property
+    def stacks(self) -> list[list[str]]:
+        """The parameters by name that are updated together: those of a kind on a GPU, one by one on a CPU.
+
+        By the sizes of whole parameters, so that all ranks have the same stacks.
+        """
+        return stacks_of(self.parameters, self.stack_kind, self.shards, self.stack_itemsize)
+
+    @property
+    def stack_itemsize(self) -> int:
+        """Bytes of an element of the temporaries that an update of a stack makes."""
+        return torch.float32.itemsize
 
     # --- metrics and tables -----------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ def build_optimizer(
     for division, own in _divided(groups.rest, divisions):
         changed = replace(config, **division.settings)
         optimizers += rest_optimizers(changed, own, _settings(changed, seed, changed.weight_decay))
+    for optimizer in optimizers:
+        optimizer.join_state()
     return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
 
 

@@ -8,15 +8,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import Settings, gradient_of
+from rsotrain.optim.base import Settings
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.muon import Muon
-from rsotrain.parallel.sharding import local
+from rsotrain.optim.stacks import put_back_, stacked
+from rsotrain.parallel.sharding import Shard, local
 
 
 def largest_rows(norms: Tensor, fraction: float) -> Tensor:
-    """The indices of ⌈fraction·m⌉ rows with the largest ``norms`` (m), in ascending order."""
-    return norms.topk(math.ceil(fraction * len(norms))).indices.sort().values
+    """The indices of ⌈fraction·m⌉ rows with the largest ``norms`` (…, m), in ascending order."""
+    return norms.topk(math.ceil(fraction * norms.shape[-1])).indices.sort().values
+
+
+def rows_of(stack: Tensor, index: Tensor) -> Tensor:
+    """Some rows of each of n matrices; ``index``: (n, number of rows)."""
+    if len(stack) == 1:
+        return stack[0][index[0]].unsqueeze(0)
+    return stack.gather(1, index.unsqueeze(2).expand(-1, -1, stack.shape[2]))
+
+
+def add_to_rows_(stack: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
+    """Add alpha·``rows`` to these rows of each of n matrices."""
+    if len(stack) == 1:
+        stack[0].index_add_(0, index[0], rows[0], alpha=alpha)
+        return
+    stack.scatter_add_(1, index.unsqueeze(2).expand_as(rows), rows if alpha == 1.0 else rows * alpha)
 
 
 class Dion2(Muon):
@@ -37,7 +53,7 @@ class Dion2(Muon):
         config: OptimizerConfig,
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings, config)
-        self._chosen: dict[str, Tensor] = {}  # K of the matrices between _gathered and _move
+        self._chosen: dict[str, Tensor] = {}  # K of the matrices between _momenta and _move
 
     def _turned(self, name: str) -> bool:
         """Are columns chosen? The matrix is transposed then, so that the rest speaks of rows."""
@@ -47,54 +63,70 @@ class Dion2(Muon):
     def _rows_are_sharded(self, name: str) -> bool:
         return self.shards[name].dim == (1 if self._turned(name) else 0)
 
-    def _gathered(self, name: str, owner: int, step: int) -> Tensor | None:
-        shard, parameter = self.shards[name], self.parameters[name]
-        kept = [self.moments[name]["momentum_buffer"]]
-        buffers = self.keeper.read(kept)
-        buffers[0].add_(gradient_of(name, parameter).to(work_dtype(parameter.dtype)))
-        momentum = buffers[0].T if self._turned(name) else buffers[0]
-        norms = momentum.new_zeros(min(shard.shape))
-        own = norms[shard.start : shard.stop] if self._rows_are_sharded(name) else norms
-        own.add_(torch.linalg.vector_norm(momentum, 1, dim=1))
-        chosen = self._chosen[name] = largest_rows(shard.sum_(norms), self.config.fraction)
-        index, mine = self._of_rank(name, chosen)
-        if len(momentum):
-            used = momentum[index] * mine
-            momentum.index_add_(0, index, used, alpha=self.config.momentum - 1.0)
+    def _momenta(self, names: list[str], step: int) -> list[Tensor]:
+        shard, turned = self.shards[names[0]], self._turned(names[0])
+        kept = [self.moments[name]["momentum_buffer"] for name in names]
+        wide = self.keeper.read(kept)
+        buffers = stacked(wide)
+        buffers.add_(self._gradients_of(names))
+        momenta = buffers.mT if turned else buffers
+        norms = momenta.new_zeros(len(names), min(shard.shape))
+        own = norms[:, shard.start : shard.stop] if self._rows_are_sharded(names[0]) else norms
+        own.add_(torch.linalg.vector_norm(momenta, 1, dim=-1))
+        indices = largest_rows(shard.sum_(norms), self.config.fraction)
+        self._chosen |= dict(zip(names, indices, strict=True))
+        index, mine = self._of_rank(names[0], indices)
+        if momenta.shape[1]:
+            used = rows_of(momenta, index) * mine
+            add_to_rows_(momenta, index, used, alpha=self.config.momentum - 1.0)
         else:
-            used = momentum.new_zeros(len(chosen), momentum.shape[1])
-        self.keeper.write(kept, buffers, step)
-        if shard.dim is None:
-            return used
-        if self._rows_are_sharded(name):
-            dist.reduce(used, group=shard.group, group_dst=owner)
-            return used if dist.get_rank(shard.group) == owner else None
-        return replace(shard, shape=(len(chosen), max(shard.shape)), dim=1).gather(used, owner)()
+            used = momenta.new_zeros(len(names), indices.shape[1], momenta.shape[2])
+        put_back_(wide, buffers)
+        self.keeper.write(kept, wide, step)
+        return list(used.unbind())
 
-    def _of_rank(self, name: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _gathered(self, name: str, piece: Tensor, owner: int) -> Tensor | None:
+        shard = self.shards[name]
+        if shard.dim is None:
+            return piece
+        if self._rows_are_sharded(name):
+            dist.reduce(piece, group=shard.group, group_dst=owner)
+            return piece if dist.get_rank(shard.group) == owner else None
+        return self._part(name).gather(piece, owner)()
+
+    def _part(self, name: str) -> Shard:
+        """The shard of the chosen rows, which are whole on no rank."""
+        shape = (len(self._chosen[name]), max(self.shards[name].shape))
+        return replace(self.shards[name], shape=shape, dim=1)
+
+    def _of_rank(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """For each chosen row its index among this rank's rows, and whether the rank has it (as a column)."""
         shard = self.shards[name]
         if not self._rows_are_sharded(name):
-            return chosen, torch.ones_like(chosen)[:, None]
-        mine = (chosen >= shard.start) & (chosen < shard.stop)
+            return indices, torch.ones_like(indices).unsqueeze(-1)
+        mine = (indices >= shard.start) & (indices < shard.stop)
         last = max(0, shard.stop - shard.start - 1)
-        return (chosen - shard.start).clamp(0, last), mine[:, None]
+        return (indices - shard.start).clamp(0, last), mine.unsqueeze(-1)
 
-    def _move(self, name: str, update: Tensor | None, owner: int, step: int, lr: float) -> None:
-        shard, parameter, chosen = self.shards[name], self.parameters[name], self._chosen.pop(name)
-        shape = (len(chosen), max(shard.shape))
-        index, mine = self._of_rank(name, chosen)
+    def _scattered(self, name: str, update: Tensor | None, owner: int) -> Tensor:
+        shard, device = self.shards[name], self.parameters[name].device
         if self._rows_are_sharded(name):
             if update is None:
-                update = torch.empty(shape, dtype=torch.bfloat16, device=parameter.device)
+                shape = (len(self._chosen[name]), max(shard.shape))
+                update = torch.empty(shape, dtype=torch.bfloat16, device=device)
             update = update.contiguous()
             dist.broadcast(update, group=shard.group, group_src=owner)
         elif shard.dim is not None:
-            part = replace(shard, shape=shape, dim=1)
-            update = part.scatter(update, owner, parameter.device, torch.bfloat16)
+            update = self._part(name).scatter(update, owner, device, torch.bfloat16)
         assert update is not None
-        whole = torch.zeros_like(local(parameter), dtype=work_dtype(parameter.dtype))
-        rows = whole.T if self._turned(name) else whole
-        if len(rows):
-            rows.index_add_(0, index, (update * mine).to(whole.dtype))
-        self._apply(name, whole, step, lr)
+        return update
+
+    def _move(self, names: list[str], updates: Tensor, step: int, lr: float) -> None:
+        parameter = self.parameters[names[0]]
+        index, mine = self._of_rank(names[0], stacked([self._chosen.pop(name) for name in names]))
+        shape = (len(names), *local(parameter).shape)
+        wholes = torch.zeros(shape, dtype=work_dtype(parameter.dtype), device=parameter.device)
+        rows = wholes.mT if self._turned(names[0]) else wholes
+        if rows.shape[1]:
+            add_to_rows_(rows, index, (updates * mine).to(wholes.dtype))
+        super()._move(names, wholes, step, lr)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
 from rsotrain.optim.moments import Moment, work_dtype
+from rsotrain.optim.stacks import put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, Shape, StateSize
 from rsotrain.optim.weights import ALL_ROWS
 from rsotrain.parallel.sharding import local
@@ -60,6 +61,11 @@ class FullRankOptimizer(ParamGroupOptimizer):
         """Is this parameter's update an exception to ``row_local``?"""
         return not self.row_local
 
+    def stack_kind(self, name: str) -> Hashable:
+        """Where rows are treated one by one, a stack is one matrix with the rows of several."""
+        alone = name if self.whole(name) else None
+        return super().stack_kind(name), tuple(self.moments[name]), alone
+
     @classmethod
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
         return StateSize(tuple(cls.moment_shapes(config, matrix.name, matrix.piece).values()))
@@ -67,6 +73,10 @@ class FullRankOptimizer(ParamGroupOptimizer):
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
+        if self.in_stacks:
+            for stack in chosen(self.stacks, names):
+                self._update_stack(stack, step, lr)
+            return
         for name in names:
             gradient = gradient_of(name, self.parameters[name])
             kept = list(self.moments[name].values())
@@ -78,6 +88,21 @@ class FullRankOptimizer(ParamGroupOptimizer):
                 update = self.negative_update(name, own_gradient, wide, step)
                 self.keeper.write(own, wide, step)
                 self.apply_(name, update, lr, step, rows=rows)
+
+    def _update_stack(self, names: list[str], step: int, lr: float) -> None:
+        """Update parameters of a kind as one matrix, which has the rows of all."""
+        gradient = stacked([gradient_of(name, self.parameters[name]) for name in names])
+        gradient = gradient.to(work_dtype(gradient.dtype))
+        kept = [list(self.moments[name].values()) for name in names]
+        by_key = [list(own) for own in zip(*kept, strict=True)]
+        wide = [self.keeper.read(own) for own in by_key]
+        moments = [stacked(own) for own in wide]
+        joined = [stack.flatten(0, 1) for stack in moments]
+        update = self.negative_update(names[0], gradient.flatten(0, 1), joined, step)
+        for own, values, stack in zip(by_key, wide, moments, strict=True):
+            put_back_(values, stack)
+            self.keeper.write(own, values, step)
+        self.apply_stack_(names, update.unflatten(0, gradient.shape[:2]), lr, step)
 
 
 def row_runs(gradient: Tensor, moments: Sequence[Moment], limit: int) -> list[tuple[slice, list[Moment]]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rsotrain.optim.stacks import zeros_alike
+
 Betas = tuple[float, float]
 
 
@@ -55,7 +57,7 @@ def adam_negative_updates(
     eps: float,
 ) -> list[Tensor]:
     """−N for each gradient, N = M̂ / (√V̂ + ε), by the fused kernel on zero weights with a rate of 1."""
-    updates = [torch.zeros_like(g) for g in gradients]
+    updates = zeros_alike(gradients)
     fused_adamw_(
         updates, gradients, exp_avgs, exp_avg_sqs, steps, lr=1.0, betas=betas, eps=eps, weight_decay=0.0
     )
@@ -86,20 +88,21 @@ def transport_adam_(
 
 
 def channel_scales(update: Tensor, projected: Tensor) -> Tensor:
-    """‖N_j‖/‖R_j‖ for each row j, M×1; 0 where R_j is 0. ``update``: N or −N, M×r; ``projected``: R, M×r."""
-    norms = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-    scales = torch.linalg.vector_norm(update, dim=1, keepdim=True) / norms
-    return scales.where(norms > 0, 0.0)
+    """‖N_j‖/‖R_j‖ for each row j, …×M×1; 0 where R_j is 0. ``update``: N or −N, …×M×r; ``projected``: R."""
+    norms = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+    scales = torch.linalg.vector_norm(update, dim=-1, keepdim=True) / norms
+    return scales.masked_fill_(norms <= 0, 0.0)
 
 
 def limited_growth_(
     norm: Tensor, previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0
 ) -> Tensor:
-    """The factor of the norm-growth limiter (Fira, arXiv 2410.01623), 0-d: ‖U_t‖ ≤ γ‖U_{t−1}‖.
+    """The factor of the norm-growth limiter (Fira, arXiv 2410.01623): ‖U_t‖ ≤ γ‖U_{t−1}‖.
 
-    ``norm``: ‖U_t‖ before limiting, 0-d; ``previous_norm``: ‖U_{t−1}‖, 0-d, which is overwritten by the
-    limited ‖U_t‖; ``max_growth``: γ. Nothing is limited while ``previous_norm`` is at most ``noise``, the
-    norm that rounding errors alone may have: growing by γ from there would take thousands of steps.
+    ``norm``: ‖U_t‖ before limiting, of one matrix or several; ``previous_norm``: ‖U_{t−1}‖, which is
+    overwritten by the limited ‖U_t‖; ``max_growth``: γ. Nothing is limited while ``previous_norm`` is at most
+    ``noise``, the norm that rounding errors alone may have: growing by γ from there would take thousands of
+    steps.
     """
     norm = norm.to(previous_norm.dtype)
     allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
@@ -110,24 +113,24 @@ def limited_growth_(
 
 def inverse_root(scale: Tensor) -> Tensor:
     """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
-    return scale.rsqrt().where(scale > 0, 0.0)
+    return scale.rsqrt().masked_fill_(scale <= 0, 0.0)
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of the rows of an M×k matrix, M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
+    """Norms of the rows of …×M×k, …×M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
     if piece.is_contiguous():
-        return torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype)
+        return torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=dtype)
     # a transposed view, for which torch's norm along the strided dimension takes three times as long
-    return piece.T.square().sum(0, dtype=dtype).sqrt_().unsqueeze(1)
+    return piece.mT.square().sum(-2, dtype=dtype).sqrt_().unsqueeze(-1)
 
 
 def subset_sums(gradient: Tensor, subset_size: int) -> Tensor:
-    """s = Σ A² over runs of ``subset_size`` entries of a row (SN, arXiv 2411.07120): M×(k/subset_size)."""
+    """s = Σ A² over runs of ``subset_size`` entries of a row (SN, arXiv 2411.07120): …×M×(k/subset_size)."""
     if subset_size == 1:
         return gradient.square()
     if gradient.is_contiguous():
-        return torch.linalg.vector_norm(gradient.unflatten(1, (-1, subset_size)), dim=2).square_()
-    return gradient.T.unflatten(0, (-1, subset_size)).square().sum(1).T  # as in row_norms
+        return torch.linalg.vector_norm(gradient.unflatten(-1, (-1, subset_size)), dim=-1).square_()
+    return gradient.mT.unflatten(-2, (-1, subset_size)).square().sum(-2).mT  # as in row_norms
 
 
 def subset_norm_factors_(
@@ -136,7 +139,7 @@ def subset_norm_factors_(
     """−√(1−β₂ᵗ)/(1−β₁ᵗ) / (√V + ε), after V ← β₂V + (1−β₂)s (SN, arXiv 2411.07120, algorithm 1).
 
     With β₂ = 1 this is AdaGrad: V ← V + s, without bias correction of V. ``subset_sq``: V; ``sums``: s. Both
-    and the result are M×(number of subsets in a row). ``corrected``: false leaves both corrections out.
+    and the result are …×M×(number of subsets in a row). ``corrected``: false leaves both corrections out.
     """
     beta1, beta2 = betas
     if beta2 == 1.0:
@@ -150,10 +153,10 @@ def subset_norm_factors_(
 
 
 def scaled_subsets(numerator: Tensor, factors: Tensor, subsets: Tensor | None = None) -> Tensor:
-    """``numerator`` (M×k) with each subset of entries multiplied by its factor, in the wider dtype.
+    """``numerator`` (…×M×k) with each subset of entries multiplied by its factor, in the wider dtype.
 
     ``subsets``: the subset of each column, where ``numerator`` has only some of the columns; else None.
     """
     if subsets is not None:
-        return numerator * factors[:, subsets]
-    return (numerator.unflatten(1, (factors.shape[1], -1)) * factors.unsqueeze(2)).flatten(1)
+        return numerator * factors[..., subsets]
+    return (numerator.unflatten(-1, (factors.shape[-1], -1)) * factors.unsqueeze(-1)).flatten(-2)

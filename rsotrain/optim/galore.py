@@ -64,5 +64,6 @@ class GaLore(SubspaceOptimizer):
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         updates = self.negative_updates(bucket, projected, step)
-        for m, update in zip(bucket, updates, strict=True):
-            self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+        for stack in self.stacks_in(bucket, updates):
+            (update,) = stack.tensors
+            self.apply_lifted_to(stack, update, lr, step)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.optim.functional import row_norms, subset_sums
+from rsotrain.optim.stacks import in_stacks, norms_of_each, norms_of_wholes, stacked
 from rsotrain.parallel.sharding import Shard, local, shard_of, sums_of_rows
 from rsotrain.subspace.projection import Side, oriented, side_of
 
@@ -54,26 +55,29 @@ class Matrix:
         return basis[self.shard.start : self.shard.stop] if self.by_columns else basis
 
     def norms(self, *pieces: Tensor) -> list[Tensor]:
-        """Frobenius norms of the whole matrices, from this rank's pieces; all pieces are M×k, or all M×r."""
-        return self.shard.norms(*pieces)
+        """Frobenius norms of n whole matrices, (n,), from stacks of this rank's pieces.
+
+        All pieces are (n, M, k), or all (n, M, r), of matrices that are sharded like this one.
+        """
+        return norms_of_wholes(self.shard, *pieces)
 
     def low_rank_norms(self, *pieces: Tensor) -> list[Tensor]:
-        """Frobenius norms of whole M×r tensors, from this rank's pieces."""
-        return [torch.linalg.vector_norm(p) for p in pieces] if self.by_columns else self.shard.norms(*pieces)
+        """The same of whole M×r tensors."""
+        return [norms_of_each(p) for p in pieces] if self.by_columns else self.norms(*pieces)
 
     def row_norms(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
-        """Norms of the rows of the whole M×k matrix, num_rows×1."""
+        """Norms of the rows of whole M×k matrices, …×num_rows×1."""
         norms = row_norms(piece, dtype)
         return self.shard.sum_(norms.square_()).sqrt_() if self.by_columns else norms
 
     def subset_sums(self, piece: Tensor, subset_size: int) -> Tensor:
-        """``subset_sums`` of the whole M×k matrix, num_rows×(k/subset_size)."""
+        """``subset_sums`` of whole M×k matrices, …×num_rows×(k/subset_size)."""
         if not self.by_columns:
             return subset_sums(piece, subset_size)
-        sums = piece.new_zeros(piece.shape[0], self.size // subset_size)
+        sums = piece.new_zeros(*piece.shape[:-1], self.size // subset_size)
         subsets = self.subsets_of_columns(subset_size)
         assert subsets is not None
-        return self.shard.sum_(sums.index_add_(1, subsets, piece.square()))
+        return self.shard.sum_(sums.index_add_(-1, subsets, piece.square()))
 
     def subsets_of_columns(self, subset_size: int) -> Tensor | None:
         """The subset of each of this rank's columns; None where it has all columns."""
@@ -90,7 +94,11 @@ def matrix_of(name: str, parameter: nn.Parameter, rank: int = 1) -> Matrix:
 
 def grams_of_rows(matrices: list[Matrix], low_rank: list[Tensor]) -> list[Tensor]:
     """RᵀR (r×r) of whole M×r tensors, from this rank's pieces; one all-reduce for all that are sharded."""
-    grams = [r.T @ r for r in low_rank]
+    if in_stacks(low_rank[0].device):  # where all matrices have one shape
+        stack = stacked(low_rank)
+        grams = list(torch.bmm(stack.mT, stack).unbind())
+    else:
+        grams = [r.T @ r for r in low_rank]
     # where a matrix is sharded by columns, its M×r tensors are the same on all ranks
     split = [i for i, m in enumerate(matrices) if not m.by_columns]
     if split:

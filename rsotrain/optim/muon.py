@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.stacks import norms_of_each, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import local
 
@@ -18,12 +19,31 @@ NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 NS_EPS = 1e-7
 
 
+def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
+    """torch's orthogonalisation of a matrix, in bfloat16."""
+    return _zeropower_via_newtonschulz(matrix, NS_COEFFICIENTS, steps, NS_EPS)
+
+
+def newton_schulz_of_stack(stack: Tensor, steps: int) -> Tensor:
+    """The same of each of n matrices, (n, …): X ← aX + (b XXᵀ + c(XXᵀ)²)X from X/‖X‖."""
+    a, b, c = NS_COEFFICIENTS
+    x = stack.to(torch.bfloat16, copy=True)
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x.div_(norms_of_each(x).clamp(min=NS_EPS).view(-1, 1, 1))
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
 class Muon(ParamGroupOptimizer):
     """Momentum orthogonalised by Newton-Schulz. The update's RMS is 0.2, so Adam's learning rates carry over.
 
     For float32 weights it equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` bitwise. For bfloat16
     weights the momentum is still computed in float32. A sharded matrix is gathered on one rank, which
-    orthogonalises it and sends the pieces back; the matrices take turns over the ranks.
+    orthogonalises it and sends the pieces back; the matrices take turns over the ranks. On a GPU the matrices
+    of one shape go through Newton-Schulz together.
     """
 
     def __init__(
@@ -42,45 +62,82 @@ class Muon(ParamGroupOptimizer):
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
         return StateSize((matrix.piece,))
 
+    @property
+    def stack_itemsize(self) -> int:
+        return torch.bfloat16.itemsize  # of Newton-Schulz
+
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
+        for turn in self._turns(names):
+            pieces = self.shards[turn[0]].pieces
+            updates = [u for own in self._stacks_in(turn) for u in self._momenta(own, step)]
+            wholes = [
+                self._gathered(name, update, i % pieces)
+                for i, (name, update) in enumerate(zip(turn, updates, strict=True))
+            ]
+            mine = iter(self._orthogonalised([whole for whole in wholes if whole is not None]))
+            scattered = [
+                self._scattered(name, None if whole is None else next(mine), i % pieces)
+                for i, (name, whole) in enumerate(zip(turn, wholes, strict=True))
+            ]
+            for own in self._stacks_in(turn):
+                self._move(own, stacked(scattered[: len(own)]), step, lr)
+                del scattered[: len(own)]
+
+    def _turns(self, names: Collection[str]) -> list[list[str]]:
+        """The matrices that are orthogonalised at a time: one for each of the ranks, or a stack."""
+        if self.in_stacks:
+            return chosen(self.stacks, names)
         order = list(names)
         pieces = self.shards[order[0]].pieces
-        for i in range(0, len(order), pieces):  # one matrix for each of the ranks that share them
-            turn = order[i : i + pieces]
-            wholes = [self._gathered(name, owner, step) for owner, name in enumerate(turn)]
-            updates = [None if w is None else self._orthogonalised(w) for w in wholes]
-            for owner, (name, update) in enumerate(zip(turn, updates, strict=True)):
-                self._move(name, update, owner, step, lr)
+        return [order[i : i + pieces] for i in range(0, len(order), pieces)]
 
-    def _gathered(self, name: str, owner: int, step: int) -> Tensor | None:
-        """Update the momentum; return the whole matrix to orthogonalise on the rank ``owner``, else None."""
-        shard, parameter = self.shards[name], self.parameters[name]
+    def _stacks_in(self, turn: list[str]) -> list[list[str]]:
+        return [turn] if self.in_stacks else [[name] for name in turn]
+
+    def _momenta(self, names: list[str], step: int) -> list[Tensor]:
+        """Update the momentum of a stack; return this rank's pieces of what is to be orthogonalised."""
         momentum = self.config.momentum
-        kept = [self.moments[name]["momentum_buffer"]]
-        buffers = self.keeper.read(kept)
-        gradient = gradient_of(name, parameter).to(work_dtype(parameter.dtype))
-        buffers[0].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffers[0], momentum) if self.config.nesterov else buffers[0].clone()
-        self.keeper.write(kept, buffers, step)
-        return shard.gather(update, owner)()
+        kept = [self.moments[name]["momentum_buffer"] for name in names]
+        wide = self.keeper.read(kept)
+        buffers, gradients = stacked(wide), self._gradients_of(names)
+        buffers.lerp_(gradients, 1 - momentum)
+        updates = gradients.lerp(buffers, momentum) if self.config.nesterov else buffers.clone()
+        put_back_(wide, buffers)
+        self.keeper.write(kept, wide, step)
+        return list(updates.unbind())
 
-    def _orthogonalised(self, update: Tensor) -> Tensor:
-        return _zeropower_via_newtonschulz(update, NS_COEFFICIENTS, self.config.ns_steps, NS_EPS)
+    def _gradients_of(self, names: list[str]) -> Tensor:
+        """This rank's pieces, (n, …), in at least float32."""
+        gradients = stacked([gradient_of(name, self.parameters[name]) for name in names])
+        return gradients.to(work_dtype(gradients.dtype))
 
-    def _move(self, name: str, update: Tensor | None, owner: int, step: int, lr: float) -> None:
-        """Send the pieces of the orthogonalised ``update``, which the rank ``owner`` has, and apply them."""
-        # Newton-Schulz runs in, and returns, bfloat16
-        device = self.parameters[name].device
-        piece = self.shards[name].scatter(update, owner, device, torch.bfloat16)
-        self._apply(name, piece, step, lr)
+    def _gathered(self, name: str, piece: Tensor, owner: int) -> Tensor | None:
+        """The whole matrix on the rank ``owner``, else None."""
+        return self.shards[name].gather(piece, owner)()
 
-    def _apply(self, name: str, update: Tensor, step: int, lr: float) -> None:
-        """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once."""
+    def _orthogonalised(self, matrices: list[Tensor]) -> list[Tensor]:
+        """In bfloat16; on a GPU all have one shape."""
+        if not matrices or not self.in_stacks:
+            return [newton_schulz(matrix, self.config.ns_steps) for matrix in matrices]
+        return list(newton_schulz_of_stack(stacked(matrices), self.config.ns_steps).unbind())
+
+    def _scattered(self, name: str, update: Tensor | None, owner: int) -> Tensor:
+        """This rank's piece of what the rank ``owner`` has."""
+        return self.shards[name].scatter(update, owner, self.parameters[name].device, torch.bfloat16)
+
+    def _move(self, names: list[str], updates: Tensor, step: int, lr: float) -> None:
+        """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once; ``updates``: orthogonalised, (n, …)."""
+        rate = -_adjust_lr(lr, "match_rms_adamw", self.parameters[names[0]].shape)
+        kept = 1 - lr * self.decay_of(names[0])
+        if self.in_stacks:
+            self.weights.move_all_(names, list(updates.contiguous().unbind()), rate, step, kept=kept)
+            return
+        (name,) = names
         own = local(self.parameters[name]).detach()
         weight = own.to(work_dtype(own.dtype))
-        weight.mul_(1 - lr * self.decay_of(name))
-        weight.add_(update, alpha=-_adjust_lr(lr, "match_rms_adamw", self.parameters[name].shape))
+        weight.mul_(kept)
+        weight.add_(updates[0], alpha=rate)
         if weight is not own:
             self.weights.store(name, weight, step)

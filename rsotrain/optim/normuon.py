@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.optim.base import Settings
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.muon import Muon
+from rsotrain.optim.stacks import norms_of_wholes, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import local
 
@@ -41,14 +41,15 @@ class NorMuon(Muon):
     def matrix_state(cls, config: Any, matrix: MatrixSize) -> StateSize:
         return StateSize((matrix.piece, (matrix.piece[0], 1)))
 
-    def _move(self, name: str, update: Tensor | None, owner: int, step: int, lr: float) -> None:
-        shard, parameter = self.shards[name], self.parameters[name]
-        piece = shard.scatter(update, owner, parameter.device, torch.bfloat16)
-        piece = piece.to(work_dtype(parameter.dtype))
-        kept = [self.moments[name]["row_sq"]]
+    def _move(self, names: list[str], updates: Tensor, step: int, lr: float) -> None:
+        pieces = updates.to(work_dtype(self.parameters[names[0]].dtype))
+        kept = [self.moments[name]["row_sq"] for name in names]
         wide = self.keeper.read(kept)
-        wide[0].lerp_(piece.square().mean(1, keepdim=True), 1.0 - self.config.row_decay)
-        scaled = piece / wide[0].sqrt().add_(ROW_EPS)
+        averages = stacked(wide)
+        averages.lerp_(pieces.square().mean(-1, keepdim=True), 1.0 - self.config.row_decay)
+        scaled = pieces / averages.sqrt().add_(ROW_EPS)
+        put_back_(wide, averages)
         self.keeper.write(kept, wide, step)
-        before, after = shard.norms(piece, scaled)
-        self._apply(name, scaled.mul_((before / after).where(after > 0, 0.0)), step, lr)
+        before, after = norms_of_wholes(self.shards[names[0]], pieces, scaled)
+        factors = (before / after).masked_fill_(after <= 0, 0.0).view(-1, 1, 1)
+        super()._move(names, scaled.mul_(factors), step, lr)

@@ -1,5 +1,6 @@
 """RACS: gradient descent scaled by rows and columns (Gong et al., ICLR 2026, arXiv 2502.07752)."""
 
+import math
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from rsotrain.config.methods import OptimizerConfig
 from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, chosen, gradient_of
 from rsotrain.optim.functional import inverse_root, limited_growth_
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.stacks import norms_of_each, products_with, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import Shard, local, sums_of_rows
 
@@ -19,23 +21,30 @@ _MOMENTS = ("row_scale", "column_scale")
 def row_and_column_scales(
     gradients: list[Tensor], shards: list[Shard], iterations: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """q (m) and s (n) of each G, such that q sᵀ approximates G² (elementwise): the paper's fixed point.
+    """q and s of each G, such that q sᵀ approximates G² (elementwise): the paper's fixed point.
 
     From q = 1, ``iterations`` times: s ← (G²)ᵀq/‖q‖²;  q ← G²s/‖s‖². ``gradients``: this rank's rows; the
     sums over rows are all-reduced, n + 1 numbers an iteration for each matrix. G² is divided by its mean
-    first, so that ‖s‖² does not underflow; that changes s alone, which is multiplied again.
+    first, so that ‖s‖² does not underflow; that changes s alone, which is multiplied again. Gradients and
+    results are stacks: (b, m, n), (b, m) and (b, n), each of matrices that its shard describes.
     """
     tiny = torch.finfo(gradients[0].dtype).tiny
-    energies = sums_of_rows([g.square().sum().view(1) for g in gradients], shards)
-    means = [e.div_(s.shape[0] * s.shape[1]).clamp_(min=tiny) for e, s in zip(energies, shards, strict=True)]
-    squares = [(g * mean.rsqrt()).square_() for g, mean in zip(gradients, means, strict=True)]
-    rows = [torch.ones_like(g[:, 0]) for g in gradients]
+    energies = sums_of_rows([g.square().sum((1, 2)).unsqueeze(1) for g in gradients], shards)
+    means = [e.div_(math.prod(s.shape)).clamp_(min=tiny) for e, s in zip(energies, shards, strict=True)]
+    squares = [(g * m.rsqrt().unsqueeze(2)).square_() for g, m in zip(gradients, means, strict=True)]
+    rows = [torch.ones_like(g[..., 0]) for g in gradients]
     columns: list[Tensor] = []
     for _ in range(iterations):
-        partial = [torch.cat([p.T @ q, q.square().sum().view(1)]) for p, q in zip(squares, rows, strict=True)]
+        partial = [
+            torch.cat([products_with(p.mT, q), q.square().sum(1, keepdim=True)], dim=1)
+            for p, q in zip(squares, rows, strict=True)
+        ]
         sums = sums_of_rows(partial, shards)
-        columns = [total[:-1] / total[-1].clamp(min=tiny) for total in sums]
-        rows = [p @ s / s.square().sum().clamp(min=tiny) for p, s in zip(squares, columns, strict=True)]
+        columns = [total[:, :-1] / total[:, -1:].clamp(min=tiny) for total in sums]
+        rows = [
+            products_with(p, s) / s.square().sum(1, keepdim=True).clamp(min=tiny)
+            for p, s in zip(squares, columns, strict=True)
+        ]
     return rows, [s * mean for s, mean in zip(columns, means, strict=True)]
 
 
@@ -63,8 +72,10 @@ class Racs(ParamGroupOptimizer):
             self.add_moment(name, "row_scale", (rows,), self.shards[name].dim)
             self.add_moment(name, "column_scale", (columns,), None)
             self.add_tensor(name, "update_norm", torch.zeros((), device=parameter.device))
-        # by the sizes of whole matrices, so that all ranks have the same buckets
-        self.buckets = buckets(parameters, lambda name: parameters[name].numel())
+        if self.in_stacks:
+            self.buckets = self.stacks
+        else:  # by the sizes of whole matrices, so that all ranks have the same buckets
+            self.buckets = buckets(parameters, lambda name: parameters[name].numel())
 
     def is_replicated(self, name: str, key: str) -> bool:
         return super().is_replicated(name, key) or key.startswith("column_scale")
@@ -80,20 +91,27 @@ class Racs(ParamGroupOptimizer):
             self._update_bucket(bucket, step, self.peak_lr * lr_factor)
 
     def _update_bucket(self, names: list[str], step: int, lr: float) -> None:
-        shards = [self.shards[name] for name in names]
-        gradients = [gradient_of(name, self.parameters[name]) for name in names]
+        stacks = [names] if self.in_stacks else [[name] for name in names]
+        shards = [self.shards[own[0]] for own in stacks]
+        gradients = [stacked([gradient_of(name, self.parameters[name]) for name in own]) for own in stacks]
         gradients = [gradient.to(work_dtype(gradient.dtype)) for gradient in gradients]
         scales = row_and_column_scales(gradients, shards, self.config.iterations)
         updates = []
-        for i, name in enumerate(names):
-            kept = [self.moments[name][key] for key in _MOMENTS]
-            wide = self.keeper.read(kept)
-            for average, found in zip(wide, scales, strict=True):
-                average.lerp_(found[i], 1.0 - self.config.scale_decay)
-            updates.append(gradients[i] * inverse_root(wide[0])[:, None] * inverse_root(wide[1]))
-            self.keeper.write(kept, wide, step)
-        squares = sums_of_rows([torch.linalg.vector_norm(u).square_().view(1) for u in updates], shards)
-        for name, update, square in zip(names, updates, squares, strict=True):
-            previous = self.state[name]["update_norm"]
-            factor = limited_growth_(square[0].sqrt(), previous, self.config.max_growth)
-            self.apply_(name, update.mul_(-factor), lr, step)
+        for i, own in enumerate(stacks):
+            roots = []
+            for key, found in zip(_MOMENTS, scales, strict=True):
+                kept = [self.moments[name][key] for name in own]
+                wide = self.keeper.read(kept)
+                averages = stacked(wide)
+                averages.lerp_(found[i], 1.0 - self.config.scale_decay)
+                roots.append(inverse_root(averages))
+                put_back_(wide, averages)
+                self.keeper.write(kept, wide, step)
+            updates.append(gradients[i] * roots[0].unsqueeze(2) * roots[1].unsqueeze(1))
+        squares = sums_of_rows([norms_of_each(update).square_() for update in updates], shards)
+        for own, update, square in zip(stacks, updates, squares, strict=True):
+            limits = [self.state[name]["update_norm"] for name in own]
+            previous = stacked(limits)
+            factors = limited_growth_(square.sqrt(), previous, self.config.max_growth)
+            put_back_(limits, previous)
+            self.apply_stack_(own, update.mul_(-factors.view(-1, 1, 1)), lr, step)

@@ -14,10 +14,11 @@ from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.solvers import Solver, solver_of
+from rsotrain.optim.stacks import add_lifted_, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.with_bases import pair
+from rsotrain.subspace import projection
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_
 from rsotrain.subspace.samplers import Columns, Sampler
 
 
@@ -34,7 +35,7 @@ def rounding_noise(size: int, dtype: torch.dtype) -> float:
 def scaled_row_norms(piece: Tensor, scales: Tensor) -> Tensor:
     """Norms of the rows of scales ⊙ ``piece`` without forming the product; their norm is the product's norm.
 
-    ``piece``: M×k; ``scales``: M×1, or 1×1 for one common scale. Returns M×1.
+    ``piece``: (n, M, k); ``scales``: (n, M, 1), or (n, 1, 1) for one common scale. Returns (n, M, 1).
     """
     return row_norms(piece, scales.dtype).mul_(scales)
 
@@ -74,24 +75,27 @@ class Fira(GaLore):
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         updates = self.negative_updates(bucket, projected, step)
-        for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
+        for stack in self.stacks_in(bucket, gradients, projected, updates):
+            (a, r, update), basis, m = stack.tensors, stack.basis, stack.first
             if m.rank == m.size:
-                self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+                self.apply_lifted_to(stack, update, lr, step)
                 continue
-            basis = self.basis(m)
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             scales = channel_scales(update, r)
             # rounding errors of the scaled residual are relative to ‖φ ⊙ lift(R)‖ = ‖N‖
             norm, inside = self._norms(m, scaled_row_norms(residual, scales), update)
             noise = rounding_noise(m.size, basis.dtype) * inside
-            previous = self.state[m.name]["residual_norm"]
-            limited = scales * -limited_growth_(norm, previous, self.config.max_growth, noise)
+            kept = [self.state[own.name]["residual_norm"] for own in stack.matrices]
+            previous = stacked(kept)
+            factors = limited_growth_(norm, previous, self.config.max_growth, noise)
+            put_back_(kept, previous)
+            limited = scales * -factors.view(-1, 1, 1)
             if self.config.residual_at_lr:
                 limited.div_(self.config.scale)
             outside = residual.mul_(limited.to(basis.dtype))  # mixed dtypes take four times as long
             add_lifted_(outside, update, basis, 1.0)
-            self.apply_(m.name, outside, lr, step, m.side)
+            self.apply_to(stack, outside, lr, step)
 
     @staticmethod
     def _norms(matrix: Matrix, residual: Tensor, update: Tensor) -> list[Tensor]:
@@ -115,16 +119,16 @@ class Frugal(GaLore):
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         updates = self.negative_updates(bucket, projected, step)
-        for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
+        for stack in self.stacks_in(bucket, gradients, projected, updates):
+            (a, r, update), basis, m = stack.tensors, stack.basis, stack.first
             if m.rank == m.size:
-                self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+                self.apply_lifted_to(stack, update, lr, step)
                 continue
-            basis = self.basis(m)
             residual = a.to(basis.dtype, copy=True)
             add_lifted_(residual, r, basis, -1.0)
             signs = self._signs_(residual, m, a, r, basis)
             add_lifted_(signs, update, basis, 1.0, decay_factor=-self.config.free_scale)
-            self.apply_(m.name, signs, lr, step, m.side)
+            self.apply_to(stack, signs, lr, step)
 
     def _signs_(
         self, residual: Tensor, matrix: Matrix, gradient: Tensor, projected: Tensor, basis: Tensor
@@ -139,8 +143,8 @@ class Frugal(GaLore):
         else:
             # The rounding errors of A, Q and R are independent and proportional to the entries of lift(R),
             # about ‖R_i‖‖Q_j‖/√r. Their sum is about 0.4 eps of these; the bound is five times as large.
-            rows = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-            columns = torch.linalg.vector_norm(basis, dim=1, dtype=rows.dtype)
+            rows = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+            columns = torch.linalg.vector_norm(basis, dim=-1, dtype=rows.dtype).unsqueeze(-2)
             for noise in (rows.mul_(2 * info.eps / matrix.rank**0.5), columns):
                 residual.div_(noise.to(basis.dtype).clamp_(min=info.tiny))
         return residual.trunc_().clamp_(-1.0, 1.0)
@@ -171,16 +175,19 @@ class Apollo(GaLore):
         if self.subspace.sampler.columns is not Columns.scaled:
             torch._foreach_mul_(projected, [(m.size / m.rank) ** 0.5 for m in bucket])
         updates = self.negative_updates(bucket, projected, step)
-        for m, a, r, update in zip(bucket, gradients, projected, updates, strict=True):
+        for stack in self.stacks_in(bucket, gradients, projected, updates):
+            (a, r, update), m = stack.tensors, stack.first
             if self.config.per_tensor:
                 adapted, plain = m.low_rank_norms(update, r)
-                # 1×1: the product of a bfloat16 gradient and a 0-d tensor would stay bfloat16
-                scales = (adapted / plain).where(plain > 0, 0.0).view(1, 1)
+                scales = (adapted / plain).masked_fill_(plain <= 0, 0.0).view(-1, 1, 1)
             else:
                 scales = channel_scales(update, r)
             (norm,) = m.norms(scaled_row_norms(a, scales))
-            factor = limited_growth_(norm, self.state[m.name]["update_norm"], self.config.max_growth)
-            self.apply_(m.name, a * (scales * -factor), lr, step, m.side)
+            kept = [self.state[own.name]["update_norm"] for own in stack.matrices]
+            previous = stacked(kept)
+            factors = limited_growth_(norm, previous, self.config.max_growth)
+            put_back_(kept, previous)
+            self.apply_to(stack, a * (scales * -factors.view(-1, 1, 1)), lr, step)
 
 
 class LDAdam(GaLore):
@@ -238,7 +245,7 @@ class LDAdam(GaLore):
         correction = 1.0 - self.settings.betas[0] ** (step - 1)
         mixed = gradient * (1.0 - rho)
         momentum = self._exp_avg(matrix).to(mixed.dtype) / correction
-        add_lifted_(mixed, momentum, self.basis(matrix), rho)
+        projection.add_lifted_(mixed, momentum, self.basis(matrix), rho)
         return mixed
 
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
@@ -246,14 +253,16 @@ class LDAdam(GaLore):
         old = self._exp_avg(matrix).to(error.dtype)
         beta1 = self.settings.betas[0]
         # the difference is orthogonal to the new basis, so it may be added before A is projected
-        add_lifted_(error, old, matrix.columns_of(change.old), beta1 / (1.0 - beta1))
+        projection.add_lifted_(error, old, matrix.columns_of(change.old), beta1 / (1.0 - beta1))
         moved = old @ change.transition.T
-        add_lifted_(error, moved, self.basis(matrix), -beta1 / (1.0 - beta1))
+        projection.add_lifted_(error, moved, self.basis(matrix), -beta1 / (1.0 - beta1))
         super().basis_changed(matrix, change, step)
 
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
-        for m, a, r in zip(bucket, gradients, projected, strict=True):
-            add_lifted_(a, r, self.basis(m), -1.0)  # ``a`` is the state tensor "error"
+        for stack in self.stacks_in(bucket, gradients, projected):
+            a, r = stack.tensors
+            add_lifted_(a, r, stack.basis, -1.0)  # ``a`` is the state tensor "error" on a CPU
+            put_back_([self.state[m.name]["error"] for m in stack.matrices], a)
         super().apply(bucket, gradients, projected, step, lr)

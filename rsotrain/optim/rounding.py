@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rsotrain.subspace.seeding import generator
+from rsotrain.subspace.seeding import generator, mixed_, seed_of, signed
+
+Keys = tuple[int, int]  # 64 random bits in two int32
 
 
 def _random_16_bits(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -42,6 +44,30 @@ def stochastic_round_by_(out: Tensor, value: Tensor, factors: Sequence[Tensor]) 
     """The same with the random numbers of ``random_factors``: one factor for each dimension of ``out``."""
     random = factors[0] if len(factors) == 1 else factors[0].unsqueeze(1) * factors[1]
     _round_(out, value, (random >> 16).bitwise_and_(0xFFFF))
+
+
+def keys_of(seed: int, *labels: str | int) -> Keys:
+    """The keys of a purpose, as ``seeding.generator`` has its seeds."""
+    bits = seed_of(seed, *labels)
+    return signed(bits), signed(bits >> 31)
+
+
+def counted_noise(rows: Tensor, columns: Tensor, width: int, name: Keys, step: Keys) -> Tensor:
+    """Uniform int32 in [0, 2¹⁶), one for each place of a weight; ``moving_triton`` has the same for GPUs.
+
+    ``rows`` (m) and ``columns`` (n): int32, the places in the whole weight, of ``width`` columns. Keys of its
+    ``name`` and of the ``step`` are mixed first, so that each step pairs other places by chance.
+    """
+    mixed = mixed_(torch.tensor([signed(a ^ b) for a, b in zip(name, step, strict=True)], dtype=torch.int32))
+    x = rows.unsqueeze(1) * width + columns
+    for key in mixed.tolist():
+        mixed_(x.bitwise_xor_(key))
+    return (x >> 16).bitwise_and_(0xFFFF)
+
+
+def round_by_(out: Tensor, value: Tensor, noise: Tensor) -> None:
+    """``stochastic_round_`` with ``noise``, uniform int32 in [0, 2¹⁶), which is overwritten."""
+    _round_(out, value, noise)
 
 
 def _round_(out: Tensor, value: Tensor, noise: Tensor) -> None:

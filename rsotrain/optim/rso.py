@@ -5,7 +5,7 @@ f(W + B P_kᵀ) + ‖B‖²/(2η) over B (out × r) alone: T (update_proj_gap) s
 each on a fresh batch. Then W ← W + B P_kᵀ. This implementation adds each step's ΔB P_kᵀ to W at once.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.solvers import Solver, solver_of
+from rsotrain.optim.stacks import stacked
 from rsotrain.optim.state_size import StateSize, Weight, WeightsLayout
 from rsotrain.optim.with_bases import (
     OptimizerWithBases,
@@ -110,6 +111,7 @@ class RSO(OptimizerWithBases):
                 layer.place_leaf()
                 self._add_state(name, layer.B)
         self.buckets = buckets(input_groups, lambda group: sum(x.B.numel() for x in group.layers.values()))
+        self.layers = {name: layer for group in input_groups for name, layer in group.layers.items()}
         self.row_sums: RowSums | None = None
         self.reduced: dict[str, Tensor] = {}  # this rank's rows of the summed dB
         if self.bases.mesh is not None:
@@ -117,6 +119,13 @@ class RSO(OptimizerWithBases):
                 {n: x.B for group in bucket for n, x in group.layers.items()} for bucket in self.buckets
             ]
             self.row_sums = RowSums(leaves, self.shards, self.bases.mesh)
+
+    def stack_kind(self, name: str) -> Hashable:
+        return super().stack_kind(name), self.layers[name].B.shape[1]
+
+    @property
+    def stack_itemsize(self) -> int:
+        return self.bases.dtype.itemsize
 
     @property
     def solver(self) -> Solver:
@@ -302,19 +311,44 @@ class RSO(OptimizerWithBases):
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         groups, gradients = self._groups_of(names), self.gradients(names)
-        for bucket in chosen(self.buckets, {group.name for group in groups}, lambda group: group.name):
-            own = [name for group in bucket for name in group.layers]
-            updates = self._negative_updates({name: gradients[name] for name in own}, step)
-            for group in bucket:
-                basis = group.current_basis()
-                lr = self.peak_lr * lr_factor * self._rewarmed(group, step)
-                for name in group.layers:
-                    self.apply_lifted_(name, updates[name], basis, lr, step)
-                    if self.config.proximal_eta is not None:
-                        self.state[name][_B].add_(updates[name], alpha=lr)
+        if self.in_stacks:
+            self._update_stacks(gradients, step, self.peak_lr * lr_factor)
+        else:
+            for bucket in chosen(self.buckets, {group.name for group in groups}, lambda group: group.name):
+                self._update_bucket(bucket, gradients, step, self.peak_lr * lr_factor)
         due = {group: i for group in groups if (i := self._next_refresh(group, step)) is not None}
         if due:
             self.refresh(due, step, lr_factor)
+
+    def _update_bucket(
+        self, bucket: list[InputGroup], gradients: dict[str, Tensor], step: int, lr: float
+    ) -> None:
+        own = [name for group in bucket for name in group.layers]
+        updates = self._negative_updates({name: gradients[name] for name in own}, step)
+        for group in bucket:
+            basis, rate = group.current_basis(), lr * self._rewarmed(group, step)
+            for name in group.layers:
+                self.apply_lifted_(name, updates[name], basis, rate, step)
+                if self.config.proximal_eta is not None:
+                    self.state[name][_B].add_(updates[name], alpha=rate)
+
+    def _update_stacks(self, gradients: dict[str, Tensor], step: int, lr: float) -> None:
+        """The same of weights of one shape together, whichever their inputs are."""
+        groups = {name: group for group in self.input_groups for name in group.layers}
+        for names in chosen(self.stacks, gradients):
+            stack = stacked([gradients[name] for name in names])
+            wide = stack.to(work_dtype(stack.dtype)).unbind()
+            updates = self._negative_updates(dict(zip(names, wide, strict=True)), step)
+            rates: dict[float, list[str]] = {}  # they differ in the warm-up after staggered refreshes
+            for name in names:
+                rates.setdefault(lr * self._rewarmed(groups[name], step), []).append(name)
+            for rate, own in rates.items():
+                changes = [updates[name] for name in own]
+                drawn = {group.name: group.current_basis() for group in {groups[name] for name in own}}
+                bases = stacked([drawn[groups[name].name] for name in own])
+                self.apply_lifted_stack_(own, stacked(changes), bases, rate, step)
+                if self.config.proximal_eta is not None:
+                    torch._foreach_add_([self.state[name][_B] for name in own], changes, alpha=rate)
 
     def _negative_updates(self, gradients_of: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Update the moments by dB; return −N by parameter name."""

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from rsotrain.config.choices import BiasCorrection
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import UserError
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
 from rsotrain.optim.functional import Betas, scaled_subsets, subset_norm_factors_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.stacks import add_lifted_, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.parallel.sharding import local
 from rsotrain.subspace.bases import BasisChange
-from rsotrain.subspace.projection import add_lifted_, oriented, resolve_rank
+from rsotrain.subspace.projection import oriented, resolve_rank
 
 _KINDS = ("exp_avg", "subset_sq")
 
@@ -64,8 +65,9 @@ class SubsetNorm(ParamGroupOptimizer):
     ) -> None:
         super().__init__(label, parameters, peak_lr, settings, config)
         self.matrices = [matrix_of(name, p) for name, p in parameters.items()]
-        chosen = self.config.subset_size
-        self.sizes = {m.name: resolve_subset_size(chosen, m.size, m.name) for m in self.matrices}
+        self.by_name = {m.name: m for m in self.matrices}
+        chosen_size = self.config.subset_size
+        self.sizes = {m.name: resolve_subset_size(chosen_size, m.size, m.name) for m in self.matrices}
         for m in self.matrices:
             self.add_moment(m.name, "exp_avg", local(m.parameter).shape, m.shard.dim)
             subsets = (m.num_rows, m.size // self.sizes[m.name])
@@ -82,14 +84,15 @@ class SubsetNorm(ParamGroupOptimizer):
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
         betas, eps = self.settings.betas, self.settings.eps
-        for m in self.matrices:
-            if m.name not in names:
-                continue
+        for stack in chosen(self.stacks, names):
+            own = [self.by_name[name] for name in stack]
+            m = own[0]
             size = self.sizes[m.name]
-            gradient = gradient_of(m.name, m.parameter).to(work_dtype(m.parameter.dtype))
-            moments = [self.moments[m.name][kind] for kind in _KINDS]
+            gradient = stacked([gradient_of(each.name, each.parameter) for each in own])
+            gradient = gradient.to(work_dtype(gradient.dtype))
+            moments = [self.moments[each.name][kind] for kind in _KINDS for each in own]
             wide = self.keeper.read(moments)
-            exp_avg, subset_sq = wide
+            exp_avg, subset_sq = stacked(wide[: len(own)]), stacked(wide[len(own) :])
             exp_avg.lerp_(gradient, 1.0 - betas[0])
             sums = m.subset_sums(oriented(gradient, m.side), size)
             factors = subset_norm_factors_(
@@ -97,7 +100,9 @@ class SubsetNorm(ParamGroupOptimizer):
             )
             momentum = oriented(exp_avg, m.side)
             update = scaled_subsets(momentum, factors, m.subsets_of_columns(size))
-            self.apply_(m.name, update, lr, step, m.side)
+            self.apply_stack_(stack, update, lr, step, m.side)
+            put_back_(wide[: len(own)], exp_avg)
+            put_back_(wide[len(own) :], subset_sq)
             self.keeper.write(moments, wide, step)
 
 
@@ -135,9 +140,13 @@ class SubspaceMomentum(SubspaceOptimizer):
         wide = self.keeper.read(moments)
         exp_avgs, subset_sqs = wide[: len(bucket)], wide[len(bucket) :]
         torch._foreach_lerp_(exp_avgs, projected, 1.0 - betas[0])
-        differences = torch._foreach_sub(exp_avgs, projected)  # M − R
-        for m, a, difference, subset_sq in zip(bucket, gradients, differences, subset_sqs, strict=True):
-            size, basis = m.size // subset_sq.shape[1], self.basis(m)
+        if self.in_stacks:
+            differences = list((stacked(exp_avgs) - stacked(projected)).unbind())
+        else:
+            differences = list(torch._foreach_sub(exp_avgs, projected))  # M − R
+        for stack in self.stacks_in(bucket, gradients, differences, subset_sqs):
+            (a, difference, subset_sq), basis, m = stack.tensors, stack.basis, stack.first
+            size = m.size // subset_sq.shape[-1]
             sums = m.subset_sums(a.to(difference.dtype), size)
             factors = subset_norm_factors_(
                 subset_sq, sums, step, betas, eps, corrected=_corrected(self.config, betas)
@@ -145,5 +154,7 @@ class SubspaceMomentum(SubspaceOptimizer):
             numerator = a.to(basis.dtype, copy=True)
             add_lifted_(numerator, difference, basis, 1.0)
             update = scaled_subsets(numerator, factors, m.subsets_of_columns(size))
-            self.apply_(m.name, update, lr, step, m.side)
+            self.apply_to(stack, update, lr, step)
+            if self.in_stacks:
+                put_back_(subset_sqs, subset_sq)
         self.keeper.write(moments, wide, step)

@@ -1,8 +1,8 @@
 """The step that all low-rank methods but RSO share: refresh bases, project gradients, apply the method."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
+from rsotrain.optim.stacks import products, stacked
 from rsotrain.optim.state_size import Weight, WeightsLayout
 from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
 from rsotrain.subspace.bases import BasisChange
@@ -26,12 +27,30 @@ from rsotrain.subspace.samplers import Sampler
 from rsotrain.subspace.sources import GradientSource, Source
 
 
+@dataclass(frozen=True)
+class Stack:
+    """n matrices of one shape, with their bases (n, k, r), this rank's rows of them.
+
+    ``tensors``: those that a method has given for each matrix, (n, …).
+    """
+
+    matrices: list[Matrix]
+    basis: Tensor
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def first(self) -> Matrix:
+        """One of them, for all that they have in common."""
+        return self.matrices[0]
+
+
 class SubspaceOptimizer(OptimizerWithBases):
     """The base of methods with one low-rank basis for each matrix.
 
     A method defines ``add_state``, ``apply``, ``basis_changed`` and ``matrix_state``. Matrices are updated in
-    buckets: each is projected by one matrix product, and the elementwise work of a bucket runs in fused or
-    foreach calls. ``needs_orthonormal``: the method makes no sense with bases that are not orthonormal.
+    buckets, whose elementwise work in the subspace runs in fused or foreach calls. On a GPU a bucket has
+    matrices of one shape, and all its work runs on stacks; on a CPU a stack is one matrix of the bucket.
+    ``needs_orthonormal``: the method makes no sense with bases that are not orthonormal.
     """
 
     needs_orthonormal: ClassVar[bool] = False
@@ -71,8 +90,11 @@ class SubspaceOptimizer(OptimizerWithBases):
             for key, tensor in self.bases.state[m.name].items():
                 self.add_tensor(m.name, key, tensor)
             self.add_state(m)
-        # by the sizes of whole matrices, so that all ranks have the same buckets
-        self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
+        if self.in_stacks:
+            self.buckets = [[self.by_name[name] for name in stack] for stack in self.stacks]
+        else:  # by the sizes of whole matrices, so that all ranks have the same buckets
+            self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
+        self._basis_in_use: tuple[list[Matrix], Tensor] | None = None
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
@@ -124,6 +146,40 @@ class SubspaceOptimizer(OptimizerWithBases):
         """The basis in use, in the dtype of products; the rows that belong to this rank's columns."""
         return matrix.columns_of(self.bases[matrix.name].to(self.product_dtype))
 
+    def stack_kind(self, name: str) -> Hashable:
+        return super().stack_kind(name), self.by_name[name].rank
+
+    @property
+    def stack_itemsize(self) -> int:
+        return self.product_dtype.itemsize
+
+    def stacks_in(self, bucket: list[Matrix], *lists: list[Tensor]) -> Iterator["Stack"]:
+        """The stacks of ``bucket``. ``lists``: tensors of each matrix, to be stacked alike."""
+        length = max(1, len(bucket)) if self.in_stacks else 1
+        for i in range(0, len(bucket), length):
+            own = bucket[i : i + length]
+            stacks = tuple(stacked(tensors[i : i + length]) for tensors in lists)
+            yield Stack(own, self.bases_of(own), stacks)
+
+    def bases_of(self, matrices: list[Matrix]) -> Tensor:
+        """``basis`` of each of a stack, (n, k, r)."""
+        if self._basis_in_use is not None and self._basis_in_use[0] == matrices:
+            return self._basis_in_use[1]
+        if len(matrices) == 1:
+            return self.basis(matrices[0]).unsqueeze(0)
+        bases = stacked([self.bases[m.name] for m in matrices]).to(self.product_dtype)
+        first = matrices[0]
+        return bases[:, first.shard.start : first.shard.stop] if first.by_columns else bases
+
+    def apply_to(self, stack: "Stack", update: Tensor, lr: float, step: int) -> None:
+        """W ← (1 − ηλ)W + η·update for each matrix; (n, M, k), which may be overwritten."""
+        self.apply_stack_([m.name for m in stack.matrices], update, lr, step, stack.first.side)
+
+    def apply_lifted_to(self, stack: "Stack", update: Tensor, lr: float, step: int) -> None:
+        """The same for ``update`` Qᵀ; (n, M, r)."""
+        names = [m.name for m in stack.matrices]
+        self.apply_lifted_stack_(names, update, stack.basis, lr, step, stack.first.side)
+
     def gradient(self, matrix: Matrix) -> Tensor:
         """This rank's piece of the oriented tensor that is projected."""
         return oriented(gradient_of(matrix.name, matrix.parameter), matrix.side)
@@ -145,13 +201,19 @@ class SubspaceOptimizer(OptimizerWithBases):
         gradients = {m.name: self.gradient(m) for m in self.matrices if m.name in names}
         self.refresh(gradients, step, lr_factor, after_update=False)
         for bucket in chosen(self.buckets, names, lambda m: m.name):
-            projected = []
-            for m in bucket:
-                a = gradients[m.name]
-                projected.append(self._project(m, a, self.basis(m)))
+            own, projected = [gradients[m.name] for m in bucket], []
+            if self.in_stacks:
+                stack = stacked(own)
+                basis = self.bases_of(bucket)
+                projected = list(self._project_all(bucket[0], stack, basis).unbind())
+                own, self._basis_in_use = list(stack.unbind()), (bucket, basis)
+            else:
+                projected = [self._project(m, gradients[m.name], self.basis(m)) for m in bucket]
+            for m, a, r in zip(bucket, own, projected, strict=True):
                 if m.name in self.bases.record.unobserved:
-                    self.record_energy(m, a, projected[-1])
-            self.apply(bucket, [gradients[m.name] for m in bucket], projected, step, lr)
+                    self.record_energy(m, a, r)
+            self.apply(bucket, own, projected, step, lr)
+            self._basis_in_use = None
         if self.subspace.sampler.post_update:
             self.refresh(gradients, step, lr_factor, after_update=True)
 
@@ -161,6 +223,11 @@ class SubspaceOptimizer(OptimizerWithBases):
         projected = torch.empty(matrix.num_rows, matrix.rank, dtype=dtype, device=gradient.device)
         project_(projected, gradient, basis)
         return matrix.shard.sum_(projected) if matrix.by_columns else projected
+
+    def _project_all(self, first: Matrix, gradients: Tensor, bases: Tensor) -> Tensor:
+        """The same of a stack of matrices like ``first``."""
+        product = products(gradients.to(bases.dtype), bases).to(work_dtype(gradients.dtype))
+        return first.shard.sum_(product) if first.by_columns else product
 
     def record_energy(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
         """Record the share of the gradient that a new basis captures; called after each refresh."""

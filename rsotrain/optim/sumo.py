@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rsotrain.optim.matrix import Matrix, grams_of_rows
+from rsotrain.optim.stacks import products
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.subspace.bases import BasisChange
@@ -58,10 +59,13 @@ class Sumo(SubspaceOptimizer):
         moments = [self.moments[m.name]["exp_avg"] for m in bucket]
         wide = self.keeper.read(moments)
         torch._foreach_lerp_(wide, projected, 1.0 - self.config.momentum)
-        doubles = [exp_avg.double() for exp_avg in wide]
+        doubles = [
+            own for stack in self.stacks_in(bucket, wide) for own in stack.tensors[0].double().unbind()
+        ]
         roots = inverse_roots(grams_of_rows(bucket, doubles))
-        for m, exp_avg, root in zip(bucket, doubles, roots, strict=True):
-            size = -UPDATE_RMS * max(m.shard.shape) ** 0.5
-            update = (exp_avg @ root).mul_(size).to(wide[0].dtype)
-            self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+        for stack in self.stacks_in(bucket, doubles, roots):
+            exp_avg, root = stack.tensors
+            size = -UPDATE_RMS * max(stack.first.shard.shape) ** 0.5
+            update = products(exp_avg, root).mul_(size).to(wide[0].dtype)
+            self.apply_lifted_to(stack, update, lr, step)
         self.keeper.write(moments, wide, step)

@@ -76,6 +76,9 @@ class OptimizerWithBases(ParamGroupOptimizer):
         """Bases are the same on all ranks."""
         return super().is_replicated(name, key) or key in self.bases.state.get(name, ())
 
+    def joined_keys(self, name: str) -> list[str]:
+        return [key for key in super().joined_keys(name) if key not in self.bases.state.get(name, ())]
+
     def refresh_work(self) -> list[tuple[object, str]]:
         """(owner, method name) of the work that a step does only because bases are refreshed."""
         return [(self, "refresh")]

@@ -101,6 +101,7 @@ class TrainingRun:
         self.saver = BackgroundSaver(
             folder.checkpoints, world, config.keep_checkpoints, check=folder.check, warn=display.message
         )
+        self.trainer.before_update = self.saver.let_copies_end
         self.stop = StopRequest(config.max_seconds)
         self.start = time.monotonic()
         self.warmup_seconds: float | None = None  # of the first step of this start

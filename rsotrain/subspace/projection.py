@@ -26,8 +26,8 @@ def side_of(shape: torch.Size | tuple[int, int]) -> Side:
 
 
 def oriented(matrix: Tensor, side: Side) -> Tensor:
-    """View of ``matrix`` with the projected dimension last; writing to it writes to ``matrix``."""
-    return matrix if side is Side.right else matrix.T
+    """View of a matrix, or of each of a stack, with the projected dimension last, to read and to write."""
+    return matrix if side is Side.right else matrix.mT
 
 
 def resolve_rank(rank: int | float, size: int, name: str) -> int:

@@ -61,7 +61,7 @@ def counted_uniforms(size: int, seeds: Sequence[int], device: torch.device) -> T
 
 def _keys(seeds: Sequence[int], device: torch.device) -> Tensor:
     """Two keys for each seed, (2, seeds, 1) in int32."""
-    words = [[[_signed(seed_of(seed, "round", i))] for seed in seeds] for i in range(2)]
+    words = [[[signed(seed_of(seed, "round", i))] for seed in seeds] for i in range(2)]
     host = torch.tensor(words, dtype=torch.int32)
     if device.type == "cuda":  # for a copy from other memory the host would wait
         host = host.pin_memory()
@@ -72,16 +72,21 @@ def _mixed(start: int, stop: int, keys: Tensor) -> Tensor:
     """int32 numbers that look random, one for each seed and counter of the range."""
     counters = torch.arange(start, stop, dtype=torch.int32, device=keys.device)
     x = counters.bitwise_xor(keys[0])
-    for i in range(2):  # each round is a permutation of all int32, in which every bit depends on every other
+    for i in range(2):
         if i > 0:
             x.bitwise_xor_(keys[i])
-        x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
-        x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
-        x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+        mixed_(x)
     return x
 
 
-def _signed(word: int) -> int:
+def mixed_(x: Tensor) -> Tensor:
+    """A permutation of all int32 in which every bit depends on every other, in place (Wellons' lowbias32)."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(signed(0x7FEB352D))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(signed(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def signed(word: int) -> int:
     """The low 32 bits of ``word`` as torch's int32 has them."""
     low = word & 0xFFFFFFFF
     return low - (1 << 32) if low >= 1 << 31 else low

@@ -1,12 +1,14 @@
 """Walk the GPU's path of methods with fake CUDA tensors: launches, host syncs, mixed devices, without a GPU.
 
-    python tests/tools/gpu_path.py [--ranks N --strategy fsdp|hsdp|ddp] [--json FILE] METHOD… [-- key=value …]
+    python tests/tools/gpu_path.py [--ranks N --strategy fsdp|hsdp|ddp] [--json FILE] [--ordinary] METHOD…
+        [-- key=value …]
 
 For each METHOD (an optimizer, or optimizer:sampler) a Trainer on fake CUDA tensors makes two steps and one in
 which all bases are drawn anew, copies its state as a checkpoint does, loads it and makes another step; with
 adam and rso an evaluation and a generation, too. The screen, or FILE as JSON, says for each of these what was
-counted; with OPERATIONS=1 in the environment by operation, with TRACEBACK=1 an error has its traceback. It
-needs g++, and some seconds to compile a guard once.
+counted; with ``--ordinary`` for the update of a step without a refresh alone, which takes seconds for
+a large model; with OPERATIONS=1 in the environment by operation, with TRACEBACK=1 an error has its traceback.
+It needs g++, and some seconds to compile a guard once.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from helpers.gpu_watch import GpuWatch  # noqa: E402
 from helpers.runs import compose  # noqa: E402
 
 from rsotrain.checkpoints.saving import copied_to_host  # noqa: E402
+from rsotrain.instruments.phases import Phase, phase  # noqa: E402
 from rsotrain.models.generation import generate_tokens  # noqa: E402
 from rsotrain.optim import rounding  # noqa: E402
 from rsotrain.optim.rso import RSO  # noqa: E402
@@ -42,15 +45,20 @@ from rsotrain.subspace import seeding  # noqa: E402
 from rsotrain.subspace.samplers import SampleRequest  # noqa: E402
 from rsotrain.training.evaluation import evaluate  # noqa: E402
 from rsotrain.training.refreshes import all_bases_due, groups_with_bases  # noqa: E402
-from rsotrain.training.trainer import Trainer  # noqa: E402
+from rsotrain.training.trainer import Trainer, no_signals  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 TINY = ("model=llama_tiny", "tokenizer.vocab_size=300", "seq_len=16", "micro_batch_size=2")
 OPTIMIZER = "optimizer step"
 
 
-def walk(method: str, ranks: int, strategy: str, overrides: list[str]) -> dict[str, Any]:
-    """What was counted by stage; ``failure``, where the walk ended early; ``problems``."""
+def walk(
+    method: str, ranks: int, strategy: str, overrides: list[str], *, ordinary: bool = False
+) -> dict[str, Any]:
+    """What was counted by stage; ``failure``, where the walk ended early; ``problems``.
+
+    ``ordinary``: see ``_ordinary_step``, which is then the only stage.
+    """
     optimizer, _, sampler = method.partition(":")
     settings = [*TINY, f"batch_size={4 * ranks}", f"optimizer={optimizer}", *overrides]
     settings += [f"sampler={sampler}"] if sampler else []
@@ -78,7 +86,10 @@ def walk(method: str, ranks: int, strategy: str, overrides: list[str]) -> dict[s
     failure = None
     try:
         with FakeRun(config, "cuda", GPU) as run, run.faking(), watch, watch.phases():
-            _walk(run.trainer, stage, watch, settings)
+            if ordinary:
+                _ordinary_step(run.trainer, stage)
+            else:
+                _walk(run.trainer, stage, watch, settings)
     except Exception as error:
         failure = f"{list(stages)[-1] if stages else 'build'}: {type(error).__name__}: {error}"
         if os.environ.get("TRACEBACK"):
@@ -113,6 +124,19 @@ def _walk(trainer: Trainer, stage: Any, watch: GpuWatch, settings: list[str]) ->
         trainer._copy_weights(copied["model"])
     with stage("step after load"):
         trainer.train_step()
+
+
+def _ordinary_step(trainer: Trainer, stage: Any) -> None:
+    """The optimizer's part of step 2, as if all bases were there, with gradients that no pass has made."""
+    optimizer = trainer.optimizer
+    optimizer.steps_done = 1
+    for holder in optimizer.gradient_holders():
+        holder.grad = torch.empty_like(holder)
+    for group in groups_with_bases(trainer):
+        group.bases.waiting.clear()
+    with stage("step 2"), phase(Phase.optimizer_step):
+        trainer._finish_gradients(torch.zeros((), device=trainer.device), no_signals)
+        optimizer.step()
 
 
 def _use(trainer: Trainer, stage: Any) -> None:
@@ -164,12 +188,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--strategy", default="fsdp", choices=("fsdp", "hsdp", "ddp"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--ordinary", action="store_true", help="count an ordinary step's update alone")
     parser.add_argument("--mistake", choices=MISTAKES, help="make one, which has to be found")
     options = parser.parse_args(arguments)
     if options.mistake:
         MISTAKES[options.mistake]()
     warnings.simplefilter("ignore")
-    results = {m: walk(m, options.ranks, options.strategy, overrides) for m in options.methods}
+    results = {
+        m: walk(m, options.ranks, options.strategy, overrides, ordinary=options.ordinary)
+        for m in options.methods
+    }
     if options.json:
         options.json.write_text(json.dumps(results))
         return
@@ -183,7 +211,7 @@ def main() -> None:
             for sync, number in counted["syncs"].items():
                 print(f"    {number} × {sync}")
             if os.environ.get("OPERATIONS"):
-                print("   ", dict(sorted(counted["operations"].items(), key=lambda x: -x[1])[:14]))
+                print("   ", dict(sorted(counted["operations"].items(), key=lambda x: -x[1])[:20]))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from helpers.runs import compose  # noqa: E402
 from rsotrain.models.architecture import flops_per_token  # noqa: E402
 from rsotrain.planner.fake_run import FakeRun, _Tokenizer  # noqa: E402
 from rsotrain.subspace.cost import eigenvectors_seconds  # noqa: E402
+from rsotrain.training.model import model_without_memory  # noqa: E402
 from rsotrain.training.refreshes import all_bases_due  # noqa: E402
-from rsotrain.training.trainer import model_without_memory  # noqa: E402
 
 # FLOP/s of products on one H100, about half of what its makers state, and what a launch takes the host
 RATES = {"bfloat16": 4e14, "float32": 3e13, "float64": 3e13}

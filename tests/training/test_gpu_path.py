@@ -19,6 +19,7 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.
 # which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
+    "adam8bit": (278, 278, 1, 1),
     "adam_mini": (202, 202, 1, 1),
     "alice": (784, 4071, 1, 2),
     "alice_0": (756, 3956, 1, 2),
@@ -30,6 +31,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "foam": (234, 234, 1, 1),
     "frugal": (166, 460, 1, 1),
     "galore": (110, 3264, 1, 2),
+    "galore8bit": (264, 3418, 1, 2),
     "i3s": (110, 3309, 1, 2),
     "ldadam": (984, 830, 1, 1),
     "lion": (80, 80, 1, 1),
