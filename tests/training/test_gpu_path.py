@@ -98,6 +98,13 @@ def test_launches_and_waits_stay_within_the_budget(optimizer: str) -> None:
         assert counted <= allowed
 
 
+def test_documents_cost_no_wait() -> None:
+    """Attention inside documents, by their beginnings."""
+    result = walked(["galore"], "--", "data.document_mask=true", "micro_batch_size=2")["galore"]
+    assert_whole(result)
+    assert sum(result["stages"]["step 2"]["syncs"].values()) == 1
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
 def test_four_gpus(strategy: str) -> None:
     """Methods with state of each kind: elementwise, bases of coefficients, sums over ranks."""
