@@ -105,6 +105,24 @@ def test_documents_cost_no_wait() -> None:
     assert sum(result["stages"]["step 2"]["syncs"].values()) == 1
 
 
+# Launches of the optimizer's part of an ordinary step of llama_1b in bfloat16. Others decompose in each step.
+LARGE_BUDGETS = dict.fromkeys((
+    "adam", "adam_mini", "apollo", "apollo_mini", "carry", "dion2", "fira", "foam", "frugal", "galore", "i3s",
+    "lion", "lora", "muon", "normuon", "relora", "rso", "rso_pca", "scale", "sm", "sn", "sn_sm",
+), 400) | {"alice": 472, "alice_0": 458, "orbit": 441, "racs": 1270}  # fmt: skip
+LARGE = ("precision=bf16", "model=llama_1b", "seq_len=1024", "batch_size=4", "micro_batch_size=4")
+
+
+@pytest.mark.slow
+def test_a_large_model_s_update_launches_few_kernels() -> None:
+    results = walked([*LARGE_BUDGETS], "--ordinary", "--", *LARGE)
+    for optimizer, allowed in LARGE_BUDGETS.items():
+        result = results[optimizer]
+        assert result["failure"] is None, optimizer
+        assert result["problems"] == {}, optimizer
+        assert sum(result["stages"]["step 2"]["launches"].values()) <= allowed, optimizer
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
 def test_four_gpus(strategy: str) -> None:
     """Methods with state of each kind: elementwise, bases of coefficients, sums over ranks."""
