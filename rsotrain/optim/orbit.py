@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rsotrain.optim.base import buckets
+from rsotrain.optim.buckets import buckets
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix
 from rsotrain.optim.orthogonal import orthogonal_groups, rows_of_group

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
+from rsotrain.optim.base import Settings, gradient_of
+from rsotrain.optim.buckets import buckets, chosen
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
