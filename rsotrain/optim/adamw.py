@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.buckets import buckets
 from rsotrain.optim.functional import fused_adamw_
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.stacks import converted

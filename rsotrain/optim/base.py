@@ -1,11 +1,11 @@
 """The base class of all optimizers: optimizer state created at construction, a step on local tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +25,6 @@ from rsotrain.optim.weights import ALL_ROWS, Weights
 from rsotrain.parallel.sharding import Shard, local, shard_of
 from rsotrain.subspace.projection import Side
 from rsotrain.subspace.samplers import Sampler
-
-# Matrices are updated in buckets whose temporaries have at most so many elements each: 32 MiB in float32.
-BUCKET_ELEMENTS = 1 << 23
-
-Item = TypeVar("Item")
-
-
-def buckets(
-    items: Iterable[Item], size: Callable[[Item], int], limit: int = BUCKET_ELEMENTS
-) -> list[list[Item]]:
-    """Split ``items``, in order, into runs of at most ``limit`` elements; a larger item gets its own run."""
-    result: list[list[Item]] = []
-    filled = 0
-    for item in items:
-        if not result or filled + size(item) > limit:
-            result.append([])
-            filled = 0
-        result[-1].append(item)
-        filled += size(item)
-    return result
-
-
-def chosen(
-    buckets: Iterable[Sequence[Item]], names: Collection[str], name_of: Callable[[Item], str] = str
-) -> list[list[Item]]:
-    """Of each bucket the items with these names; no empty buckets."""
-    own = ([item for item in bucket if name_of(item) in names] for bucket in buckets)
-    return [bucket for bucket in own if bucket]
 
 
 def gradient_of(name: str, parameter: Tensor) -> Tensor:

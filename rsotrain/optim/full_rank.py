@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.buckets import chosen
 from rsotrain.optim.moments import Moment, work_dtype
 from rsotrain.optim.stacks import put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, Shape, StateSize

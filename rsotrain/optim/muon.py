@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.buckets import chosen
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.stacks import norms_of_each, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from rsotrain.optim.base import buckets
+from rsotrain.optim.buckets import buckets
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix
 from rsotrain.optim.orthogonal import orthogonal_groups, rows_of_group
 from rsotrain.optim.residuals import rounding_noise
-from rsotrain.subspace.projection import add_lifted_, oriented
+from rsotrain.optim.stacks import add_lifted_
+from rsotrain.optim.subspace_optimizer import Stack
+from rsotrain.subspace.projection import oriented
 
 
 class Orbit(GaLore):
@@ -29,28 +31,32 @@ class Orbit(GaLore):
     ) -> None:
         updates = self.negative_updates(bucket, projected, step)
         own = list(zip(bucket, gradients, projected, updates, strict=True))
-        # residuals are larger than what the buckets were made for
-        for part in buckets(own, lambda item: max(item[0].shard.shape) * item[0].size):
+        # residuals are larger than what a CPU's buckets were made for
+        elements = (lambda _: 0) if self.in_stacks else (lambda item: max(item[0].shard.shape) * item[0].size)
+        for part in buckets(own, elements):
             whole = [item for item in part if item[0].rank == item[0].size]
-            for m, _, _, update in whole:
-                self.apply_lifted_(m.name, update, self.basis(m), lr, step, m.side)
+            for stack in self.stacks_in([m for m, *_ in whole], [update for *_, update in whole]):
+                self.apply_lifted_to(stack, stack.tensors[0], lr, step)
             cut = [item for item in part if item[0].rank < item[0].size]
-            residuals = [self._residual(m, a, r) for m, a, r, _ in cut]
-            outside = self._orthogonal([m for m, *_ in cut], residuals)
-            for (m, _, _, update), o in zip(cut, outside, strict=True):
-                size = self.config.free_scale * m.size**0.5
-                add_lifted_(o, update, self.basis(m), 1.0, decay_factor=-size)
-                self.apply_(m.name, o, lr, step, m.side)
+            matrices = [m for m, *_ in cut]
+            stacks = self.stacks_in(matrices, [a for _, a, _, _ in cut], [r for _, _, r, _ in cut])
+            residuals = [residual for stack in stacks for residual in self._residual(stack).unbind()]
+            outside = self._orthogonal(matrices, residuals)
+            for stack in self.stacks_in(matrices, outside, [update for *_, update in cut]):
+                o, update = stack.tensors
+                size = self.config.free_scale * stack.first.size**0.5
+                add_lifted_(o, update, stack.basis, 1.0, decay_factor=-size)
+                self.apply_to(stack, o, lr, step)
 
-    def _residual(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> Tensor:
-        """A − lift(R), this rank's piece, in the dtype of products, without rows of mere rounding errors."""
-        basis = self.basis(matrix)
-        residual = gradient.to(basis.dtype, copy=True)
+    def _residual(self, stack: Stack) -> Tensor:
+        """A − lift(R), this rank's pieces, in the dtype of products, without rows of mere rounding errors."""
+        (gradients, projected), basis, first = stack.tensors, stack.basis, stack.first
+        residual = gradients.to(basis.dtype, copy=True)
         add_lifted_(residual, projected, basis, -1.0)
         dtype = projected.dtype
-        coarser = min(gradient.dtype, basis.dtype, key=lambda each: each.itemsize)
-        noise = matrix.row_norms(gradient, dtype).mul_(rounding_noise(matrix.size, coarser))
-        return residual.mul_(matrix.row_norms(residual, dtype) > noise)
+        coarser = min(gradients.dtype, basis.dtype, key=lambda each: each.itemsize)
+        noise = first.row_norms(gradients, dtype).mul_(rounding_noise(first.size, coarser))
+        return residual.mul_(first.row_norms(residual, dtype) > noise)
 
     def _orthogonal(self, matrices: list[Matrix], residuals: list[Tensor]) -> list[Tensor]:
         """O of each, this rank's pieces."""

@@ -39,7 +39,11 @@ def orthogonal_groups(matrices: Sequence[Tensor], rows: Sequence[int], iteration
     found: list[Tensor | None] = [None] * len(matrices)
     for shape in dict.fromkeys(zip(rows, (m.shape[1] for m in matrices), strict=True)):
         chosen = [i for i, m in enumerate(matrices) if (rows[i], m.shape[1]) == shape]
-        padded = [F.pad(matrices[i], (0, 0, 0, -len(matrices[i]) % shape[0])) for i in chosen]
+        missing = [-len(matrices[i]) % shape[0] for i in chosen]
+        padded = [
+            F.pad(matrices[i], (0, 0, 0, n)) if n else matrices[i]
+            for i, n in zip(chosen, missing, strict=True)
+        ]
         whole = newton_schulz(torch.cat(padded).view(-1, *shape), iterations).flatten(0, 1)
         parts = whole.split([len(p) for p in padded])
         for i, part in zip(chosen, parts, strict=True):

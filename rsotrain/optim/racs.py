@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, buckets, chosen, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.buckets import buckets, chosen
 from rsotrain.optim.functional import inverse_root, limited_growth_
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.stacks import norms_of_each, products_with, put_back_, stacked

@@ -15,29 +15,27 @@ from torch import Tensor, nn
 
 from rsotrain.config.choices import BasisStorage
 from rsotrain.config.methods import RSOConfig
-from rsotrain.errors import require
 from rsotrain.instruments.devices import device_kind
 from rsotrain.models.subspace_linear import InputGroup, attach_subspace
-from rsotrain.optim.base import Settings, buckets, chosen
+from rsotrain.optim.base import Settings
+from rsotrain.optim.buckets import buckets, chosen
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
+from rsotrain.optim.rso_rules import refuse_pair
 from rsotrain.optim.solvers import Solver, solver_of
 from rsotrain.optim.stacks import stacked
 from rsotrain.optim.state_size import StateSize, Weight, WeightsLayout
 from rsotrain.optim.with_bases import (
     OptimizerWithBases,
     Subspace,
-    pair,
-    require_orthonormal,
-    require_sampler,
 )
 from rsotrain.parallel.row_sums import RowSums
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.batches import bases_on
 from rsotrain.subspace.projection import resolve_rank
 from rsotrain.subspace.random_bases import haar
-from rsotrain.subspace.samplers import Columns, Sampler
+from rsotrain.subspace.samplers import Sampler
 from rsotrain.subspace.sources import SumSource
 
 _B = "coefficients"  # the name of B in the optimizer state
@@ -133,35 +131,7 @@ class RSO(OptimizerWithBases):
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
-        sampler = require_sampler(config, sampler)
-        both, scaled = pair(config, sampler), sampler.columns is Columns.scaled
-        require(
-            sampler.orthonormal or scaled,
-            f"{both}: RSO needs bases of a known scale, which this sampler's are not; {sampler.hint}",
-        )
-        require(
-            config.basis_scale or not scaled,
-            f"{both}: these bases are scaled already, so optimizer.basis_scale=false would do nothing;"
-            " leave it true or use sampler=haar",
-        )
-        require(
-            not sampler.needs_gradient,
-            f"{both}: sampler.solver=full decomposes the gradient, which RSO never forms;"
-            " use sampler.solver=gram",
-        )
-        require(
-            config.projection is BasisStorage.stored or not sampler.informed,
-            f"{both}: these bases depend on data, which cannot be regenerated from a seed;"
-            " use optimizer.projection=stored, or a random sampler such as haar",
-        )
-        eta, warmup = config.proximal_eta, config.refresh_warmup_steps
-        require(eta is None or eta > 0, f"optimizer.proximal_eta={eta} must be positive, or null for no term")
-        require(
-            0 <= warmup < config.update_proj_gap,
-            f"optimizer.refresh_warmup_steps={warmup} must be at least 0 and less than"
-            f" optimizer.update_proj_gap={config.update_proj_gap}",
-        )
-        require_orthonormal(config, sampler, always=False)
+        refuse_pair(config, sampler)
 
     @classmethod
     def prepare_model(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from rsotrain.config.choices import BiasCorrection
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.errors import UserError
-from rsotrain.optim.base import ParamGroupOptimizer, Settings, chosen, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
+from rsotrain.optim.buckets import chosen
 from rsotrain.optim.functional import Betas, scaled_subsets, subset_norm_factors_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype

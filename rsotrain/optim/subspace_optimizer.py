@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import Settings, buckets, chosen, gradient_of
+from rsotrain.optim.base import Settings, gradient_of
+from rsotrain.optim.buckets import buckets, chosen
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
@@ -155,7 +156,7 @@ class SubspaceOptimizer(OptimizerWithBases):
 
     def stacks_in(self, bucket: list[Matrix], *lists: list[Tensor]) -> Iterator["Stack"]:
         """The stacks of ``bucket``. ``lists``: tensors of each matrix, to be stacked alike."""
-        length = len(bucket) if self.in_stacks else 1
+        length = max(1, len(bucket)) if self.in_stacks else 1
         for i in range(0, len(bucket), length):
             own = bucket[i : i + length]
             stacks = tuple(stacked(tensors[i : i + length]) for tensors in lists)

@@ -1,10 +1,12 @@
 """The memory track: its members keep within their budgets, and are what its experiment sweeps over."""
 
+import csv
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
-from helpers.command import ROOT, call_main
+from helpers.command import ROOT, Cli, call_main
 from helpers.runs import compose
 
 from rsotrain.cli import entry as command_line
@@ -59,3 +61,20 @@ def test_a_member_with_another_optimizer_is_refused(capsys: pytest.CaptureFixtur
     assert call_main(command_line, ["mode=plan", "tuned=track/muon_25", "optimizer=normuon"]) == 2
     error = capsys.readouterr().err
     assert "conf/tuned/track/muon_25.yaml has muon's rates, but the optimizer is normuon" in error
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_figure_and_tables(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
+    own = [word for word in tiny if not word.startswith(("steps=", "save_every="))]
+    members = "tuned=adam,track/galore_25,track/scale_0"
+    result = cli("-m", "experiment=track", *own, members, "seed=0", "steps=2", "save_every=null")
+    assert result.returncode == 0
+    assert "One seed each: a difference may be chance." in result.stdout
+    report = tmp_path / "outputs/track/report"
+    for name in ("front.png", "front_dark.png", "front.svg", "front.tex"):
+        assert (report / name).stat().st_size > 100
+    with open(report / "front.csv", newline="") as file:
+        shares = {row["group"].split()[0]: float(row["share of adam"]) for row in csv.DictReader(file)}
+    assert shares["adam"] == 1.0
+    assert 0.12 < shares["galore"] <= 0.25
+    assert shares["scale"] <= VECTORS_ONLY

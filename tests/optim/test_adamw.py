@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from rsotrain.config.methods import AdamConfig, MuonConfig
 from rsotrain.config.samplers import NoSamplerConfig
 from rsotrain.optim.adamw import AdamW
-from rsotrain.optim.base import BUCKET_ELEMENTS, Settings, StateKeeper, buckets
+from rsotrain.optim.base import Settings, StateKeeper
+from rsotrain.optim.buckets import BUCKET_ELEMENTS, buckets
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.rounding import stochastic_round_
 

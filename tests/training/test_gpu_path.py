@@ -19,6 +19,7 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.
 # which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
+    "adam8bit": (278, 278, 1, 1),
     "adam_mini": (202, 202, 1, 1),
     "alice": (784, 4071, 1, 2),
     "alice_0": (756, 3956, 1, 2),
@@ -30,6 +31,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "foam": (234, 234, 1, 1),
     "frugal": (166, 460, 1, 1),
     "galore": (110, 3264, 1, 2),
+    "galore8bit": (264, 3418, 1, 2),
     "i3s": (110, 3309, 1, 2),
     "ldadam": (984, 830, 1, 1),
     "lion": (80, 80, 1, 1),
@@ -101,6 +103,24 @@ def test_documents_cost_no_wait() -> None:
     result = walked(["galore"], "--", "data.document_mask=true", "micro_batch_size=2")["galore"]
     assert_whole(result)
     assert sum(result["stages"]["step 2"]["syncs"].values()) == 1
+
+
+# Launches of the optimizer's part of an ordinary step of llama_1b in bfloat16. Others decompose in each step.
+LARGE_BUDGETS = dict.fromkeys((
+    "adam", "adam_mini", "apollo", "apollo_mini", "carry", "dion2", "fira", "foam", "frugal", "galore", "i3s",
+    "lion", "lora", "muon", "normuon", "relora", "rso", "rso_pca", "scale", "sm", "sn", "sn_sm",
+), 400) | {"alice": 472, "alice_0": 458, "orbit": 441, "racs": 1270}  # fmt: skip
+LARGE = ("precision=bf16", "model=llama_1b", "seq_len=1024", "batch_size=4", "micro_batch_size=4")
+
+
+@pytest.mark.slow
+def test_a_large_model_s_update_launches_few_kernels() -> None:
+    results = walked([*LARGE_BUDGETS], "--ordinary", "--", *LARGE)
+    for optimizer, allowed in LARGE_BUDGETS.items():
+        result = results[optimizer]
+        assert result["failure"] is None, optimizer
+        assert result["problems"] == {}, optimizer
+        assert sum(result["stages"]["step 2"]["launches"].values()) <= allowed, optimizer
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])

@@ -11,7 +11,7 @@ from helpers import ranks
 from helpers.methods import ORTHOGONALISED_IN_BFLOAT16, refreshed_every
 from helpers.runs import OPTIMIZERS, compose, load_data
 
-import rsotrain.training.trainer
+import rsotrain.training.model
 from rsotrain.config.methods import LoRAConfig
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
@@ -196,7 +196,7 @@ def outcomes(
             wanted |= {(parameters["case"], parameters["name"])} if parameters else fsdp_pairs()
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        rsotrain.training.trainer, "build_model", partial(frozen_model, rsotrain.training.trainer.build_model)
+        rsotrain.training.model, "build_model", partial(frozen_model, rsotrain.training.model.build_model)
     )
     result = {}
     for case, (size, strategy, shard_size, extra, every) in CASES.items():
