@@ -146,6 +146,8 @@ def test_every_sampler(ranks: int) -> None:
     ],
 )
 def test_a_mistake_is_found(mistake: str, said: str) -> None:
-    result = walked(["rso"], "--mistake", mistake, "--", "precision=bf16")["rso"]
+    result = walked(["rso"], "--mistake", mistake, "--", "precision=bf16", "optimizer.state_dtype=bfloat16")[
+        "rso"
+    ]
     found = [str(result["failure"]), *result["problems"], *result["stages"]["step 2"]["syncs"]]
     assert any(said in each for each in found), found
