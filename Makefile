@@ -1,12 +1,14 @@
 # make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. make benchmark:
-# the table of tests/benchmark/README.md, an hour on an idle machine. All install into .venv on first use.
+# the table of tests/benchmark/README.md, an hour on an idle machine. All install into .venv on first use, but
+# test-gpu and test-gpus (one GPU, all GPUs of a node; a dry run on the CPU without them) install nothing: they take
+# .venv where it is, and PYTHON as it is otherwise. Their reports are in outputs/gpu.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes, a file at a time. They have threads of their own, so what forks runs in a single one, after them.
 JOBS := -n 2 --dist loadfile
 
-.PHONY: train test test-all test-slurm benchmark lint clean
+.PHONY: train test test-all test-slurm test-gpu test-gpus benchmark lint clean
 
 train: $(VENV)/.train
 	$(BIN)/rsotrain
@@ -23,6 +25,14 @@ test-all: lint
 test-slurm: $(VENV)/.test
 	bash tests/tools/slurm_lab.sh install
 	RSOTRAIN_SLURM_LAB=1 $(BIN)/python -m pytest $(PYTEST) tests/parallel/test_slurm_steps.py tests/parallel/test_slurm_cluster.py
+
+INSTALLED := $(if $(wildcard $(VENV)/.test),$(BIN)/python,$(PYTHON))
+
+test-gpu:
+	$(INSTALLED) tests/tools/gpu_report.py
+
+test-gpus:
+	$(INSTALLED) tests/tools/gpu_report.py --several
 
 benchmark: $(VENV)/.test
 	$(BIN)/python tests/benchmark/table.py --run --write

@@ -18,16 +18,18 @@ from rsotrain.benchmark.tables import print_benchmark
 from rsotrain.config.identity import run_name
 from rsotrain.config.keys import flatten, plain
 from rsotrain.config.schema import Config
+from rsotrain.errors import require
 from rsotrain.files import os_errors_said, write_json_atomic
 from rsotrain.models.build import COMPUTE_DTYPE
 from rsotrain.parallel.ranks import World, start
 from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.metrics import forget_peak_memory, peak_memory_bytes
 from rsotrain.training.composition import check_composition
+from rsotrain.training.determinism import settle
 from rsotrain.training.flops import matmul_flops_per_second
 from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.random_data import random_data
-from rsotrain.training.refreshes import all_bases_due, update_gap
+from rsotrain.training.refreshes import all_bases_due, groups_with_bases, update_gap
 from rsotrain.training.trainer import Trainer
 from rsotrain.training.trial import try_plugged
 
@@ -42,6 +44,7 @@ def benchmark_mode(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     time that refreshing all bases adds to a step, divided by ``optimizer.update_proj_gap``. Raises UserError
     for what cannot be composed and for a folder that cannot be written.
     """
+    settle(config.deterministic)
     world = start(config.parallelism, config.device)
     with world.reporting_losses(), world.ending_together():
         world.together(lambda: check_composition(config))
@@ -77,6 +80,12 @@ def _matmul_rate(config: Config, world: World) -> float:
 def _measure(trainer: Trainer, folder: Path, first_rate: float) -> dict[str, Any]:
     """``first_rate``: of matrix products, as measured before; the better of two such counts."""
     config, world, gap = trainer.config, trainer.world, update_gap(trainer)
+    gaps = sorted({group.subspace.gap for group in groups_with_bases(trainer)})
+    require(
+        len(gaps) < 2,
+        "mode=benchmark divides the time of a refresh of all bases by update_proj_gap, of which the methods"
+        f" of optimizer.groups have several ({', '.join(map(str, gaps))}); give them the same",
+    )
     settings = config.benchmark
     clock = PhaseClock(trainer.device)
     attach(clock, trainer)

@@ -30,9 +30,10 @@ class _Evaluation:
 class BackgroundSaver:
     """One checkpoint at a time. All ranks call its methods together, with their pieces.
 
-    ``start`` copies the tensors to CPU memory, which is all that training waits for. ``check`` is called on
-    rank 0 before anything is written, and what it raises is raised by ``wait``; ``warn`` is told of an
-    evaluation that could not be added, possibly from the thread.
+    ``start`` copies the tensors to CPU memory, which is all that training waits for. From a GPU it only
+    begins to, and before the next update ``let_copies_end`` has to be called. ``check`` is called on rank 0
+    before anything is written, and what it raises is raised by ``wait``; ``warn`` is told of an evaluation
+    that could not be added, possibly from the thread.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BackgroundSaver:
         self.begun: int | None = None  # the last step that was
         self._check, self._warn = check, warn
         self._running: tuple[int, futures.Future[Path], threading.Thread] | None = None
+        self._copied: torch.cuda.Event | None = None
         self._lock = threading.Lock()  # for the two that follow
         self._writing = False
         self._evaluation: _Evaluation | None = None
@@ -58,12 +60,13 @@ class BackgroundSaver:
         """Begin to write; what was begun before must have been waited for."""
         assert self._running is None
         self.begun, self._writing = step, True
-        staged = {kind: {name: copied_to_host(t) for name, t in tensors[kind].items()} for kind in KINDS}
+        staged, self._copied = staged_on_host({kind: tensors[kind] for kind in KINDS}, self.world.device)
         future: futures.Future[Path] = futures.Future()
         # a daemon: it may wait for a rank that never answers, and must not keep the process from ending
         thread = threading.Thread(
             target=self._write,
-            args=(future, step, staged, shards, record),
+            # the tensors, too: theirs is the memory that is read from until the copies are made
+            args=(future, step, staged, self._copied, tensors, shards, record),
             name="checkpoint",
             daemon=True,
         )
@@ -75,10 +78,14 @@ class BackgroundSaver:
         future: futures.Future[Path],
         step: int,
         tensors: Mapping[str, Tensors],
+        copied: torch.cuda.Event | None,
+        _originals: Mapping[str, Tensors],
         shards: Mapping[str, Shard],
         record: dict[str, Any],
     ) -> None:
         try:
+            if copied is not None:
+                copied.synchronize()
             with self.world.reporting_losses():
                 self.world.main_together(self._check)
                 self.world.together(lambda: _check(step, tensors))
@@ -92,6 +99,12 @@ class BackgroundSaver:
             future.set_exception(error)
         else:
             future.set_result(written)
+
+    def let_copies_end(self) -> None:
+        """Have the device make no update before it has made the copies; the host does not wait."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self.world.device).wait_event(self._copied)
+            self._copied = None
 
     def score(self, step: int, loss: float, run: Mapping[str, Any]) -> None:
         """Add the evaluation of ``step``, the newest checkpoint's, as soon as that is whole.
@@ -161,6 +174,31 @@ def _check(step: int, tensors: Mapping[str, Tensors]) -> None:
         check_finite(tensors)
     except NonFiniteError as error:
         raise NonFiniteError(f"step {step}: {error}, so no checkpoint of it is kept") from error
+
+
+def staged_on_host(
+    tensors: Mapping[str, Tensors], device: torch.device
+) -> tuple[dict[str, dict[str, torch.Tensor]], "torch.cuda.Event | None"]:
+    """Copies on the host, and what happens when they are made; None: they are.
+
+    From a GPU they are made to pinned memory in a stream of their own, beside the passes of the next step.
+    """
+    if device.type != "cuda":
+        return {kind: {n: copied_to_host(t) for n, t in of.items()} for kind, of in tensors.items()}, None
+    stream, copied = torch.cuda.Stream(device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(device))  # all that has been asked for until now
+    with torch.cuda.stream(stream):
+        staged = {kind: {n: _pinned_copy(t) for n, t in of.items()} for kind, of in tensors.items()}
+        copied.record(stream)
+    return staged, copied
+
+
+def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return copied_to_host(tensor)
+    # torch keeps pinned memory for the next checkpoint
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor.detach(), non_blocking=True)
 
 
 def copied_to_host(tensor: torch.Tensor) -> torch.Tensor:

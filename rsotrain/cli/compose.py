@@ -12,7 +12,7 @@ from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import check_tuned, key_of
 from rsotrain.cli.text_keys import keep_text_of_config_files
 from rsotrain.config.choices import WeightRounding
-from rsotrain.config.defaults import conf_dir
+from rsotrain.config.defaults import tuned_method
 from rsotrain.config.keys import flatten, known_keys, plain
 from rsotrain.config.model import FIELDS_OF_THE_RUN, ModelConfig
 from rsotrain.config.rules import validate_model
@@ -90,8 +90,8 @@ def checked_config(composed: DictConfig, tuned: str | None, arguments: Sequence[
     ``tuned``: the chosen option of that group. ``arguments``: the overrides given. Raises UserError.
     """
     config = to_config(composed)
-    if tuned and (conf_dir() / f"tuned/{tuned}.yaml").is_file():  # ours bear their optimizer's name
-        check_tuned(tuned, config.optimizer.name, arguments)
+    if tuned and (method := tuned_method(tuned)) is not None:
+        check_tuned(tuned, method, config.optimizer.name, arguments)
     check_read(config, map(key_of, arguments))
     validate(config)
     return config

@@ -69,8 +69,10 @@ def run(composed: DictConfig) -> dict[str, Any]:
         check_length(config.epochs, hydras.overrides.task)
         keep_freed_memory()
         with leaving_at_once():
-            from rsotrain.cli.dispatch import run_mode, settle_epochs  # torch is imported from here on
+            # torch is imported from here on
+            from rsotrain.cli.dispatch import run_mode, settle_compile, settle_epochs
 
+            config = settle_compile(config)
             if config.epochs is not None:
                 config = settle_epochs(config)
             if config.mode is Mode.train:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -18,7 +19,7 @@ from rsotrain.cli.hints import unknown_key
 from rsotrain.cli.overrides import chosen_options
 from rsotrain.cli.values import wrong_value
 from rsotrain.config.defaults import conf_dir
-from rsotrain.config.keys import did_you_mean, known_keys
+from rsotrain.config.keys import did_you_mean, field_types, kinds, known_keys
 from rsotrain.config.schema import SCHEMAS, Mode
 from rsotrain.errors import LostRankError, TrainingError, UserError
 from rsotrain.tracking.escaping import one_line, print_line
@@ -124,6 +125,8 @@ def explain(error: Exception, given: Sequence[str] | None = None) -> str:
         return f"{several[1]} is several runs; start them with rsotrain -m …"
     if unresolved := re.match(r"Error resolving interpolation '(.+?)'", text):  # in the choice of an option
         key = next((word.partition("=")[0] for word in arguments if unresolved[1] in word), None)
+    if text.startswith("Cannot assign"):  # an item to a list of mappings; OmegaConf does not say to which
+        key = next(name for name, types in field_types().items() if Any in set().union(*map(kinds, types)))
     if key and (sentence := wrong_value(key, text)) is not None:
         return sentence
     return f"{key}: {text}" if key else " ".join(text.split())

@@ -13,6 +13,7 @@ from rsotrain.config.schema import SCHEMAS
 from rsotrain.config.text import NAME_BYTES
 from rsotrain.errors import UserError, require
 
+_IN_GROUP = re.compile(r"optimizer\.groups\.\d+\.\w")
 _ASSIGNMENT = re.compile(r"^(?P<key>\+{0,2}[A-Za-z_][\w./]*)=(?P<value>.*)$", re.DOTALL)
 _NO_NAME = re.compile(r"null|true|false|[+-]?(\d[\d_]*\.?\d*(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)
 _KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_][\w$./-]*(@[\w.:]*)?", re.ASCII)
@@ -50,7 +51,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
             name != "hydra", f"{argument} is for none of Hydra's settings; name one, as hydra.verbose=true"
         )
         whole = next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)
-        if whole is not None and not name.removeprefix(f"{whole}.").isdecimal():  # optimizer.betas.0 is one
+        if whole is not None and not _is_item(whole, name.removeprefix(f"{whole}.")):
             raise UserError(f"unknown key {name}; {whole} has no parts of a name")
         number = re.search(r"[\d_]{400}", value)  # beyond any float, and soon beyond what Python reads
         require(number is None or name in keys_of(str), f"{name}={value} is larger than any number may be")
@@ -62,6 +63,12 @@ def check_overrides(arguments: Sequence[str]) -> None:
             runs <= MOST_RUNS, f"{argument} makes this a sweep over more than {MOST_RUNS:_} runs; give fewer"
         )
     _check_choices(arguments)
+
+
+def _is_item(key: str, rest: str) -> bool:
+    """Is ``rest`` a part of a list: 0 of optimizer.betas, or 0.lr of optimizer.groups?"""
+    number, point, _ = rest.partition(".")
+    return number.isdecimal() and (not point or key == "optimizer.groups")
 
 
 def _is_other_number(word: str) -> bool:
@@ -99,9 +106,9 @@ def _check_choices(arguments: Sequence[str]) -> None:
                 raise UserError(f"{group}={word} chooses no option; {advice}")
 
 
-def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
-    """Raise UserError where the optimizer is not the one that the rates of conf/tuned are for."""
-    if tuned != optimizer:
+def check_tuned(tuned: str, method: str, optimizer: str, arguments: Sequence[str]) -> None:
+    """Raise UserError where the optimizer is not the ``method`` that the rates of conf/tuned are for."""
+    if method != optimizer:
         chosen = chosen_options(arguments)
         advice = f"say tuned={optimizer}"
         if "optimizer" in chosen:
@@ -109,7 +116,7 @@ def check_tuned(tuned: str, optimizer: str, arguments: Sequence[str]) -> None:
         elif "tuned" in chosen:
             advice = f"leave tuned={tuned} out"
         raise UserError(
-            f"conf/tuned/{tuned}.yaml has {tuned}'s rates, but the optimizer is {optimizer}; {advice}"
+            f"conf/tuned/{tuned}.yaml has {method}'s rates, but the optimizer is {optimizer}; {advice}"
         )
 
 
@@ -134,6 +141,8 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     """Values in the form Hydra takes: text quoted, what other programs write (W&B: ``None``) mended."""
     out = []
     for argument in arguments:
+        if _IN_GROUP.match(argument):  # which a group need not have yet
+            argument = f"++{argument}"
         match = _ASSIGNMENT.match(argument)
         if match and not re.search(r"[\[\]{}()'\"]", match["value"]):
             integer = match["key"].lstrip("+") in keys_of(int)

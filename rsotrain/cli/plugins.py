@@ -1,7 +1,7 @@
 """Optimizers of the user's own: Python files beside YAML files in a folder given by ``--config-dir``.
 
 ``DIR/optimizer/mine.py`` has the settings and the class of a method, ``DIR/optimizer/mine.yaml`` its rates.
-The file is imported before Hydra composes anything, as a module of ``rsotrain.optim.plugged``, and then is in
+The file is imported before Hydra composes anything, as a module of ``rsotrain.plugged``, and then is in
 the registry like a method of the package.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rsotrain import plugged
 from rsotrain.config.defaults import conf_dir
 from rsotrain.config.keys import keys_of
 from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.registry import CODE
 from rsotrain.errors import UserError, require
 from rsotrain.files import read_yaml
-from rsotrain.optim import plugged
 
 
 def load_plugins(folder: Path | None) -> None:

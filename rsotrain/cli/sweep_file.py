@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 
 from rsotrain.cli.hints import other_tools_name
 from rsotrain.cli.text_keys import quote, read_yaml, restore_text
-from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys
+from rsotrain.config.keys import did_you_mean, flatten, keys_of, known_keys, list_of
 from rsotrain.errors import UserError
 from rsotrain.tracking.escaping import one_line, print_line
 
@@ -90,7 +90,7 @@ def _fault_of_keys(configuration: Configuration) -> str | None:
         match = _KEY.match(override)
         if match is None:
             return f"{override!r} is not of the form key=value"
-        key = match["key"]
+        key = list_of(match["key"])
         if key not in known and not key.startswith("hydra"):
             return f"unknown key {key}{other_tools_name(key, known) or did_you_mean(key, known)}"
         if _is_sweep(override):
@@ -166,7 +166,7 @@ def _is_sweep(override: str) -> bool:
 
 def _check_key(path: Path, key: str) -> None:
     known = known_keys()
-    if key not in known and not key.startswith("hydra"):
+    if list_of(key) not in known and not key.startswith("hydra"):
         raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
 
 

@@ -21,15 +21,17 @@ def wrong_value(key: str, said: str) -> str | None:
 
     ``key`` may be that of an item of a list, as optimizer.betas[0].
     """
+    name = re.sub(r"\[\d+\]$", "", key)
+    annotations = field_types().get(name, set())
+    found = set().union(*map(kinds, annotations))
+    if Any in found:
+        return f"{name} must be a list of mappings, as {name}=[{{pattern: …, optimizer: …}}]"
     refused = _REFUSED.match(said)
     if refused is None:
         return None
     value = next((refused[name] for name in ("value", "word", "whole") if refused[name] is not None), "null")
     if refused["whole"] is not None:
         return f"{key}={value} is no value: {key} has keys of its own, which rsotrain --help lists"
-    name = re.sub(r"\[\d+\]$", "", key)
-    annotations = field_types().get(name, set())
-    found = set().union(*map(kinds, annotations))
     listed = re.search(r"expected one of \[(.*)\]", said)  # those of the chosen option
     words = [word for kind in found if _is_enum(kind) for word in kind.__members__]
     words = listed[1].split(", ") if listed else words

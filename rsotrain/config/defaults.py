@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rsotrain import plugged
 from rsotrain.config.methods import OPTIMIZERS, OptimizerConfig
 from rsotrain.config.samplers import SAMPLERS, SamplerConfig
 from rsotrain.errors import UserError, require
@@ -34,15 +35,28 @@ class Defaults(NamedTuple):
     sampler: str
 
 
-@cache
 def method_names() -> tuple[str, ...]:
-    """The options of ``optimizer=…``."""
-    return _names("optimizer")
+    """The options of ``optimizer=…``, those of the user's own among them."""
+    return tuple(sorted(_files("optimizer")))
+
+
+def _files(group: str) -> dict[str, Path]:
+    """Option of ``group`` -> its file."""
+    own = plugged.__path__ if group == "optimizer" else ()
+    folders = [*map(Path, own), conf_dir() / group]
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 @cache
-def _names(group: str) -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+def tuned_method(name: str) -> str | None:
+    """The method whose rates ``tuned=name`` has; None for a file that is not one of ours."""
+    file = conf_dir() / f"tuned/{name}.yaml"
+    if not file.is_file():
+        return None
+    (method,) = (
+        entry["override /optimizer"] for entry in read_yaml(file)["defaults"] if isinstance(entry, dict)
+    )
+    return str(method)
 
 
 def method_defaults(name: str) -> Defaults:
@@ -52,7 +66,7 @@ def method_defaults(name: str) -> Defaults:
 
 def _defaults(group: str, name: str) -> Defaults:
     """The file of ``group`` after the files, or the schema, that its list of defaults names."""
-    content = dict(read_yaml(conf_dir() / group / f"{name}.yaml"))
+    content = dict(read_yaml(_files(group)[name]))
     schemas = OPTIMIZERS if group == "optimizer" else SAMPLERS
     found = Defaults(object, {}, "")
     for entry in content.pop("defaults"):
@@ -79,7 +93,7 @@ def method_settings(name: str, settings: dict[str, Any]) -> OptimizerConfig:
 
 def sampler_settings(name: str, **settings: Any) -> SamplerConfig:
     """The settings of ``sampler=name`` with ``settings`` in place of the file's; UserError as above."""
-    known = _names("sampler")
+    known = sorted(_files("sampler"))
     require(name in known, f"there is no sampler {name!r}; there are {', '.join(known)}")
     defaults = _defaults("sampler", name)
     return _typed(defaults.schema, defaults.values | settings, name)

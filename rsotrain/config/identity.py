@@ -40,6 +40,8 @@ def identity_of(settings: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def _identity(settings: dict[str, Any], left_out: dict[str, Any], config: Config) -> dict[str, Any]:
     flat, later = dict(flatten(settings)), later_fields(config)
+    if flat.get("compile") is None:  # not settled, as where nothing is trained; once it was false
+        flat["compile"] = False
     return {
         key: value
         for key, value in flat.items()
@@ -113,7 +115,8 @@ def _name_of_settings(config: Config) -> str:
     defaults = {key: field.default for key, field in later_fields(config).items()}
     named = _identity(plain(config), defaults, config)
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    parts = [config.model.name, config.optimizer.name]
+    others = dict.fromkeys(str(group.get("optimizer")) for group in config.optimizer.groups)
+    parts = [config.model.name, "+".join([config.optimizer.name, *others])]
     if not isinstance(config.sampler, NoSamplerConfig):
         parts.append(config.sampler.name)
     return "-".join([*parts, f"seed{config.seed}", digest])

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,11 @@ def keys_of(kind: type) -> frozenset[str]:
 def known_keys() -> list[str]:
     """Every key and group that a command line can set."""
     return sorted(set(field_types()) | set(SCHEMAS) | {"experiment", "tuned"})
+
+
+def list_of(key: str) -> str:
+    """The key of the list that ``optimizer.groups.0.lr`` is in; any other key itself."""
+    return re.sub(r"^(optimizer\.groups)\.\d+(\..+)?$", r"\1", key)
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:

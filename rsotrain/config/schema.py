@@ -229,7 +229,14 @@ class Config:
         "a gradient norm of so many times the recent median is bad, too; null: never",
         later(number(None, above=1, at_most=FACTOR)),
     )
-    compile: bool = means("compile each block with torch.compile", False)
+    compile: bool | None = means(
+        "compile each block with torch.compile; null: to train or time on a GPU that has Triton",
+        None,
+    )
+    deterministic: bool = means(
+        "kernels whose sums are in one order, so that a resume on a GPU is bitwise; slower there",
+        later(False),
+    )
     activation_checkpointing: ActivationCheckpointing = means(
         "what the backward pass computes again instead of keeping it", ActivationCheckpointing.none
     )

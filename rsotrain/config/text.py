@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,31 @@ def check_text(config: Any, prefix: str = "") -> None:
             check_text(value, f"{key}.")
             continue
         for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, Mapping) and _of_mappings(field):
+                for word in _texts(text):
+                    check_writable(key, word)
+                continue
             # OmegaConf looks at the type of an element, but not into one that is a list
             require(
                 not isinstance(text, list | tuple | dict), f"{key}={value} must be a list of plain values"
             )
             if isinstance(text, str):
                 (check_path if is_path(field) else check_writable)(key, text)
+
+
+def _of_mappings(field: "dataclasses.Field[Any]") -> bool:
+    return any(typing.get_origin(item) is dict for item in typing.get_args(field.type))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in nested mappings and lists, their keys too."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def check_writable(key: str, text: str) -> None:

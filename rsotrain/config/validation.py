@@ -2,6 +2,7 @@
 
 import os
 
+from rsotrain.config.groups import method_groups
 from rsotrain.config.identity import run_name
 from rsotrain.config.processes import processes
 from rsotrain.config.ranges import check_ranges
@@ -30,6 +31,7 @@ def validate(config: Config) -> None:
     check_text(config)
     validate_parallelism(config, processes().size)
     validate_model(config.model)
+    method_groups(config.optimizer)
     validate_weight_rounding(config)
     validate_update_in_backward(config)
     longest = config.model.max_position_embeddings

@@ -9,7 +9,7 @@ from torch import Tensor
 _NO_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "set_", "resize_", "record_stream", "is_same_size")
 # About how many kernels an operation is that is more than one: cuSOLVER's for each matrix, others a call.
 PER_MATRIX = {"linalg_qr": 60, "_linalg_eigh": 200, "_linalg_svd": 300, "linalg_householder_product": 30}
-_PER_PANEL = {"linalg_cholesky_ex": 3, "linalg_solve_triangular": 2}  # of 32 columns, for a whole batch
+PER_PANEL = {"linalg_cholesky_ex": 3, "linalg_solve_triangular": 2}  # of 32 columns, for a whole batch
 _PER_CALL = {"sort": 4, "argsort": 4, "topk": 4, "embedding_dense_backward": 8, "linalg_vector_norm": 2}
 # From ATen's MultiTensorApply.cuh: tensors of one launch by the number of lists, elements of a chunk,
 # and blocks of one launch.
@@ -41,6 +41,6 @@ def launches_of(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
         return number + (name == "_foreach_norm")
     if name in PER_MATRIX:
         return PER_MATRIX[name] * max(1, inputs[0][..., 0, 0].numel())
-    if name in _PER_PANEL:
-        return _PER_PANEL[name] * -(-inputs[0].shape[-1] // 32)
+    if name in PER_PANEL:
+        return PER_PANEL[name] * -(-inputs[0].shape[-1] // 32)
     return _PER_CALL.get(name, 1)

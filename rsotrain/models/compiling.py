@@ -1,5 +1,6 @@
 """Compiled blocks, and what happens where there is no compiler."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,11 @@ from rsotrain.models.subspace_linear import sampled_bases
 # Variants of a block: with gradients and without, one and several batch sizes, and for RSO each set of inputs
 # that are observed together when refreshes are staggered.
 RECOMPILE_LIMIT = 32
+
+
+def is_worthwhile(device: torch.device) -> bool:
+    """Does compiling pay, as a rule? On a CPU it costs a minute for a few percent."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compile_blocks(model: Llama) -> None:

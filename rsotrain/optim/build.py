@@ -1,25 +1,35 @@
 """Builds optimizers and samplers from their settings, with which ``config`` registers the code of each."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from rsotrain.config.methods import OptimizerConfig, SubspaceConfig
+from rsotrain.config.groups import method_groups
+from rsotrain.config.methods import AdamConfig, OptimizerConfig, SubspaceConfig
 from rsotrain.config.ranges import check_ranges
 from rsotrain.config.samplers import OnlinePCAConfig, SamplerConfig
 from rsotrain.config.schema import Precision
-from rsotrain.errors import require
+from rsotrain.errors import UserError, require
 from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.moments import StateKeeper
-from rsotrain.optim.parameter_groups import group_parameters, is_norm_or_embedding
+from rsotrain.optim.parameter_groups import ParameterGroups, group_parameters, is_norm_or_embedding
 from rsotrain.optim.registered import code_of, method_of
 from rsotrain.optim.rest import refuse_rest, rest_optimizers, sharded_by_rows
 from rsotrain.optim.with_bases import Subspace
 from rsotrain.subspace.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Division:
+    """Parameters, by name, that have some settings of their own: one of the groups that torch's optimizers
+    take. ``settings``: fields of ``OptimizerConfig``."""
+
+    names: Set[str]
+    settings: Mapping[str, Any]
 
 
 def build_sampler(config: SamplerConfig) -> Sampler | None:
@@ -38,64 +48,159 @@ def build_optimizer(
     seed: int,
     total_steps: int,
     place: Callable[[nn.Module, Iterable[nn.Parameter]], None] | None = None,
+    divisions: Sequence[Division] = (),
 ) -> CompositeOptimizer:
-    """The method of ``config`` for the attention and MLP weights, ``config.rest`` for all other parameters.
+    """The method of ``config`` for the attention and MLP weights, those of ``config.groups`` for the matrices
+    that these find, ``config.rest`` for all other parameters.
 
     ``model``: a module, or pairs of name and parameter. RSO needs a module, whose linears it replaces.
     ``precision``: unless it is fp32, projections run in bfloat16. ``seed``, ``total_steps``: those of the
     run. ``place(model, by_rows)``: called to shard the model and give it memory, after the method has changed
     the modules and before optimizer state is created; ``by_rows``: parameters to shard in their rows.
-    Raises UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
+    ``divisions``: of all parameters together; without any all have the settings of ``config``. Raises
+    UserError if the patterns do not fit the model, if the rank does not fit a matrix, or if optimizer
     and sampler do not go together.
     """
-    method = method_of(config)
-    check_ranges(config, "optimizer.")
-    require(
-        config.betas[1] < 1.0 or method.takes_adagrad_beta,
-        f"optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for {config.name}",
-    )
-    groups = group_parameters(model, config.block_parameters)
+    others = method_groups(config)
+    parts = [_Part(config.name, config, sampler)]
+    parts += [_Part(group.label, group.optimizer, group.sampler, group.key) for group in others]
+    for part in parts:
+        part.check()
+    groups = group_parameters(model, config.block_parameters, others)
     refuse_rest(config, (tuple(p.shape) for p in groups.rest.values()))
-    own: dict[str, Any] = {}
+    refuse_idle(config, groups)
+    for part, matrices in zip(parts, (groups.blocks, *groups.claimed), strict=True):
+        if matrices:
+            part.choose_subspace(precision, seed, total_steps)
     if groups.blocks:
-        if isinstance(sampler, OnlinePCAConfig) and sampler.weight_decay is None:
-            sampler = replace(sampler, weight_decay=config.weight_decay)
-        built = build_sampler(sampler)
-        method.refuse(config, built)
-        if built is not None:
-            own["subspace"] = _subspace(config, built, precision, seed, total_steps)
-        groups, more = method.prepare_model(model, groups, config)
-        own |= more
+        _refuse_parted(parts[0], groups.blocks, divisions)
+        before = groups.blocks.keys()
+        groups, more = parts[0].method.prepare_model(model, groups, config)
+        divisions = _renamed(divisions, before, groups.blocks.keys())
+        parts[0].own |= more
     if place is not None:
         assert isinstance(model, nn.Module)
         by_rows = sharded_by_rows(config, groups.rest.values())
-        place(model, [*by_rows, *(groups.blocks.values() if method.by_rows else ())])
+        for part, matrices in zip(parts, (groups.blocks, *groups.claimed), strict=True):
+            by_rows += matrices.values() if part.method.by_rows else ()
+        place(model, by_rows)
         groups = groups.renewed(model)
-    require(
-        config.scale > 0 or not config.decay_at_lr,
-        "optimizer.decay_at_lr is for optimizer.scale > 0; with scale 0 these weights do not move",
-    )
-    settings = Settings(
-        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        weight_rounding=config.weight_rounding,
-    )
-    optimizers: list[ParamGroupOptimizer] = []
-    if groups.blocks:
-        decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
-        # a method may have embedding and head among its matrices, as SCALE does
-        spared = () if config.decay_norms_and_embeddings else groups.blocks.items()
-        undecayed_blocks = frozenset(name for name, p in spared if is_norm_or_embedding(name, p))
-        own_settings = replace(settings, weight_decay=decay, undecayed=undecayed_blocks)
-        optimizers.append(
-            method(config.name, groups.blocks, config.lr * config.scale, own_settings, config, **own)
-        )
-    optimizers += rest_optimizers(config, groups.rest, settings)
+    optimizers: list[ParamGroupOptimizer] = [
+        part.built(own, seed, division)
+        for part, matrices in zip(parts, (groups.blocks, *groups.claimed), strict=True)
+        for division, own in _divided(matrices, divisions)
+    ]
+    for division, own in _divided(groups.rest, divisions):
+        changed = replace(config, **division.settings)
+        optimizers += rest_optimizers(changed, own, _settings(changed, seed, changed.weight_decay))
     for optimizer in optimizers:
         optimizer.join_state()
     return CompositeOptimizer(optimizers, groups, in_backward=config.update_in_backward)
+
+
+@dataclass
+class _Part:
+    """A method of a run: its own, or that of a group, whose ``key`` begins the sentences about it.
+
+    ``own``: what the constructor is given beside what all methods are.
+    """
+
+    label: str
+    config: OptimizerConfig
+    sampler: SamplerConfig
+    key: str = ""
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> type[ParamGroupOptimizer]:
+        return method_of(self.config)
+
+    def check(self) -> None:
+        """Raise UserError for settings that no parameters can mend."""
+        config, begin = self.config, f"{self.key}: " if self.key else ""
+        check_ranges(config, f"{self.key or 'optimizer'}.")
+        require(
+            config.betas[1] < 1.0 or self.method.takes_adagrad_beta,
+            f"{begin}optimizer.betas: a second beta of 1 (AdaGrad) is for sn, sm and sn_sm, not for"
+            f" {config.name}",
+        )
+        require(
+            config.scale > 0 or not config.decay_at_lr,
+            f"{begin}optimizer.decay_at_lr is for optimizer.scale > 0; with scale 0 these weights do not"
+            " move",
+        )
+        require(
+            not self.key or not self.method.changes_modules(),
+            f"{self.key}: {config.name} changes the modules of the model, which only the run's own optimizer"
+            f" can; take optimizer={config.name}, and make groups of what other methods train",
+        )
+
+    def choose_subspace(self, precision: Precision, seed: int, total_steps: int) -> None:
+        """Raise UserError if the sampler does not go with the method."""
+        sampler = self.sampler
+        if isinstance(sampler, OnlinePCAConfig) and sampler.weight_decay is None:
+            sampler = replace(sampler, weight_decay=self.config.weight_decay)
+        built = build_sampler(sampler)
+        try:
+            self.method.refuse(self.config, built)
+        except UserError as error:
+            raise UserError(f"{self.key}: {error}" if self.key else str(error)) from error
+        if built is not None:
+            self.own["subspace"] = _subspace(self.config, built, precision, seed, total_steps)
+
+    def built(self, matrices: dict[str, nn.Parameter], seed: int, division: Division) -> ParamGroupOptimizer:
+        config = replace(self.config, **division.settings)
+        # a method may have embedding and head among its matrices, as SCALE does
+        spared = () if config.decay_norms_and_embeddings else matrices.items()
+        decay = config.weight_decay / config.scale if config.decay_at_lr else config.weight_decay
+        undecayed = frozenset(name for name, p in spared if is_norm_or_embedding(name, p))
+        settings = replace(_settings(config, seed, decay), undecayed=undecayed)
+        return self.method(self.label, matrices, config.lr * config.scale, settings, config, **self.own)
+
+
+def _settings(config: OptimizerConfig, seed: int, weight_decay: float) -> Settings:
+    return Settings(
+        keeper=StateKeeper(getattr(torch, config.state_dtype.value), seed),
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=weight_decay,
+        weight_rounding=config.weight_rounding,
+    )
+
+
+def _divided(
+    parameters: dict[str, nn.Parameter], divisions: Sequence[Division]
+) -> list[tuple[Division, dict[str, nn.Parameter]]]:
+    """The parameters of each division; no empty ones."""
+    found = [
+        (division, {name: p for name, p in parameters.items() if name in division.names})
+        for division in divisions or [Division(parameters.keys(), {})]
+    ]
+    return [(division, own) for division, own in found if own]
+
+
+def _refuse_parted(part: _Part, matrices: Collection[str], divisions: Sequence[Division]) -> None:
+    """Raise UserError where ``divisions`` part the matrices of a method that changes modules."""
+    parted = [division for division in divisions if not division.names.isdisjoint(matrices)]
+    require(
+        len(parted) < 2 or not part.method.changes_modules(),
+        f"{part.config.name} has one basis for linears that read the same input, or adapters, so all matrices"
+        " that block_parameters finds must be in one group of params",
+    )
+
+
+def _renamed(divisions: Sequence[Division], before: Set[str], now: Set[str]) -> Sequence[Division]:
+    """``divisions`` with those of the parameters ``now`` that take the place of matrices of ``before``."""
+    return [replace(d, names=d.names | (now - before)) if d.names & before else d for d in divisions]
+
+
+def refuse_idle(config: OptimizerConfig, groups: ParameterGroups) -> None:
+    """Raise UserError where ``optimizer.groups`` leave the run's own method nothing but the rest."""
+    require(
+        bool(groups.blocks) or not groups.claimed or isinstance(config, AdamConfig),
+        f"optimizer.groups leave optimizer={config.name} no matrix that optimizer.block_parameters finds;"
+        " take optimizer=adam, which also trains the rest, or narrow a pattern",
+    )
 
 
 def _subspace(

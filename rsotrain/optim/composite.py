@@ -35,7 +35,7 @@ class CompositeOptimizer:
         in_backward: bool = False,
     ) -> None:
         names = [name for group in groups for name in group.parameters]
-        trained = [*parameter_groups.blocks, *parameter_groups.rest]
+        trained = [*parameter_groups.by_methods, *parameter_groups.rest]
         assert sorted(names) == sorted(trained), "each parameter in exactly one group"
         self.groups = groups
         self.parameter_groups = parameter_groups
@@ -111,11 +111,10 @@ class CompositeOptimizer:
         return tensors_bytes(self.gradients()) if self.in_backward is None else self.in_backward.most_bytes()
 
     def block_gradients_bytes(self) -> int:
-        """The same of the attention and MLP weights alone."""
-        blocks = [group for group in self.groups if self._is_of_blocks(group)]
+        """The same of the attention and MLP weights alone, or of what else methods train."""
         if self.in_backward is not None:
-            return self.in_backward.most_bytes(blocks)
-        return sum(tensors_bytes(group.gradients().values()) for group in blocks)
+            return self.in_backward.most_bytes(self.methods)
+        return sum(tensors_bytes(group.gradients().values()) for group in self.methods)
 
     def clip_(self, norm: Tensor, max_norm: float) -> None:
         """Scale the gradients so that their ``norm``, the root of the sum of squares of all
@@ -188,27 +187,34 @@ class CompositeOptimizer:
 
     def block_state_bytes(self) -> int:
         """Bytes of the state of attention and MLP weights; the rest has the same state for all methods."""
-        return sum(group.state_bytes() for group in self.groups if self._is_of_blocks(group))
+        return sum(group.state_bytes() for group in self.methods)
 
-    def _is_of_blocks(self, group: ParamGroupOptimizer) -> bool:
-        return group.parameters.keys() <= self.parameter_groups.blocks.keys()
+    @property
+    def methods(self) -> list[ParamGroupOptimizer]:
+        """The optimizers but those of the rest: of the run's own method, and of those of its groups."""
+        own = self.parameter_groups.by_methods.keys()
+        return [group for group in self.groups if group.parameters.keys() <= own]
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the last refresh; waits for the device."""
+        """Metrics of the last refresh; waits for the device. The names of those of ``optimizer.groups[i]``
+        end in ``/group_i``."""
+        claimed = [own.keys() for own in self.parameter_groups.claimed]
         result: dict[str, float] = {}
         for group in self.groups:
-            result |= group.metrics()
+            names = group.parameters.keys()
+            end = f"/group_{claimed.index(names)}" if names in claimed else ""
+            result |= {f"{key}{end}": value for key, value in group.metrics().items()}
         return result
 
     def table(self) -> list[GroupRow]:
         """The parameter groups: one row for each optimizer, one for frozen parameters."""
-        patterns = " | ".join(self.parameter_groups.patterns)
+        methods = self.methods
         rows = []
         for group in self.groups:
             rows.append(
                 GroupRow(
                     group=group.label,
-                    pattern=patterns if self._is_of_blocks(group) else "all others",
+                    pattern=" | ".join(group.config.block_parameters) if group in methods else "all others",
                     num_tensors=len(group.parameters),
                     num_elements=sum(p.numel() for p in group.parameters.values()),
                     lr=group.peak_lr,

@@ -5,9 +5,11 @@ method has all other parameters. The formulas check the planner, which measures 
 a method of the user's own may do without one.
 """
 
-import re
 from dataclasses import dataclass
 
+from rsotrain.config.groups import all_methods, first_match, method_groups
+from rsotrain.config.methods import OptimizerConfig
+from rsotrain.config.samplers import SamplerConfig
 from rsotrain.config.schema import Config, ModelConfig, Precision
 from rsotrain.models import architecture
 from rsotrain.models.architecture import Weight
@@ -39,31 +41,38 @@ class StateBytes:
 
 def state_bytes(config: Config, vocab_size: int) -> StateBytes | None:
     """Bytes of the optimizer state on rank 0 of ``parallelism.world_size`` ranks; None without a formula."""
-    optimizer = config.optimizer
-    if not method_of(optimizer).has_formula():
+    optimizer, methods = config.optimizer, list(all_methods(config.optimizer, config.sampler))
+    if not all(method_of(own).has_formula() for own, _ in methods):
         return None
-    patterns = [re.compile(pattern) for pattern in optimizer.block_parameters]
-    blocks: list[Weight] = []
+    patterns = [group.pattern for group in method_groups(optimizer)]
+    weights: list[list[Weight]] = [[] for _ in methods]
     rest: list[Weight] = []
     for weight in weights_of(config.model, vocab_size):
-        matched = any(pattern.search(weight.name) for pattern in patterns)
-        (blocks if matched else rest).append(weight)
-    layout = _layout(config)
-    return StateBytes(
-        method_of(optimizer).state_bytes_formula(optimizer, blocks, layout) if blocks else 0,
-        rest_state_bytes(optimizer, rest, layout),
+        group = first_match(weight.name, patterns)
+        if group is not None:
+            weights[1 + group].append(weight)
+        elif first_match(weight.name, optimizer.block_parameters) is not None:
+            weights[0].append(weight)
+        else:
+            rest.append(weight)
+    blocks = sum(
+        method_of(own).state_bytes_formula(own, matrices, _layout(config, own, sampler))
+        for (own, sampler), matrices in zip(methods, weights, strict=True)
+        if matrices
     )
+    return StateBytes(blocks, rest_state_bytes(optimizer, rest, _layout(config, optimizer, config.sampler)))
 
 
-def _layout(config: Config) -> WeightsLayout:
+def _layout(config: Config, optimizer: OptimizerConfig, sampler: SamplerConfig) -> WeightsLayout:
+    """How a run of ``config`` stores what a method and its sampler keep."""
     pieces = shards_of(config.parallelism, config.parallelism.world_size or 1)
-    sampler = build_sampler(config.sampler)
-    if sampler is None:
-        return WeightsLayout(pieces, config.optimizer.state_dtype)
+    built = build_sampler(sampler)
+    if built is None:
+        return WeightsLayout(pieces, optimizer.state_dtype)
     return WeightsLayout(
         pieces,
-        config.optimizer.state_dtype,
+        optimizer.state_dtype,
         basis_bytes=4 if config.precision is Precision.fp32 else 2,
-        bases_are_optimised=sampler.post_update,
-        sampler_state=sampler.state_bytes,
+        bases_are_optimised=built.post_update,
+        sampler_state=built.state_bytes,
     )

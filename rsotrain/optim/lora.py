@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class LoRA(AdamW):
             for factor, parameter in zip(factor_names(name), (layer.lora_A, layer.lora_B), strict=True)
         }
         frozen = groups.frozen | groups.blocks
-        return ParameterGroups(groups.patterns, factors, groups.rest, frozen), {"adapted": adapted}
+        return replace(groups, blocks=factors, frozen=frozen), {"adapted": adapted}
 
     @classmethod
     def state_bytes_formula(cls, config: Any, weights: Sequence[Weight], layout: WeightsLayout) -> int:

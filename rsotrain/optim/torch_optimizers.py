@@ -9,7 +9,7 @@ as one likes: ``GaLore``, ``SN_SM``, ``ApolloMini``. Its keyword arguments are t
 file gives their defaults. The classes are made from these files when they are asked for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from torch import nn
 
 from rsotrain.config.choices import WeightRounding
 from rsotrain.config.defaults import method_defaults, method_names, method_settings, sampler_settings
+from rsotrain.config.groups import all_methods
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.config.rules import validate_decay
 from rsotrain.config.samplers import SamplerConfig
@@ -28,9 +29,8 @@ from rsotrain.errors import UserError, require
 from rsotrain.models.plain_linears import make_projectable
 from rsotrain.optim.base import ParamGroupOptimizer
 from rsotrain.optim.build import build_optimizer, build_sampler, method_of
+from rsotrain.optim.torch_groups import Params, check_group, divided, whole_model
 from rsotrain.optim.with_bases import OptimizerWithBases
-
-Named = nn.Module | Iterable[tuple[str, nn.Parameter]]
 
 _HINT = "load it into an optimizer made with the arguments of the one that was saved"
 _STEPS = "steps_done"  # of each param_group
@@ -39,7 +39,11 @@ _STEPS = "steps_done"  # of each param_group
 class MethodOptimizer(torch.optim.Optimizer):
     """The method for the attention and MLP weights and AdamW, or ``rest``, for the others, as in a run.
 
-    ``params``: the model, or its named parameters; RSO and LoRA need the model. Each group of
+    ``params``: the model, or its named parameters; RSO and LoRA need the model. Or groups of parameters, as
+    all optimizers of torch take them: mappings of ``params`` and of what is a group's own, ``lr``, ``scale``,
+    ``weight_decay``, ``betas`` or ``eps``. Their ``params`` are pairs of name and parameter; parameters alone
+    find their names in the model ``names_from``, as those of Hugging Face's Trainer do. The ``weight_decay``
+    of a group is that of all its parameters, norms and embeddings too. Each group of
     ``param_groups`` has its own ``lr``: that of the method's matrices is lr × scale, that of the others lr.
     This is what a step uses, so schedulers of torch work. The optimizer state is made at once, on the devices
     of the parameters: move the model first. Every parameter needs a gradient in each step.
@@ -62,8 +66,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Named,
+        params: Params,
         *,
+        names_from: nn.Module | None = None,
         sampler: str | SamplerConfig | None = None,
         seed: int = 0,
         total_steps: int | None = None,
@@ -71,18 +76,25 @@ class MethodOptimizer(torch.optim.Optimizer):
         grad_clip: float | None = None,
         **settings: Any,
     ) -> None:
-        values = _from_model(self.method, params) | settings
-        model = params if isinstance(params, nn.Module) else _named(params)
+        values = _from_model(self.method, names_from or params) | settings
+        model, divisions = divided(self.method, params, names_from)
+        require(
+            not divisions or not settings.get("groups"),
+            "params in groups and groups=… both divide the parameters; give one of them",
+        )
         require(grad_clip is None or grad_clip > 0, f"grad_clip={grad_clip} must be positive, or None")
         trained = [p for _, p in (model.named_parameters() if isinstance(model, nn.Module) else model)]
         low = any(p.dtype is torch.bfloat16 and p.ndim == 2 for p in trained)
         if low:  # as in a run with precision=bf16
             values = {"weight_rounding": WeightRounding.stochastic} | values
         config = method_settings(self.method, values)
+        for number, division in enumerate(divisions):
+            check_group(self.method, number, {**values, **division.settings})
         chosen = method_defaults(self.method).sampler if sampler is None else sampler
         subspace = sampler_settings(chosen) if isinstance(chosen, str) else chosen
         _refuse(config, subspace, low, total_steps, bf16_products)
         if method_of(config).changes_modules():
+            model = whole_model(self.method, model, names_from) if divisions else model
             if not isinstance(model, nn.Module):
                 raise UserError(
                     f"{self.method} changes the linears of the model, so it needs the model itself, not its"
@@ -97,10 +109,11 @@ class MethodOptimizer(torch.optim.Optimizer):
             precision=Precision.bf16 if low else Precision.fp32,
             seed=seed,
             total_steps=total_steps or 1,
+            divisions=divisions,
         )
         groups_of = self._composite.parameter_groups
         require(
-            bool(groups_of.blocks) or not groups_of.patterns,
+            bool(groups_of.by_methods) or not groups_of.patterns,
             f"all matrices that block_parameters finds are frozen, as RSO leaves them: give {self.method} a"
             " model that trains them, which no RSO had before",
         )
@@ -229,8 +242,8 @@ def _refuse(
         low or config.weight_rounding is WeightRounding.nearest,
         "weight_rounding=stochastic rounds bfloat16 weights, and the model has none; leave it out",
     )
-    built = build_sampler(sampler)
-    switches = built is not None and built.switch is not None
+    samplers = [build_sampler(own) for _, own in all_methods(config, sampler)]
+    switches = any(built is not None and built.switch is not None for built in samplers)
     require(
         switches == (total_steps is not None),
         f"sampler={sampler.name} changes at a share of the training: give total_steps=…"
@@ -238,7 +251,7 @@ def _refuse(
         else f"total_steps={total_steps} does nothing with sampler={sampler.name}: leave it out",
     )
     require(
-        built is not None or bf16_products is None,
+        any(samplers) or bf16_products is None,
         f"{config.name} projects nothing, so bf16_products would do nothing: leave it out",
     )
     require(
@@ -252,15 +265,6 @@ def _set_lr(inner: ParamGroupOptimizer, lr: float, peak: float) -> None:
     inner.peak_lr = lr
     if isinstance(inner, OptimizerWithBases):
         inner.bases.lr_share = lr / peak if peak else 1.0
-
-
-def _named(params: Iterable[Any]) -> list[tuple[str, nn.Parameter]]:
-    named = list(params)
-    require(
-        all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named),
-        "names decide which parameters the method trains: give the model, or model.named_parameters()",
-    )
-    return named
 
 
 def _from_model(method: str, params: Any) -> dict[str, Any]:

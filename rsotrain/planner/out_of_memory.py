@@ -121,7 +121,7 @@ def options(config: Config) -> Iterator[Option]:
         if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
-        own = {key: getattr(optimizer, key) for key in ("state_dtype", "weight_rounding", "rest")}
+        own = {key: getattr(optimizer, key) for key in ("state_dtype", "weight_rounding", "rest", "groups")}
         rso = RSOConfig(name="rso", lr=optimizer.lr, **own)
         yield Option("optimizer=rso", replace(config, optimizer=rso, sampler=haar))
     if config.batch_size % (2 * size) == 0:

@@ -86,16 +86,15 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
         of_steps = {number: tracker.peaks() for number, tracker in trackers.items()}
         peaks = _merged(of_steps)
         trainer, optimizer = run.trainer, run.trainer.optimizer
-        has_blocks = bool(optimizer.parameter_groups.blocks)
         formula = state_bytes(config, trainer.vocab_size)
         micro = trainer.config.micro_batch_size
         assert micro is not None
         parameters = Share(
             tensors_bytes(trainer.model.parameters()),
-            tensors_bytes(optimizer.groups[0].weights_held()) if has_blocks else 0,
+            sum(tensors_bytes(group.weights_held()) for group in optimizer.methods),
         )
         gradients = Share(run.gradients_bytes, run.block_gradients_bytes)
-        state = Share(optimizer.state_bytes(), optimizer.groups[0].state_bytes() if has_blocks else 0)
+        state = Share(optimizer.state_bytes(), optimizer.block_state_bytes())
         phases = {
             phase.value: {kind.value: peaks[phase].by_kind.get(kind, 0) for kind in Kind}
             | {"peak": peaks[phase].total}
@@ -174,20 +173,22 @@ def _fits(run: FakeRun, of_steps: dict[int, dict[Phase, Peak]], micro_batch: int
 def _steps(run: FakeRun) -> list[int]:
     """Numbers (1-based) of the steps that differ in memory: one without a refresh and one with.
 
-    The first step samples the first bases. It is planned if the run is too short for another refresh, if the
-    sampler finds its first bases in another way, or if refreshes are staggered, as it samples all bases at
-    once.
+    Those of all optimizers of the run. The first step samples the first bases. It is planned if the run is
+    too short for another refresh, if the sampler finds its first bases in another way, or if refreshes are
+    staggered, as it samples all bases at once.
     """
+    last, steps = run.config.steps, set[int]()
     for group in run.trainer.optimizer.groups:
         if isinstance(group, OptimizerWithBases):
             refresh = _refresh_step(group)
-            if refresh > run.config.steps:
-                return sorted({1, min(2, run.config.steps)})
+            if refresh > last:
+                steps |= {1, min(2, last)}
+                continue
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
-            return sorted({2, refresh} | ({1} if first else set()))
-        if (costliest := group.costliest_step()) is not None:
-            return sorted({1, min(costliest, run.config.steps)})
-    return [1]
+            steps |= {2, refresh} | ({1} if first else set())
+        elif (costliest := group.costliest_step()) is not None:
+            steps |= {1, min(costliest, last)}
+    return sorted(steps or {1})
 
 
 def _refresh_step(group: OptimizerWithBases) -> int:
@@ -272,6 +273,7 @@ def _settings(config: Config, micro: int) -> dict[str, Any]:
         "state_dtype": values["optimizer"]["state_dtype"],
         "update_in_backward": values["optimizer"]["update_in_backward"],
         "rest": values["optimizer"]["rest"],
+        "groups": values["optimizer"]["groups"],
         "precision": values["precision"],
         "activation_checkpointing": values["activation_checkpointing"],
         "parallelism": values["parallelism"]["strategy"],

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import Group
+from rsotrain.report.front import NOTE, front_markdown, front_of
 from rsotrain.report.tables import markdown
 from rsotrain.tracking.escaping import for_markdown, markdown_code
 
@@ -11,6 +12,7 @@ from rsotrain.tracking.escaping import for_markdown, markdown_code
 PICTURES = {
     "validation_loss_by_tokens": "Validation loss over tokens",
     "validation_loss_by_time": "Validation loss over wall time",
+    "front": "Loss against optimizer state",
     "memory": "Memory by part",
     "throughput": "Throughput",
     "subspace": "Overlap of adjacent bases, and the share of the gradient's energy that they capture",
@@ -37,6 +39,8 @@ def document(
     for name, what in PICTURES.items():
         if name in pictures:
             parts += [f"## {what}", _picture(name, what)]
+        if name == "front" and (front := front_of(groups)):
+            parts += [front_markdown(front), for_markdown(NOTE)]
     return "\n\n".join([*parts, f"Written by {markdown_code(command)}."]) + "\n"
 
 

@@ -150,7 +150,10 @@ def of_their_job(members: Sequence[Run], neighbours: Iterable[Run]) -> list[Run]
 
 
 def _method(run: Run) -> tuple[object, object]:
-    return run.config.get("optimizer.name"), run.config.get("sampler.name")
+    """Its optimizer and its sampler. A run with several methods is none of any of them."""
+    groups = run.config.get("optimizer.groups")
+    name = run.config.get("optimizer.name")
+    return f"{name} and {groups}" if groups else name, run.config.get("sampler.name")
 
 
 def _is(group: Group, method: str, sampler: str) -> bool:

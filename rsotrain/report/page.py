@@ -9,6 +9,7 @@ from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.fairness import doubts, name_of
+from rsotrain.report.front import NOTE, front_cells, front_of
 from rsotrain.report.runs import Run
 from rsotrain.report.tables import columns_of, notes, rows
 from rsotrain.tracking.drawing import color_and_dashes
@@ -19,6 +20,7 @@ from rsotrain.tracking.theme import SVG_TAG, variables, with_variables
 TITLES = {
     "validation_loss": "Validation loss",
     "training_loss": "Training loss",
+    "front": "Loss against optimizer state",
     "memory": "Memory by part",
     "throughput": "Throughput",
     "subspace": "Subspace",
@@ -44,7 +46,7 @@ def page(
         _tiles(groups),
         f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups, left_out)}</section>",
         *_claims(findings),
-        *_pictures(pictures),
+        *_pictures(pictures, {"front": _front(groups)}),
         f"<section><h2>Runs</h2>{_runs(runs)}</section>",
         f"<footer>Written by rsotrain-report, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
     ]
@@ -146,15 +148,32 @@ def _verdict(verdict: Verdict) -> str:
     return f'<td class="verdict {verdict.name}">{verdict.value}</td>'
 
 
-def _pictures(pictures: Mapping[str, str]) -> list[str]:
-    """A section each; those of one metric over several axes share one, with tabs."""
+def _front(groups: Sequence[Group]) -> str:
+    """The table to the picture of loss against optimizer state."""
+    heads, lines = front_cells(front_of(groups))
+    head = "".join(f"<th>{for_html(text)}</th>" for text in ["", *heads])
+    body = "".join(
+        f"<tr><th>{_swatch(row.index)}{'• ' if row.on_front else ''}{for_html(name_of(row.group))}</th>"
+        + "".join(f"<td>{for_html(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for row, cells in lines
+    )
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(NOTE)}</p>'
+
+
+def _pictures(pictures: Mapping[str, str], below: Mapping[str, str]) -> list[str]:
+    """A section each; those of one metric over several axes share one, with tabs.
+
+    ``below``: name -> what stands below a picture.
+    """
     sections: dict[str, list[str]] = {}
     for name in pictures:
         sections.setdefault(name.split("_by_")[0], []).append(name)
     out = []
     for section, names in sections.items():
         if len(names) == 1:
-            content = _adapted(pictures[names[0]])
+            content = _adapted(pictures[names[0]]) + below.get(section, "")
         else:
             labels = {f"{section}_by_{axis.name}": axis.label for axis in AXES}
             buttons = "".join(

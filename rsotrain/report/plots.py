@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rsotrain.report.bars import mean_of, memory_bars, throughput_bars
 from rsotrain.report.comparison import THROUGHPUT, Group
 from rsotrain.report.curves import AXES, curves
+from rsotrain.report.front import front_of, front_picture
 from rsotrain.tracking.drawing import drawing_in
 from rsotrain.tracking.theme import LIGHT, Palette
 
@@ -34,6 +35,8 @@ def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> dict[str, "Figure
             if _has(groups, metric):
                 for axis in AXES:
                     figures[f"{name}_by_{axis.name}"] = curves(groups, [(metric, label)], axis, palette)
+        if front := front_of(groups):
+            figures["front"] = front_picture(front, palette)
         if any(mean_of(group, "memory/parameters_bytes") for group in groups):
             figures["memory"] = memory_bars(groups, palette)
         if any(mean_of(group, THROUGHPUT.metric) for group in groups):

@@ -77,16 +77,19 @@ def write_report(
 
     Raises UserError where it cannot be written, or matplotlib is missing.
     """
+    from rsotrain.report.front import front_csv, front_latex, front_of
     from rsotrain.report.page import page
     from rsotrain.report.plots import draw, svg_text
     from rsotrain.tracking.drawing import write_png
 
     figures = draw(groups, LIGHT)
+    front = front_of(groups)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
     texts = {
         PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
         "report.md": document(groups, findings, figures, title, command, left_out),
         "report.csv": comma_separated(groups),
+        **({"front.csv": front_csv(front), "front.tex": front_latex(front)} if front else {}),
         **{f"{name}.svg": svg for name, svg in svgs.items()},
     }
     pictures = [(name, figure, LIGHT) for name, figure in figures.items()]

@@ -20,6 +20,7 @@ from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.screen import survive_its_loss
 from rsotrain.tracking.wandb_environment import init_timeout_seconds, resolve_mode
 from rsotrain.training.composition import check_composition
+from rsotrain.training.determinism import resume_in_words, settle
 from rsotrain.training.guard import Guard, unguarded
 from rsotrain.training.trial import try_plugged
 
@@ -32,6 +33,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
     checkpoint written.
     """
     survive_its_loss()
+    settle(config.deterministic)
     world = start(config.parallelism, config.device)
     with (
         world.reporting_losses(),
@@ -62,6 +64,7 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
             )
         display.message(f"run {folder.path.name} on {device_name(world.device, world.size)}")
         display.message(f"its folder: {shown_path(folder.path)}")
+        display.message(resume_in_words(world.device, config.deterministic))
         if untried is not None:
             display.message(untried)
         for key, value in folder.as_before.items():

@@ -10,7 +10,6 @@ from rsotrain.checkpoints.files import list_checkpoints
 from rsotrain.checkpoints.saving import BackgroundSaver
 from rsotrain.config.identity import cache_dir, identity
 from rsotrain.config.keys import flatten, plain
-from rsotrain.config.methods import SubspaceConfig
 from rsotrain.config.schema import Config
 from rsotrain.data.build import build_data
 from rsotrain.data.position import began_to_repeat, epochs_taken
@@ -26,17 +25,20 @@ from rsotrain.errors import (
 from rsotrain.files import finite, os_errors_said, reason, write_json_atomic
 from rsotrain.instruments.memory import memory_metrics
 from rsotrain.models.build import COMPUTE_DTYPE
+from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.parallel.ranks import World
 from rsotrain.running.folder import RunFolder
 from rsotrain.running.interrupt import SCHEDULERS_WARNINGS, Reason, StopRequest, agreed_reason
 from rsotrain.running.resume import Progress, resume
 from rsotrain.tracking.display import Display, print_parameter_table
+from rsotrain.tracking.formats import format_seconds
 from rsotrain.tracking.loggers import Loggers, build_loggers
 from rsotrain.tracking.metrics import StepTimer, forget_peak_memory, peak_memory_bytes
 from rsotrain.tracking.wandb_environment import resolve_mode
 from rsotrain.training.evaluation import perplexity
 from rsotrain.training.flops import matmul_flops_per_second
-from rsotrain.training.trainer import StepResult, Trainer, share_of_batch
+from rsotrain.training.refresh_cost import costly_refreshes
+from rsotrain.training.trainer import Signals, StepResult, Trainer, share_of_batch
 
 
 class _StoppedError(Exception):
@@ -79,6 +81,8 @@ class TrainingRun:
         )
         world.main_together(self._save_tokenizer)
         self.trainer = Trainer(config, self.data, world)
+        for said in costly_refreshes(self.trainer, world.device.type):
+            display.message(said)
         earlier = resume(self.trainer, folder.checkpoints, display.message)
         self.resumed = None if earlier is None else self.trainer.step
         self.progress = earlier or Progress()
@@ -97,8 +101,10 @@ class TrainingRun:
         self.saver = BackgroundSaver(
             folder.checkpoints, world, config.keep_checkpoints, check=folder.check, warn=display.message
         )
+        self.trainer.before_update = self.saver.let_copies_end
         self.stop = StopRequest(config.max_seconds)
         self.start = time.monotonic()
+        self.warmup_seconds: float | None = None  # of the first step of this start
 
     def _save_tokenizer(self) -> None:
         with os_errors_said(f"{self.folder.path / TOKENIZER_FOLDER} cannot be written"):
@@ -195,7 +201,8 @@ class TrainingRun:
                     self._evaluate()
             while trainer.step < config.steps and reason is None and not self._ended_early():
                 position = trainer.position
-                result = trainer.train_step(stop.signals)
+                step = self._first_step if self.warmup_seconds is None else trainer.train_step
+                result = step(stop.signals)
                 if began_to_repeat(self.data.train, position, trainer.position):
                     self._say_repeated()
                 if result.skipped:
@@ -213,6 +220,18 @@ class TrainingRun:
         except _StoppedError as stopped:
             return stopped
         return None if reason is None else _StoppedError(reason, evaluating=False)
+
+    def _first_step(self, signals: Signals) -> StepResult:
+        """One that compiles its blocks, where it does."""
+        began = time.monotonic()
+        result = self.trainer.train_step(signals)
+        self.warmup_seconds = time.monotonic() - began
+        if self.config.compile:
+            self.display.message(
+                f"compile=true: the first step took {format_seconds(self.warmup_seconds)}, most of it to"
+                " compile; compile=false does without"
+            )
+        return result
 
     def _say_repeated(self) -> None:
         self.display.message(
@@ -275,9 +294,9 @@ class TrainingRun:
 
     def _memory_is_due(self, step: int) -> bool:
         """At the first step after a refresh, unless refreshes come as often as lines of the log."""
-        optimizer = self.config.optimizer
-        gap = optimizer.update_proj_gap if isinstance(optimizer, SubspaceConfig) else 0
-        return gap > self.config.log_every and self.trainer.optimizer.begins_round(step)
+        optimizer = self.trainer.optimizer
+        gaps = [group.subspace.gap for group in optimizer.groups if isinstance(group, OptimizerWithBases)]
+        return max(gaps, default=0) > self.config.log_every and optimizer.begins_round(step)
 
     def _memory(self) -> dict[str, float]:
         device = self.trainer.device
@@ -359,6 +378,8 @@ class TrainingRun:
         }
         median = self.timer.median()
         if median is not None:
+            if self.config.compile and self.warmup_seconds is not None:
+                summary["throughput/warmup_seconds"] = self.warmup_seconds
             summary |= median.metrics() | {"throughput/mfu": self._mfu(median.tokens_per_second)}
         unigram = unigram_loss(self.data.train, self.data.validation, self.config.evaluation.max_tokens)
         if unigram is not None:

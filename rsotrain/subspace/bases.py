@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rsotrain.instruments.devices import device_kind
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
 from rsotrain.subspace.orthonormal import orthonormalised
@@ -143,7 +144,7 @@ class Bases:
         So a basis that was drawn on one kind of device is drawn again the same on the other.
         """
         seed = seed_of(self.seed, "basis", name, index)
-        return seed if self.devices[name].type == "cpu" else ~seed
+        return seed if device_kind(self.devices[name]) == "cpu" else ~seed
 
     def request(self, name: str, index: int | str) -> SampleRequest:
         """The request for the refresh ``index``, without data."""

@@ -15,9 +15,9 @@ from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source
 
-# Elements of the matrices of a batch, unless one alone has more: 64 MiB in float32. Small matrices, whose
-# kernels do not fill a GPU, come together by dozens; large ones one by one.
-BATCH_ELEMENTS = 1 << 24
+# Elements of the matrices of a batch, unless one alone has more: 16 MiB in float32. Small matrices, whose
+# kernels do not fill a GPU, come together by dozens; large ones one by one, with no more memory than that.
+BATCH_ELEMENTS = 1 << 22
 
 Number = Callable[[str], int]
 

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 23  # bounds the float64 temporaries of blockwise sums
+# Bound the float64 temporaries of blockwise sums, of one matrix and of a batch.
+_BLOCK_ELEMENTS, _BATCH_BLOCK_ELEMENTS = 1 << 23, 1 << 21
 # Only the lower blocks of a symmetric product are computed: with n×n blocks (n + 1)/2n of all operations.
 _SYMMETRIC_BLOCKS = 8
 _LEAST_WIDTH = 128  # of a block; narrower products are slower per operation
@@ -71,10 +72,12 @@ class Gram(Protocol):
 
     ``size``: k. ``resolution``: the relative size below which entries of A are rounding errors. ``is_zero``:
     is A zero? The host knows it. ``finite``, ``usable``: is A finite; is it finite and not zero? 0-d.
+    ``eigen_dtype``: in which eigenvalues lose nothing that the data hold.
     """
 
     size: int
     resolution: float
+    eigen_dtype: torch.dtype
 
     @property
     def is_zero(self) -> bool: ...
@@ -147,8 +150,12 @@ class GradientGram(Scaled):
         if largest is None:
             largest = largest_entry(gradient).to(dtype)
         self.largest = largest
+        # the squares of what 8 bits resolve are as large as the errors of sums in float32
+        self.eigen_dtype = torch.float32 if gradient.dtype.itemsize < 4 else torch.float64
         # a division, because the reciprocal of a subnormal number is infinite
-        self.normalised = gradient.to(dtype) / _entrywise(torch.where(self.largest > 0, self.largest, 1.0))
+        divisor = _entrywise(torch.where(self.largest > 0, self.largest, 1.0))
+        wide = gradient.to(dtype)
+        self.normalised = wide / divisor if wide.dtype is gradient.dtype else wide.div_(divisor)
         self._energy: Tensor | None = None
 
     @classmethod
@@ -158,7 +165,8 @@ class GradientGram(Scaled):
         return gram if gram.is_finite else None
 
     def _blocks(self) -> Iterator[Tensor]:
-        rows = max(1, _BLOCK_ELEMENTS // (self.size * self.largest.numel()))
+        limit = _BLOCK_ELEMENTS if self.largest.dim() == 0 else _BATCH_BLOCK_ELEMENTS
+        rows = max(1, limit // (self.size * self.largest.numel()))
         for block in self.normalised.split(rows, dim=-2):
             yield block.to(torch.float64)
 
@@ -199,7 +207,7 @@ class TrackedGram:
 
     def __init__(self, gram: "Gram", largest: Tensor, basis: Tensor, tracked: Tensor, weight: float) -> None:
         self.gram, self.basis = gram, basis
-        self.size, self.resolution = gram.size, gram.resolution
+        self.size, self.resolution, self.eigen_dtype = gram.size, gram.resolution, gram.eigen_dtype
         scale = _entrywise(torch.where(largest > 0, largest, 1.0).to(tracked.dtype))
         self.tracked = tracked / scale / scale * weight
 
@@ -246,6 +254,7 @@ class DenseGram(Scaled):
     def __init__(self, matrix: Tensor) -> None:
         self.size = matrix.shape[-1]
         self.resolution = torch.finfo(matrix.dtype).eps
+        self.eigen_dtype = matrix.dtype
         self.largest = matrix.abs().amax((-2, -1))  # NaN if an entry is NaN
         self.normalised = matrix / _entrywise(torch.where(self.largest > 0, self.largest, 1.0))
 
@@ -276,7 +285,8 @@ class JoinedGram:
 
     def __init__(self, grams: Sequence[Gram], counts: Sequence[int]) -> None:
         self.grams, self.counts = grams, list(counts)
-        self.size, self.resolution = grams[0].size, max(gram.resolution for gram in grams)
+        self.size, self.eigen_dtype = grams[0].size, grams[0].eigen_dtype
+        self.resolution = max(gram.resolution for gram in grams)
 
     @property
     def is_zero(self) -> bool:

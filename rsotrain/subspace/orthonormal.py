@@ -7,6 +7,8 @@ same Q by three large products for a whole batch, and the host waits for nothing
 import torch
 from torch import Tensor
 
+from rsotrain.instruments.devices import device_kind
+
 # Norms after a pass below which a column has no part outside those before it but rounding errors. After the
 # first these are as small as what float32 resolves; after the second all other columns have norms of about 1.
 _DEPENDENT = (1e-2, 0.99)
@@ -19,7 +21,7 @@ def orthonormalised(block: Tensor) -> Tensor:
     ``block``: k×r, or n×k×r, which is decomposed by ``cholesky_qr``, as is one on a GPU. Q is orthonormal
     for every finite ``block``, whatever its rank.
     """
-    if block.dim() == 2 and block.device.type == "cpu":
+    if block.dim() == 2 and device_kind(block.device) == "cpu":
         q, r = torch.linalg.qr(block)
         return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     return cholesky_qr(block)

@@ -99,7 +99,7 @@ class Sampler:
     together; otherwise one rank samples for all. ``state_shapes(k, r)``: shapes of its own float32 tensors
     for a k×r basis, by name. ``informed_columns(r)``: how many columns, the first ones, depend on data; None:
     all of them if ``informed``. ``column_scales(k, r)``: what multiplies the columns (r) of bases that are to
-    have E[PPᵀ] = I; None: √(k/r) for all.
+    have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes eigenvectors of a k×k matrix.
     """
 
     name: str
@@ -114,6 +114,7 @@ class Sampler:
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = no_state
     informed_columns: Callable[[int], int] | None = None
     column_scales: Callable[[int, int], Tensor] | None = None
+    decomposes: bool = False
 
     def num_informed(self, rank: int) -> int:
         """How many columns of a data-dependent basis depend on data; they are the first ones."""

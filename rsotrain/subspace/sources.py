@@ -220,6 +220,7 @@ class SummedGram(Scaled):
         self.largest = torch.where(largest.isfinite(), largest, torch.inf)
         dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=shard.group)
         self.piece = GradientGram(gradient, self.largest)
+        self.eigen_dtype = self.piece.eigen_dtype
         self._energy: Tensor | None = None
 
     @classmethod

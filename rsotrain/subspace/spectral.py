@@ -70,16 +70,14 @@ def _is_rounding(gram: Gram, lost: Tensor, factor: Tensor) -> bool:
 
 
 def eigenbases(gram: Gram) -> tuple[Tensor, Tensor]:
-    """``eigenbasis`` of a batch, always in float64, which needs no answer of the device to go on.
+    """``eigenbasis`` of a batch, but ascending, in a dtype that needs no answer of the device to go on.
 
     λ: n×k; eigenvectors: n×k×k, of no meaning where ``gram`` is not usable. The host waits once, for torch
     asks whether all have converged; LinAlgError if not.
     """
-    matrix = gram.matrix(torch.float64)
-    identity = torch.eye(gram.size, dtype=matrix.dtype, device=matrix.device)
-    values, vectors = torch.linalg.eigh(matrix.where(gram.usable[:, None, None], identity))
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    largest = values[:, :1].clamp(min=0)
+    matrix = gram.matrix(gram.eigen_dtype).masked_fill(~gram.usable[:, None, None], 0.0)
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values[:, -1:].clamp(min=0)
     return values.where(values > _noise(values.dtype, gram.size) * largest, 0.0), vectors
 
 
@@ -95,7 +93,7 @@ def svd(request: SampleRequest) -> Tensor:
     """The r dominant singular vectors (GaLore, arXiv 2403.03507), from the smaller side's Gram matrix."""
     assert request.gram is not None
     if request.batched:
-        _, vectors = eigenbases(request.gram)
+        vectors = eigenbases(request.gram)[1][..., -request.rank :].flip(-1)
     else:
         _, vectors = eigenbasis(request.gram, lambda values: bool(values[request.rank - 1] > 0))
     return align_signs(vectors[..., : request.rank].float(), request.previous)
@@ -111,7 +109,7 @@ def full_svd(request: SampleRequest) -> Tensor:
     factor = request.gram.factor()
     assert factor is not None, "only a gradient has a full SVD"
     if request.batched:
-        factor = factor.where(request.gram.usable[:, None, None], 0.0)
+        factor = factor.masked_fill(~request.gram.usable[:, None, None], 0.0)
     if factor.stride(-2) < factor.stride(-1):
         return torch.linalg.svd(factor.mT.float(), full_matrices=False)[0][..., : request.rank]
     return torch.linalg.svd(factor.float(), full_matrices=False)[2][..., : request.rank, :].mT
@@ -138,7 +136,7 @@ def importance(request: SampleRequest, power: float) -> Tensor:
     assert request.gram is not None
     if request.batched:
         values, vectors = eigenbases(request.gram)
-        picked = weighted_sample(0.5 * power * values.log(), request)
+        picked = weighted_sample(0.5 * power * values.double().log(), request).flip(-1)
         return align_signs(_columns(vectors, picked).float(), request.previous)
 
     def resolved(values: Tensor) -> bool:
@@ -255,8 +253,7 @@ def switching(request: SampleRequest, leading: int) -> Tensor:
     block = orthonormalised(request.gram.matmul(request.previous.float()))
     within = block.mT @ request.gram.matmul(block)
     if request.batched:
-        identity = torch.eye(request.rank, dtype=within.dtype, device=within.device)
-        within = within.where(request.gram.usable[:, None, None], identity)
+        within = within.masked_fill_(~request.gram.usable[:, None, None], 0.0)
     _, rotation = torch.linalg.eigh(within)
     subspace = block @ rotation.flip(-1)
     drawn = min(request.rank - min(leading, request.rank), request.size - request.rank)
@@ -274,12 +271,12 @@ def golore(request: SampleRequest) -> Tensor:
 
 def svd_sampler(config: SvdConfig) -> Sampler:
     if config.solver is SvdSolver.full:
-        return Sampler(config.name, full_svd, informed=True, needs_gradient=True)
-    return Sampler(config.name, svd, informed=True)
+        return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
+    return Sampler(config.name, svd, informed=True, decomposes=True)
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
-    return Sampler(config.name, partial(importance, power=config.power), informed=True)
+    return Sampler(config.name, partial(importance, power=config.power), informed=True, decomposes=True)
 
 
 def randomized_svd_sampler(config: RandomizedSvdConfig) -> Sampler:
@@ -310,6 +307,7 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         config.name,
         partial(mixture, principal_fraction=fraction),
         informed=True,
+        decomposes=True,
         informed_columns=partial(num_principal, principal_fraction=fraction),
         column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
     )
@@ -326,4 +324,4 @@ def switching_sampler(config: SwitchingConfig) -> Sampler:
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:
-    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction)
+    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction, decomposes=True)

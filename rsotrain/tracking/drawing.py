@@ -124,9 +124,6 @@ def stacked_bytes(
     names: Sequence[str], parts: Mapping[str, Sequence[float]], palette: Palette = LIGHT
 ) -> "Figure":
     """A horizontal bar of bytes for each name, the first on top, made of ``parts``; at least one byte."""
-    import_matplotlib()
-    from matplotlib.ticker import MultipleLocator
-
     with drawing_in(palette):
         figure, panel, places = horizontal_bars(names, palette)
         left = [0.0] * len(names)
@@ -141,14 +138,21 @@ def stacked_bytes(
                 format_bytes(total), (total, place), (5, 0), textcoords="offset points", va="center"
             )
         panel.set_xlim(right=1.12 * max(left))
-        unit = 1024 ** min(4, int(math.log(max(left), 1024)))
-        panel.xaxis.set_major_locator(MultipleLocator(_round_step(max(left) / unit) * unit))
-        panel.xaxis.set_major_formatter(bytes_tick)
+        bytes_axis(panel, max(left))
         figure.legend(
             loc="outside upper left", ncols=min(3, len(parts)), handlelength=1.0, handleheight=1.0,
             columnspacing=1.4,
         )  # fmt: skip
     return figure
+
+
+def bytes_axis(panel: "Axes", most: float) -> None:
+    """Ticks at round numbers of bytes along x, up to ``most``; at least one byte."""
+    from matplotlib.ticker import MultipleLocator
+
+    unit = 1024 ** min(4, int(math.log(most, 1024)))
+    panel.xaxis.set_major_locator(MultipleLocator(_round_step(most / unit) * unit))
+    panel.xaxis.set_major_formatter(bytes_tick)
 
 
 def horizontal_bars(names: Sequence[str], palette: Palette) -> tuple["Figure", "Axes", list[int]]:

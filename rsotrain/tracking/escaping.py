@@ -68,6 +68,17 @@ def markdown_code(text: object) -> str:
     return f"{fence}{space}{shown}{space}{fence}"
 
 
+def for_latex(text: object) -> str:
+    """For a cell of a LaTeX table: no command, formula, comment or new cell."""
+    return "".join(_LATEX.get(character, character) for character in for_terminal(text))
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "|": r"\textbar{}",
+}  # fmt: skip
+
+
 def for_csv(text: object) -> str:
     """For a cell of a CSV file: no spreadsheet takes it for a formula; a number stays one."""
     shown = for_terminal(text)

@@ -13,9 +13,8 @@ def groups_with_bases(trainer: Trainer) -> list[OptimizerWithBases]:
 
 
 def update_gap(trainer: Trainer) -> int | None:
-    """Steps between refreshes; None for a method without bases."""
-    groups = groups_with_bases(trainer)
-    return groups[0].subspace.gap if groups else None
+    """Steps between refreshes, of several methods those of the most frequent; None without bases."""
+    return min((group.subspace.gap for group in groups_with_bases(trainer)), default=None)
 
 
 @contextmanager
@@ -23,9 +22,11 @@ def all_bases_due(trainer: Trainer) -> Iterator[None]:
     """The next step refreshes all bases, none of them for the first time, whatever the schedule."""
     optimizer, groups = trainer.optimizer, groups_with_bases(trainer)
     schedules, steps_done = [group.bases.schedule for group in groups], optimizer.steps_done
+    alike = len({(group.subspace.gap, group.samples_ahead) for group in groups}) == 1
     for group in groups:
         gap = group.subspace.gap
-        group.bases.schedule = RefreshSchedule(gap, len(group.bases.sizes), staggered=False)
+        # those of several methods fall into one step if each step has some
+        group.bases.schedule = RefreshSchedule(gap if alike else 1, len(group.bases.sizes), staggered=False)
         optimizer.steps_done = 2 * gap - group.samples_ahead
     try:
         yield

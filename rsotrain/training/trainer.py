@@ -103,6 +103,7 @@ class Trainer:
             config.max_bad_steps, config.spike_factor, updated=config.optimizer.update_in_backward
         )
         self.last_lr: float | None = None  # of the last update; None where nobody knows
+        self.before_update: Callable[[], None] = lambda: None  # called before each change of weights or state
         self.gradients_bytes = 0
         self.saved_activations_bytes: int | None = None
 
@@ -160,6 +161,8 @@ class Trainer:
         tokens = int(self.world.sum([tokens])[0])
         total = torch.zeros((), device=self.device)
         self.optimizer.set_lr_factor(self._lr_factor(self.step))
+        if self.optimizer.in_backward is not None:
+            self.before_update()
         for i, (inputs, targets) in enumerate(batches):
             if self.world.mesh is not None:  # replicas reduce once, after all micro-batches
                 self.model.set_requires_all_reduce(i == len(batches) - 1)  # type: ignore[operator]
@@ -182,6 +185,7 @@ class Trainer:
             self.position += self.config.batch_size
             return StepResult(loss_value, norm_value, tokens, tuple(answers), skipped=bad)
         with phase(Phase.optimizer_step):
+            self.before_update()
             self.optimizer.step()
         self.last_lr = self.lr
         if self.gradients_bytes == 0:

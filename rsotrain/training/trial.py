@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsotrain import plugged
 from rsotrain.config.choices import WeightRounding
 from rsotrain.config.data import SyntheticDataConfig
+from rsotrain.config.groups import all_methods
 from rsotrain.config.methods import OptimizerConfig, SubspaceConfig
 from rsotrain.config.model import ModelConfig
 from rsotrain.config.schedules import ConstantConfig
 from rsotrain.config.schema import ActivationCheckpointing, CheckpointConfig, Config, Precision
 from rsotrain.errors import UserError, require
-from rsotrain.optim import plugged
 from rsotrain.optim.formulas import state_bytes
 from rsotrain.optim.registered import method_of
 from rsotrain.parallel.ranks import World
@@ -43,13 +44,20 @@ _MODEL = ModelConfig(
 
 
 def try_plugged(config: Config, world: World) -> str | None:
-    """Try the method of ``config`` if it is one of the user's own.
+    """Try those methods of ``config`` that are the user's own, each by itself.
 
-    Returns why it could not be tried, where its settings do not suit the small model. Raises UserError with
+    Returns why one could not be tried, where its settings do not suit the small model. Raises UserError with
     the first thing that a run relies on and the method does not do.
     """
-    if not plugged.is_plugged(type(config.optimizer)):
-        return None
+    untried = [
+        _tried(replace(config, optimizer=replace(optimizer, groups=[]), sampler=sampler), world)
+        for optimizer, sampler in all_methods(config.optimizer, config.sampler)
+        if plugged.is_plugged(type(optimizer))
+    ]
+    return next((reason for reason in untried if reason is not None), None)
+
+
+def _tried(config: Config, world: World) -> str | None:
     trial = Trial(_small(config, world), world)
     try:
         trial.trainer()

@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
     parser.add_argument("--variants", default=VARIANTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--random-bases", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -66,7 +67,7 @@ def overrides(arguments: argparse.Namespace, optimizer: str) -> list[str]:
     return [
         f"model={arguments.model}", f"optimizer={optimizer}", f"precision={arguments.precision}",
         f"seq_len={arguments.seq_len}", f"batch_size={arguments.batch_size}",
-        f"model.vocab_size={arguments.vocab_size}",
+        f"model.vocab_size={arguments.vocab_size}", f"device={arguments.device}",
         *(low_rank if optimizer not in ("adam", "muon", "sn") else []),
     ]  # fmt: skip
 
@@ -85,7 +86,10 @@ class HuggingFaceLoop:
         self.mixed = arguments.precision == "bf16_mixed"
         if arguments.precision == "bf16":
             self.model.to(torch.bfloat16)
-        self.tokens = torch.randint(arguments.vocab_size, (arguments.batch_size, arguments.seq_len))
+        self.device = torch.device(arguments.device)
+        self.model.to(self.device)
+        shape = (arguments.batch_size, arguments.seq_len)
+        self.tokens = torch.randint(arguments.vocab_size, shape, device=self.device)
         self.low_rank = optimizer == "galore"
         if optimizer == "adamw":
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -108,7 +112,7 @@ class HuggingFaceLoop:
     def step(self) -> float:
         import torch
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             batch = {"input_ids": self.tokens, "attention_mask": torch.ones_like(self.tokens)}
             loss = self.model(**batch, labels=self.tokens.clone()).loss
         loss.backward()
@@ -125,7 +129,8 @@ def random_basis(self: object, weights: Any, rank: int, type: str) -> Any:
     """In the place of an SVD."""
     import torch
 
-    basis = torch.linalg.qr(torch.randn(min(weights.shape), rank))[0].to(weights.dtype)
+    random = torch.randn(min(weights.shape), rank, device=weights.device)
+    basis = torch.linalg.qr(random)[0].to(weights.dtype)
     return basis.T.contiguous() if type == "right" else basis
 
 

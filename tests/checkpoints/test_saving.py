@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,45 @@ def test_no_thread_is_left_to_be_killed_by_the_end_of_the_process(
     monkeypatch.setattr(futures.Future, "set_result", set_and_linger)
     end(saving_for(0.0, monkeypatch, tmp_path, World(torch.device("cpu"))))
     assert "checkpoint" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_copies_of_a_gpu_end_before_they_are_written_and_before_the_next_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In which order the host asks; that the device keeps to it is a check of tests/gpu."""
+    asked: list[str] = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            asked.append("copied")
+
+        def synchronize(self) -> None:
+            asked.append("waited for")
+
+    class Stream:
+        def __init__(self, *_: object) -> None: ...
+
+        def wait_stream(self, other: object) -> None:
+            asked.append("after the last update")
+
+        def wait_event(self, event: Event) -> None:
+            asked.append("before the next update")
+
+    for name, value in {
+        "Event": Event, "Stream": Stream, "stream": lambda _: nullcontext(), "current_stream": Stream,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def save_checkpoint(*_: Any, **__: Any) -> Path:
+        asked.append("written")
+        return tmp_path
+
+    monkeypatch.setattr(rsotrain.checkpoints.saving, "save_checkpoint", save_checkpoint)
+    saver = BackgroundSaver(tmp_path, World(torch.device("cuda", 0)), keep=1)
+    saver.let_copies_end()
+    assert asked == []
+    saver.start(1, {"model": {"w": torch.ones(1)}, "optimizer": {}}, {}, {})
+    saver.wait()
+    saver.let_copies_end()
+    saver.let_copies_end()
+    assert asked == ["after the last update", "copied", "waited for", "written", "before the next update"]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from helpers.command import ROOT, Cli, call_main
 
+from rsotrain import plugged
 from rsotrain.cli import entry
 from rsotrain.cli.plugins import load_plugins
 from rsotrain.config.methods import OPTIMIZERS
-from rsotrain.optim import plugged
 
 PAGE = ROOT / "rsotrain" / "optim" / "README.md"
 BLOCKS = dict(re.findall(r"^```\w+ (plugged\w*)\n(.*?)^```$", PAGE.read_text(), re.M | re.S))

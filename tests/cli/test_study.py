@@ -105,7 +105,7 @@ def test_array_and_sweep_are_the_runs_of_the_multirun() -> None:
     assert check_sweep(Path("study.yaml"), sweep) == 84
     assert sweep["parameters"]["tuned"]["values"] == swept["tuned"].split(",")
     assert ",".join(map(str, sweep["parameters"]["seed"]["values"])) == swept["seed"]
-    assert "--array=0-86 " in (ROOT / "sweeps/study.txt").read_text()
+    assert "--array=0-92 " in (ROOT / "sweeps/study.txt").read_text()
 
 
 def test_the_report_is_validated(tmp_path: Path) -> None:

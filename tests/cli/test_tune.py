@@ -65,6 +65,7 @@ def test_a_search_ends_in_a_file_that_tuned_takes_and_a_second_start_trains_what
     assert "is finished already" in used.stdout
 
 
+@pytest.mark.slow
 def test_the_search_goes_down_from_what_diverges(cli: Cli, tmp_path: Path, quick: list[str]) -> None:
     # decay multiplies the weights by -10^9 a step, and at the best of these values by 0
     command = ["mode=tune", *quick, "optimizer.lr=1", "optimizer.weight_decay=1000", "steps=5",

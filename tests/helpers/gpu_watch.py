@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rsotrain
-from rsotrain.instruments.launches import is_free, launches_of, operation_name
+from rsotrain.instruments.launches import PER_PANEL, is_free, launches_of, operation_name
 from rsotrain.instruments.phases import Phase, watching
 
 _PACKAGE = str(Path(rsotrain.__file__).parent)
@@ -22,6 +22,7 @@ _PACKAGE = str(Path(rsotrain.__file__).parent)
 _VALUES = ("_local_scalar_dense", "equal")
 _SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
 _DECOMPOSITIONS = ("_linalg_eigh", "_linalg_svd", "_linalg_check_errors")
+_PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")
 _CHECKING = ("linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")  # with check_errors=True
 _WAITING = (*_VALUES, *_SIZES, *_DECOMPOSITIONS)
 
@@ -29,8 +30,9 @@ _WAITING = (*_VALUES, *_SIZES, *_DECOMPOSITIONS)
 class GpuWatch(TorchDispatchMode):
     """``launches``: number of kernels by phase of the step, in ``operations`` by (phase, operation).
 
-    ``syncs``: how often the host waits for the device, by place in the package. ``problems``: what a GPU
-    would refuse.
+    ``syncs``: how often the host waits for the device, by place in the package. ``flops``: of matrix
+    products, Cholesky factors and solutions, by (phase, dtype); ``decomposed``: the matrices whose
+    eigenvectors or singular vectors are taken, by their smaller side. ``problems``: what a GPU would refuse.
     """
 
     def __init__(self) -> None:
@@ -40,11 +42,13 @@ class GpuWatch(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.operations: Counter[tuple[str, str]] = Counter()
         self.syncs: Counter[str] = Counter()
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self.decomposed: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()
 
     def clear(self) -> None:
         """Forget what was counted, but for problems."""
-        for counter in (self.launches, self.operations, self.syncs):
+        for counter in (self.launches, self.operations, self.syncs, self.flops, self.decomposed):
             counter.clear()
 
     @contextmanager
@@ -74,7 +78,19 @@ class GpuWatch(TorchDispatchMode):
             self._idle = False
             self.launches[self._phase] += number
             self.operations[self._phase, name] += number
+            self._count_work(name, inputs, result)
         return result
+
+    def _count_work(self, name: str, inputs: Sequence[Tensor], result: Any) -> None:
+        if name in ("_linalg_eigh", "_linalg_svd"):
+            self.decomposed[min(inputs[0].shape[-2:])] += inputs[0][..., 0, 0].numel()
+        elif name in _PRODUCTS:
+            left = inputs[-2]  # addmm's first is the summand
+            self.flops[self._phase, _dtype(left)] += 2 * result.numel() * left.shape[-1]
+        elif name in PER_PANEL:
+            size, factor = inputs[0].shape[-1], 1 if name == "linalg_solve_triangular" else 1 / 3
+            columns = inputs[-1] if name == "linalg_solve_triangular" else inputs[0]
+            self.flops[self._phase, _dtype(columns)] += int(factor * size * columns.numel())
 
     def _check_devices(self, func: Any, name: str, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> None:
         kinds = {x.device.type for x in inputs if x.dim() > 0}
@@ -123,3 +139,7 @@ class GpuWatch(TorchDispatchMode):
             if frame.filename.startswith(_PACKAGE):
                 return f" at {frame.filename[len(_PACKAGE) + 1 :]}:{frame.lineno}"
         return ""
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

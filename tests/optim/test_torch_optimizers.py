@@ -206,6 +206,140 @@ def test_rso_keeps_no_gradient_of_a_weight_and_frees_its_own() -> None:
     assert layer.B.grad is None
 
 
+def decayed_and_not(model: nn.Module, *, named: bool) -> list[dict[str, Any]]:
+    """As Hugging Face's Trainer divides parameters: norms and biases apart."""
+    pairs = list(model.named_parameters())
+    parts = [[pair for pair in pairs if (pair[1].ndim < 2) is vector] for vector in (False, True)]
+    return [
+        {"params": part if named else [p for _, p in part], "weight_decay": decay}
+        for part, decay in zip(parts, (0.5, 0.0), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("foam", {}), ("galore", SMALL), ("rso", SMALL), ("lora", {})]
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_torchs_groups_of_parameters_have_their_own_settings(
+    name: str, settings: dict[str, Any], named: bool
+) -> None:
+    model, decayed, plain = llama(), llama(), llama()
+    given = {} if named and name in ("foam", "galore") else {"names_from": model}
+    divided = optimizer_class(name)(decayed_and_not(model, named=named), **given, **settings)
+    every = {"weight_decay": 0.5, "decay_norms_and_embeddings": True}
+    others = [optimizer_class(name)(decayed, **every, **settings), optimizer_class(name)(plain, **settings)]
+    for one, optimizer in ((model, divided), (decayed, others[0]), (plain, others[1])):
+        for step in range(2):
+            torch.manual_seed(step)
+            for _, parameter in sorted(one.named_parameters()):
+                parameter.grad = torch.randn(parameter.shape) if parameter.requires_grad else None
+            for inner in optimizer._composite.groups:  # B of RSO, which is no parameter
+                for key, holder in inner.gradient_holders().items():
+                    if holder is not inner.parameters[key]:
+                        holder.grad = torch.ones_like(holder)
+            optimizer.step()
+    found = weights(model)
+    assert any(not torch.equal(found[key], tensor) for key, tensor in weights(plain).items())
+    for key, tensor in found.items():
+        assert torch.equal(tensor, weights(plain if tensor.ndim < 2 else decayed)[key]), key
+
+
+def test_a_group_of_parameters_has_its_own_rates_which_schedules_change() -> None:
+    model = llama()
+    pairs = list(model.named_parameters())
+    head = [pair for pair in pairs if "lm_head" in pair[0]]
+    groups = [
+        {"params": (pair for pair in pairs if "lm_head" not in pair[0]), "lr": 0.5, "scale": 0.1},
+        {"params": head[0], "betas": (0.5, 0.9)},
+    ]
+    optimizer = optimizer_class("foam")(groups, lr=0.25)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates["model.layers.0.mlp.up_proj.weight"] == 0.05
+    assert (rates["model.norm.weight"], rates["lm_head.weight"]) == (0.5, 0.25)
+    assert optimizer._composite.groups[-1].settings.betas == (0.5, 0.9)
+    backward(model)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.25, 0.125]
+    saved = optimizer.state_dict()
+    again = optimizer_class("foam")([{"params": [pair]} for pair in llama().named_parameters()])
+    with pytest.raises(UserError, match="not that of foam with these parameters"):
+        again.load_state_dict(saved)
+
+
+def test_hugging_faces_trainer_divides_the_parameters_itself(tmp_path: Path) -> None:
+    model = llama()
+    texts = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, weight_decay=0.1, learning_rate=0.01, report_to="none",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    own = (optimizer_class("galore"), {"names_from": model, "lr": 0.01, "scale": 0.25, **SMALL})
+    trainer = transformers.Trainer(model, arguments, train_dataset=texts, optimizer_cls_and_kwargs=own)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer  # accelerate's holds ours
+    inner = {group.label: group for group in optimizer._composite.groups}
+    assert all(group.settings.weight_decay in (0.0, 0.1) for group in inner.values())
+    decays = {
+        name: group.decay_of(name) for group in optimizer._composite.groups for name in group.parameters
+    }
+    assert {decays[name] for name in decays if "norm" in name} == {0.0}
+    assert {decays[name] for name in decays if "norm" not in name} == {0.1}
+    assert (tmp_path / "checkpoint-2/optimizer.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("params", "more", "sentence"),
+    [
+        (
+            lambda m: [{"params": m.parameters()}],
+            {},
+            "groups of parameters without names need names_from=model",
+        ),
+        (
+            lambda m: [{"params": m.parameters()}],
+            {"names_from": nn.Linear(2, 2)},
+            "that names_from does not have",
+        ),
+        (lambda m: [{"params": list(m.named_parameters())}] * 2, {}, "is in two groups of params, or twice"),
+        (
+            lambda m: [{"params": m.named_parameters(), "rank": 3}],
+            {},
+            "group 0 of params has rank, which is no",
+        ),
+        (lambda m: [{"params": m.named_parameters(), "lr": -1.0}], {}, "group 0 of params: lr=-1.0 must not"),
+        (lambda m: [{"params": m.named_parameters(), "lr": "x"}], {}, "group 0 of params: lr='x' of foam"),
+        (lambda m: [{"params": m.named_parameters()}, 3], {}, "group 1 of params must be a mapping"),
+        (
+            lambda m: [{"params": m.named_parameters()}],
+            {"groups": [{"pattern": "mlp", "optimizer": "muon"}]},
+            "params in groups and groups=… both divide the parameters",
+        ),
+        (lambda m: m.named_parameters(), {"names_from": nn.Linear(2, 2)}, "names_from is for groups"),
+    ],
+)
+def test_groups_of_parameters_that_cannot_be_are_refused(
+    params: Any, more: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        optimizer_class("foam")(params(llama()), **more)
+
+
+def test_methods_that_change_modules_want_all_their_matrices_in_one_group() -> None:
+    model = llama()
+    one, other = list(model.named_parameters()), []
+    other.append(one.pop(1))
+    for more, sentence in (
+        ({}, "groups of params need names_from=model"),
+        ({"names_from": model}, "must be in one group of params"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            optimizer_class("rso")([{"params": one}, {"params": other}], rank=4, **more)
+    with pytest.raises(UserError, match="is in no group of params, but rso takes the model as a whole"):
+        optimizer_class("rso")([{"params": one}], rank=4, names_from=model)
+
+
 def test_named_parameters_and_other_patterns() -> None:
     model = llama()
     optimizer = torch_optimizers.Lion(model.named_parameters(), lr=0.1, scale=0.5, block_parameters=["mlp"])

@@ -33,9 +33,9 @@ def test_one_seed(make: Make) -> None:
 
 
 def test_other_precision(make: Make) -> None:
-    assert of(*both(make, precision="bf16")) == [
-        "Their precision differs (None: adam; bf16: rso precision=bf16)."
-    ]
+    folders = [make(f"{name}{seed}", seed=seed, optimizer__name=name, precision=precision)
+               for name, precision in (("adam", "fp32"), ("rso", "bf16")) for seed in (0, 1)]  # fmt: skip
+    assert of(*folders) == ["Their precision differs (fp32: adam; bf16: rso)."]
 
 
 def test_unequal_tokens(make: Make) -> None:
@@ -43,15 +43,8 @@ def test_unequal_tokens(make: Make) -> None:
     assert of(*both(make, metrics=metrics)) == ["Unequal tokens: 4.00k for adam, 8.00k for rso."]
     # of an epoch's last batch that is shorter nobody speaks
     folders = [make(f"x{seed}", seed=seed, optimizer__name="x") for seed in (0, 1)]
-    folders += [
-        make(
-            f"y{seed}",
-            seed=seed,
-            optimizer__name="y",
-            metrics={"tokens": lambda step: 100 * step - step // 40},
-        )
-        for seed in (0, 1)
-    ]
+    shorter = {"tokens": lambda step: 100 * step - step // 40}
+    folders += [make(f"y{seed}", seed=seed, optimizer__name="y", metrics=shorter) for seed in (0, 1)]
     assert of(*folders) == []
 
 
@@ -70,9 +63,7 @@ def test_other_validation(make: Make, settings: dict[str, Any], why: str) -> Non
     assert sentence.startswith(f"Losses of [a] and [b] mean different things: {why}")
 
 
-def scan(
-    make: Make, losses: dict[float, float | None], key: str = "optimizer__scale", **also: Any
-) -> list[Path]:
+def scan(make: Make, losses: dict[float, float | None], **also: Any) -> list[Path]:
     """Runs of a method with several rates, two seeds each; one without a loss has failed."""
     return [
         make(
@@ -81,7 +72,7 @@ def scan(
             seed=seed,
             finished=loss is not None,
             record={"state": "failed"} if loss is None else None,
-            **{key: value},
+            optimizer__scale=value,
             **also,
         )
         for value, loss in losses.items()

@@ -96,7 +96,7 @@ def press_ctrl_c(*_: object, **__: object) -> None:
     [
         "rsotrain.data.build_tokenizer.train_tokenizer_apart",
         "rsotrain.data.tokens.encode_documents",
-        "rsotrain.training.trainer.build_model",
+        "rsotrain.training.model.build_model",
         "rsotrain.running.run.resume",
     ],
 )
@@ -127,7 +127,7 @@ def test_ctrl_c_before_a_run_goes_on_leaves_what_it_has(
     (tmp_path / "outputs/r/summary.json").unlink()
     before = sorted((tmp_path / "outputs/r").rglob("*"))
     with monkeypatch.context() as patched:
-        patched.setattr("rsotrain.training.trainer.build_model", press_ctrl_c)
+        patched.setattr("rsotrain.training.model.build_model", press_ctrl_c)
         assert call_main(entry, command) == 130
     assert sorted((tmp_path / "outputs/r").rglob("*")) == before
     assert json.loads((tmp_path / "outputs/r/run.json").read_text())["state"] == "stopped"

@@ -16,7 +16,7 @@ from rsotrain.optim.composite import CompositeOptimizer
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.subspace import batches
 from rsotrain.subspace.batches import BatchedBases
-from rsotrain.subspace.gram import GradientGram
+from rsotrain.subspace.gram import GradientGram, add_gram_, mirrored_
 from rsotrain.subspace.random_bases import haar, srht
 from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import counted_uniforms
@@ -188,7 +188,7 @@ def test_a_run_in_batches_is_the_run_of_one_matrix_at_a_time(sampler: str, on_re
 def test_batches_of_any_size_give_one_run(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = small(method, rank=3, gap=3)[1].name
     weights = []
-    for elements in (1 << 24, 1):
+    for elements in (1 << 22, 1):
         monkeypatch.setattr(batches, "BATCH_ELEMENTS", elements)
         optimizer, parameters = built(method, sampler, "cuda")
         train(optimizer, parameters, range(1, 13))
@@ -282,3 +282,27 @@ def test_a_run_that_resumes_goes_on_bitwise(method: str) -> None:
         train(optimizer, parameters, range(6, 11))
     for name, parameter in ends.items():
         assert torch.equal(parameter, begins[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_product_of_bfloat16_has_every_bit_of_float32_on_a_gpu() -> None:
+    rows = torch.randn(512, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(300, 300, device="cuda")
+    add_gram_(total, rows.cuda())
+    exact = rows.double().T @ rows.double()
+    # sums of 512 products of 1 in float32: 6e-8 of them, in any order
+    assert float((mirrored_(total).cpu().double() - exact).abs().max()) < 512 * 6e-8 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ORTHONORMAL)
+def test_a_gpu_samples_what_a_batch_on_the_cpu_samples(name: str) -> None:
+    gradients = torch.stack([spectrum(d ** torch.arange(SIZE)) for d in (0.5, 0.8, 0.9)])
+    bases = []
+    for device in (CPU, torch.device("cuda")):
+        request = request_of(gradients.to(device), RANK)
+        bases.append(ORTHONORMAL[name](replace(request, device=device)).cpu())
+    # up to the signs of eigenvectors, and to float32 in the logarithms and cosines of random numbers
+    assert float(((bases[0] * bases[1]).sum(-2).abs() - 1).abs().max()) < 1e-3

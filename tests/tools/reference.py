@@ -70,7 +70,7 @@ def type_of(annotation: Any) -> str:
     null = " or null" if type(None) in get_args(annotation) else ""
     origin = getattr(annotation, "__origin__", None)
     if origin in (list, tuple):
-        inner = names[next(iter(kinds(annotation)))]
+        inner = "mapping" if Any in kinds(annotation) else names[next(iter(kinds(annotation)))]
         return f"list of {inner}" if origin is list else f"{len(parts)} numbers"
     words = []
     for part in parts:

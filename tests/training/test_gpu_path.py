@@ -19,6 +19,7 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.
 # which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
+    "adam8bit": (278, 278, 1, 1),
     "adam_mini": (68, 68, 1, 1),
     "alice": (179, 3466, 1, 2),
     "alice_0": (173, 3373, 1, 2),
@@ -30,6 +31,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "foam": (61, 61, 1, 1),
     "frugal": (55, 349, 1, 1),
     "galore": (43, 3197, 1, 2),
+    "galore8bit": (319, 3472, 1, 2),
     "i3s": (43, 3242, 1, 2),
     "ldadam": (881, 727, 1, 1),
     "lion": (28, 28, 1, 1),
@@ -94,6 +96,13 @@ def test_launches_and_waits_stay_within_the_budget(optimizer: str) -> None:
     waits = [sum(s["syncs"].values()) for s in (step, refresh)]
     for counted, allowed in zip([*launches, *waits], BUDGETS[optimizer], strict=True):
         assert counted <= allowed
+
+
+def test_documents_cost_no_wait() -> None:
+    """Attention inside documents, by their beginnings."""
+    result = walked(["galore"], "--", "data.document_mask=true", "micro_batch_size=2")["galore"]
+    assert_whole(result)
+    assert sum(result["stages"]["step 2"]["syncs"].values()) == 1
 
 
 # Launches of the optimizer's part of an ordinary step of llama_1b in bfloat16. Others decompose in each step.

@@ -11,12 +11,13 @@ from helpers import ranks
 from helpers.methods import ORTHOGONALISED_IN_BFLOAT16, refreshed_every
 from helpers.runs import OPTIMIZERS, compose, load_data
 
-import rsotrain.training.trainer
+import rsotrain.training.model
 from rsotrain.config.methods import LoRAConfig
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
 from rsotrain.models.llama import Llama
 from rsotrain.parallel.ranks import World
+from rsotrain.training.model import model_without_memory
 from rsotrain.training.trainer import Trainer
 
 STEPS = 20
@@ -58,6 +59,16 @@ METHODS = {
         f"rest-{rule}": ["optimizer=galore", f"optimizer.rest={rule}", *SUBSPACE]
         for rule in ("adam8bit", "adam_mini", "foam", "scale")
     },
+    "muon-groups": [  # the tolerance is that of the first word
+        "optimizer=adam",
+        "optimizer.groups=[{pattern: self_attn, optimizer: muon}, {pattern: mlp, optimizer: foam, level: 1}]",
+    ],
+    "rso-groups": [
+        "optimizer=rso",
+        "optimizer.groups=[{pattern: 'o_proj|down_proj', optimizer: galore, rank: 2, update_proj_gap: 8},"
+        " {pattern: embed_tokens, optimizer: scale, momentum_parameters: []}]",
+        *SUBSPACE,
+    ],
     "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
     "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
     # not Lion: the sign of what is near 0 in 8 bits turns with the rounding of the gradient
@@ -76,6 +87,14 @@ METHODS = {
     **{f"{name}-bf16": [f"optimizer={name}", "precision=bf16"] for name in ("adam", "muon", "foam", "dion2")},
     "galore-bf16": ["optimizer=galore", "precision=bf16", "micro_batch_size=2", *SUBSPACE],
     "rso-bf16": ["optimizer=rso", "precision=bf16", "micro_batch_size=2", *SUBSPACE],
+    # with bases in batches, as on GPUs
+    "batched-alice": ["optimizer=alice", *SUBSPACE],
+    "batched-galore": ["optimizer=galore", *SUBSPACE],
+    "batched-haar": ["optimizer=rso", *SUBSPACE],
+    "batched-ldadam": ["optimizer=ldadam"],
+    "batched-osd": ["optimizer=osd"],
+    "batched-power": ["optimizer=galore", "sampler=randomized_svd", "optimizer.staggered=true", *SUBSPACE],
+    "batched-rso": ["optimizer=rso_pca", *SUBSPACE],
 }
 # eps is raised since Adam's first steps are sign(g): see test_trainer
 SHARED = [
@@ -101,8 +120,10 @@ def overrides(name: str, tiny: list[str], extra: list[str]) -> list[str]:
     return [*tiny, *SHARED, *extra, *method, *own, *rank]
 
 
-def train(config: Config, data: Data, world: World) -> dict[str, Any]:
-    trainer = Trainer(config, data, world)
+def train(name: str, config: Config, data: Data, world: World) -> dict[str, Any]:
+    model = model_without_memory(config, data.tokenizer)
+    model.device_kind = "cuda" if name.startswith("batched-") else None
+    trainer = Trainer(config, data, world, model)
     results = [trainer.train_step() for _ in range(config.steps)]
     metrics = trainer.optimizer.metrics()
     shards = trainer.shards()
@@ -151,6 +172,9 @@ FEW = [
     "rso-micro",
     "rest-scale",
     "relora",
+    "batched-galore",
+    "batched-ldadam",
+    "batched-rso",
 ]
 CASES = {  # name: (ranks, strategy, shard_size, settings of the model, methods)
     "fsdp-2": (2, Strategy.fsdp, None, [], list(METHODS)),
@@ -172,7 +196,7 @@ def outcomes(
             wanted |= {(parameters["case"], parameters["name"])} if parameters else fsdp_pairs()
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        rsotrain.training.trainer, "build_model", partial(frozen_model, rsotrain.training.trainer.build_model)
+        rsotrain.training.model, "build_model", partial(frozen_model, rsotrain.training.model.build_model)
     )
     result = {}
     for case, (size, strategy, shard_size, extra, every) in CASES.items():
@@ -181,13 +205,14 @@ def outcomes(
             continue
         configs = {name: compose(overrides(name, tiny, extra)) for name in methods}
         data = load_data(configs[methods[0]], cache_dir)
-        alone = {name: train(config, data, World(torch.device("cpu"))) for name, config in configs.items()}
+        cpu = torch.device("cpu")
+        alone = {name: train(name, config, data, World(cpu)) for name, config in configs.items()}
         # of the first method, and adapters of those that have some
         start: dict[str, torch.Tensor] = {}
         for config in configs.values():
             if not start or isinstance(config.optimizer, LoRAConfig):
                 start = Trainer(config, data).state_dict()["model"] | start
-        checks = {name: partial(train, config, data) for name, config in configs.items()}
+        checks = {name: partial(train, name, config, data) for name, config in configs.items()}
         folder = tmp_path_factory.mktemp(case)
         result[case] = (alone, ranks.run(size, checks, folder, strategy, shard_size), start)
     patch.undo()

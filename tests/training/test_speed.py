@@ -53,7 +53,14 @@ def steps() -> dict[str, float]:
     finally:
         sys.path.pop(0)
     arguments = argparse.Namespace(
-        model="llama_9m", precision="bf16", vocab_size=8192, seq_len=256, batch_size=2, rank=0.25, gap=200
+        model="llama_9m",
+        precision="bf16",
+        vocab_size=8192,
+        seq_len=256,
+        batch_size=2,
+        rank=0.25,
+        gap=200,
+        device="cpu",
     )
     functions: dict[str, Callable[[], object]] = {
         "huggingface": HuggingFaceLoop(arguments, "adamw").step,

@@ -13,8 +13,16 @@ from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
-EVERY_STEP = ("osd", "ldadam")  # sample their bases in each step, by decompositions that have to be checked
-DECOMPOSING = (*EVERY_STEP, "sumo")  # on a device, whose eigenvectors the host waits for
+EVERY_STEP = (
+    "osd",
+    "ldadam",
+)  # sample their bases in each step: on a CPU they ask whether gradients are zero
+DECOMPOSING = ("sumo",)  # in each step, and the host waits for eigenvectors
+# methods and samplers whose refreshes take none, but for the first
+BY_PRODUCTS = (
+    "carry", "rso", "apollo", "frugal", "ldadam", "osd", "galore sampler=randomized_svd",
+    "rso_pca sampler=randomized_svd",
+)  # fmt: skip
 SMALL = ["model=llama_tiny", "tokenizer.vocab_size=300", "seq_len=16", "batch_size=4", "micro_batch_size=2"]
 PRECISIONS = ("bf16_mixed", "bf16")
 
@@ -57,6 +65,23 @@ def test_the_host_waits_once_a_step(optimizer: str, compiled: str) -> None:
     here = trainer(f"optimizer={optimizer}", f"compile={compiled}", "device=cuda")
     for _ in range(3):
         here.train_step()
+    assert len(waits := waits_of_a_step(here)) == 1, waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", BY_PRODUCTS)
+def test_the_host_waits_once_in_a_step_with_refreshes(method: str) -> None:
+    from rsotrain.training.refreshes import all_bases_due
+
+    here = trainer(*f"optimizer={method}".split(), "device=cuda")
+    for _ in range(3):
+        here.train_step()
+    with all_bases_due(here):
+        assert len(waits := waits_of_a_step(here)) == 1, waits
+
+
+def waits_of_a_step(here: Trainer) -> list[str]:
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -64,8 +89,7 @@ def test_the_host_waits_once_a_step(optimizer: str, compiled: str) -> None:
             here.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
-    assert len(waits) == 1, waits
+    return [str(w.message) for w in caught if "synchroniz" in str(w.message)]
 
 
 @pytest.mark.gpu

@@ -278,3 +278,20 @@ def test_the_whole_vocabulary_of_the_tokenizer_must_fit(tiny: list[str], cache_d
     assert trainer([*tiny, "model.vocab_size=320"], cache_dir).train_step().loss == pytest.approx(
         math.log(320), rel=0.05
     )
+
+
+@pytest.mark.parametrize("in_backward", ["false", "true"])
+def test_copies_are_let_end_before_weights_change(in_backward: str, tiny: list[str], cache_dir: Path) -> None:
+    own = ["optimizer=adam", f"optimizer.update_in_backward={in_backward}", "micro_batch_size=4"]
+    here = trainer([*tiny, *own], cache_dir)
+    before = [p.detach().clone() for p in here.model.parameters()]
+    same: list[bool] = []
+
+    def compare() -> None:
+        same.append(all(map(torch.equal, here.model.parameters(), before)))
+
+    here.before_update = compare
+    here.train_step()
+    assert same[0]
+    compare()
+    assert not same[-1]

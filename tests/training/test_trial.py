@@ -12,11 +12,11 @@ from helpers import ranks
 from helpers.runs import compose
 from torch import Tensor
 
+from rsotrain import plugged
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.config.registry import CODE
 from rsotrain.config.schema import Config
 from rsotrain.errors import UserError
-from rsotrain.optim import plugged
 from rsotrain.optim.full_rank import FullRankOptimizer
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.ranks import World
