@@ -54,7 +54,8 @@ class FullRankOptimizer(ParamGroupOptimizer):
     def negative_update(self, name: str, gradient: Tensor, moments: list[Tensor], step: int) -> Tensor:
         """Update ``moments`` in place and return −U for W ← (1 − ηλ)W − ηU.
 
-        ``gradient``: of the piece, or of a run of its rows where the method is ``row_local``, in at least
+        ``gradient``: of the piece; where the method is ``row_local``, of a run of its rows or, on a GPU, of
+        all rows of several parameters with one ``stack_kind``, of which ``name`` is the first. In at least
         float32; it must not be changed. ``moments``: in the order of ``moment_shapes``, of the same rows.
         """
 

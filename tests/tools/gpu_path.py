@@ -37,7 +37,7 @@ from helpers.runs import compose  # noqa: E402
 from rsotrain.checkpoints.saving import copied_to_host  # noqa: E402
 from rsotrain.instruments.phases import Phase, phase  # noqa: E402
 from rsotrain.models.generation import generate_tokens  # noqa: E402
-from rsotrain.optim import rounding  # noqa: E402
+from rsotrain.optim import moments  # noqa: E402
 from rsotrain.optim.rso import RSO  # noqa: E402
 from rsotrain.parallel.sharding import local  # noqa: E402
 from rsotrain.planner.fake_run import FakeRun  # noqa: E402
@@ -158,7 +158,7 @@ def _basis_on_the_cpu() -> None:
 
 
 def _generator_of_the_cpu() -> None:
-    setattr(rounding, "generator", lambda *labels, device=None: seeding.generator(*labels))  # noqa: B010
+    setattr(moments, "generator", lambda *labels, device=None: seeding.generator(*labels))  # noqa: B010
 
 
 def _value_is_read() -> None:
