@@ -21,7 +21,7 @@ STACK_BYTES = 3 << 27
 
 def in_stacks(device: torch.device) -> bool:
     """Are matrices of one shape updated together there?"""
-    return device_kind(device) != "cpu"
+    return device_kind(device) == "cuda"
 
 
 def stacks_of(
