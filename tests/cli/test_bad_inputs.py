@@ -66,7 +66,10 @@ def test_a_bad_input_is_refused_or_starts_as_typed(
         return {}
 
     # In place of what imports torch and trains; all that comes before it is the real thing.
-    dispatch = types.SimpleNamespace(run_mode=run_mode, settle_epochs=lambda config: config)
+    def settled(config: Config) -> Config:
+        return config
+
+    dispatch = types.SimpleNamespace(run_mode=run_mode, settle_compile=settled, settle_epochs=settled)
     monkeypatch.setitem(sys.modules, "rsotrain.cli.dispatch", dispatch)
     status = call_main(cli, ["output_dir=out", *case.command])
     captured = capsys.readouterr()

@@ -12,7 +12,7 @@ from helpers.runs import compose
 from rsotrain.cli import entry as command_line
 from rsotrain.config.identity import identity
 from rsotrain.config.validation import validate
-from rsotrain.planner.formulas import state_bytes
+from rsotrain.optim.formulas import state_bytes
 from rsotrain.training.composition import check_composition
 
 MEMBERS = sorted(path.stem for path in (ROOT / "conf/tuned/track").glob("*.yaml"))

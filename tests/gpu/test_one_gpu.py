@@ -18,7 +18,6 @@ from helpers.command import ROOT
 from helpers.gpu_settings import HERE, needs_a_gpu
 from helpers.runs import compose
 
-from rsotrain.benchmark.synthetic import random_data
 from rsotrain.checkpoints.files import read_checkpoint
 from rsotrain.checkpoints.saving import BackgroundSaver
 from rsotrain.instruments.phases import watching
@@ -30,6 +29,7 @@ from rsotrain.planner.plan import make_plan
 from rsotrain.planner.tracker import Kind, MemoryTracker
 from rsotrain.subspace.bases import Bases
 from rsotrain.training.flops import matmul_flops_per_second
+from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, needs_a_gpu]

@@ -183,9 +183,9 @@ def test_rows_and_columns_without_a_gradient_stay() -> None:
 def test_the_fixed_point_is_the_best_approximation_of_rank_one() -> None:
     """Many iterations find the leading singular vectors of G² (the paper's proposition 3)."""
     gradient = noise(12, 10)
-    ((q,), (s,)) = row_and_column_scales([gradient], [Shard((12, 10))], 200)
+    ((q,), (s,)) = row_and_column_scales([gradient[None]], [Shard((12, 10))], 200)
     u, values, vh = torch.linalg.svd(gradient.square())
-    assert torch.allclose(torch.outer(q, s), values[0] * torch.outer(u[:, 0], vh[0]), rtol=1e-3)
+    assert torch.allclose(torch.outer(q[0], s[0]), values[0] * torch.outer(u[:, 0], vh[0]), rtol=1e-3)
 
 
 def test_racs_limits_the_growth_of_the_update() -> None:

@@ -21,7 +21,7 @@ from rsotrain.config.methods import (
 from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import Precision
 from rsotrain.models.layers import Linear
-from rsotrain.optim import adamw, base, rso, stacks, subspace_optimizer, weights
+from rsotrain.optim import adamw, buckets, rso, stacks, subspace_optimizer, weights
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.sharding import shard_of
 from rsotrain.subspace.seeding import generator
@@ -77,7 +77,7 @@ def limit_buckets(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
     counts: list[int] = []
 
     def limited(items: Any, size: Any, largest: int = limit) -> list[list[Any]]:
-        made: list[list[Any]] = base.buckets(items, size, min(largest, limit))
+        made: list[list[Any]] = buckets.buckets(items, size, min(largest, limit))
         counts.extend(len(bucket) for bucket in made)
         return made
 
