@@ -261,6 +261,7 @@ def test_each_setting_is_read_or_refused() -> None:
         "max_bad_steps",
         "spike_factor",
         "compile",
+        "deterministic",
         "activation_checkpointing",
         "run_name",
         "output_dir",

@@ -89,6 +89,8 @@ def traffic(
         if isinstance(compose([f"optimizer={name}"]).optimizer, SubspaceConfig):
             own += ["optimizer.rank=16"] if name != "apollo_mini" else []
             own += [f"optimizer.update_proj_gap={GAP}"] if name not in ("osd", "ldadam") else []
+        if name == "orbit":
+            own += ["optimizer.group=8"]  # divides the rows of each rank
         configs[name] = compose([*shared, f"optimizer={name}", *own])
     for label, name in MICRO.items():
         configs[label] = replace(configs[name], micro_batch_size=1)
