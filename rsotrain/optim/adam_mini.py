@@ -13,7 +13,7 @@ from rsotrain.optim.base import ParamGroupOptimizer, Settings
 from rsotrain.optim.full_rank import FullRankOptimizer
 from rsotrain.optim.functional import Betas
 from rsotrain.optim.state_size import Shape
-from rsotrain.parallel.sharding import Shard
+from rsotrain.parallel.sharding import Shard, local
 
 
 def mean_squares(gradient: Tensor) -> Tensor:
@@ -21,15 +21,16 @@ def mean_squares(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square_().div_(gradient.shape[1])
 
 
-def means_of_heads(of_rows: Tensor, shard: Shard, head_size: int) -> Tensor:
+def means_of_heads(of_rows: Tensor, number: int, shard: Shard, head_size: int) -> Tensor:
     """Each row's entry of ``of_rows`` replaced by the mean over its head's rows.
 
-    ``of_rows``: n·m×1, the rows that this rank has of n matrices that are laid out as ``shard`` says.
+    ``of_rows``: n·m×1, the rows (there may be none) that this rank has of n = ``number`` matrices, which are
+    laid out as ``shard`` says.
     """
     start, stop = (0, shard.shape[0]) if shard.dim is None else (shard.start, shard.stop)
     heads = torch.arange(start, stop, device=of_rows.device) // head_size
-    by_matrix = of_rows.view(-1, len(heads), 1)
-    sums = of_rows.new_zeros(len(by_matrix), shard.shape[0] // head_size, 1).index_add_(1, heads, by_matrix)
+    by_matrix = of_rows.view(number, len(heads), 1)
+    sums = of_rows.new_zeros(number, shard.shape[0] // head_size, 1).index_add_(1, heads, by_matrix)
     return shard.sum_(sums).div_(head_size)[:, heads].view(of_rows.shape)
 
 
@@ -100,10 +101,19 @@ class AdamMini(FullRankOptimizer):
     def stack_kind(self, name: str) -> Hashable:
         return ParamGroupOptimizer.stack_kind(self, name), self.head_sizes.get(name)
 
+    def _number(self, name: str, rows: int) -> int:
+        """Of the matrices that have so many rows on this rank together, of which ``name`` is the first."""
+        own = len(local(self.parameters[name]))
+        if own or not self.in_stacks:
+            return rows // own if own else 1
+        return next(len(stack) for stack in self.stacks if stack[0] == name)
+
     def negative_update(self, name: str, gradient: Tensor, moments: list[Tensor], step: int) -> Tensor:
         squares = mean_squares(gradient)
         if name in self.head_sizes:
-            squares = means_of_heads(squares, self.shards[name], self.head_sizes[name])
+            squares = means_of_heads(
+                squares, self._number(name, len(gradient)), self.shards[name], self.head_sizes[name]
+            )
         exp_avg, block_sq = moments
         return adam_mini_negative_update(
             gradient,

@@ -15,9 +15,9 @@ import rsotrain.training.model
 from rsotrain.config.methods import LoRAConfig
 from rsotrain.config.schema import Config, Strategy
 from rsotrain.data.build import Data
+from rsotrain.instruments.devices import planning_for
 from rsotrain.models.llama import Llama
 from rsotrain.parallel.ranks import World
-from rsotrain.training.model import model_without_memory
 from rsotrain.training.trainer import Trainer
 
 STEPS = 20
@@ -121,9 +121,8 @@ def overrides(name: str, tiny: list[str], extra: list[str]) -> list[str]:
 
 
 def train(name: str, config: Config, data: Data, world: World) -> dict[str, Any]:
-    model = model_without_memory(config, data.tokenizer)
-    model.device_kind = "cuda" if name.startswith("batched-") else None
-    trainer = Trainer(config, data, world, model)
+    with planning_for("cuda" if name.startswith("batched-") else "cpu"):
+        trainer = Trainer(config, data, world)
     results = [trainer.train_step() for _ in range(config.steps)]
     metrics = trainer.optimizer.metrics()
     shards = trainer.shards()
