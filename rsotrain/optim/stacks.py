@@ -16,7 +16,7 @@ from rsotrain.subspace import projection
 
 # Bytes of one temporary of a stack. Three or four of them are alive at a time; kernels of that size take some
 # 0.2 ms on an H100, fifty times as long as a launch.
-STACK_BYTES = 3 << 27
+STACK_BYTES = 1 << 28
 
 
 def in_stacks(device: torch.device) -> bool:

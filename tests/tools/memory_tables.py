@@ -91,20 +91,6 @@ def in_backward_table(pool: Executor) -> list[str]:
     return [head, "|---|---|---|---|", *rows]
 
 
-def floor_cell(optimizer: str, state_dtype: str) -> str:
-    """Peak, GiB, and how far above its floor it lies."""
-    plan = make_plan(run_of("7b", optimizer, 1, f"optimizer.state_dtype={state_dtype}"), gpus=False)
-    return f"{plan.peak / GIB:.2f}, {plan.peak / plan.floor.total - 1:.1%}"
-
-
-def floors_table(pool: Executor) -> list[str]:
-    methods = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
-    dtypes = ("bfloat16", "int8")
-    cells = {o: [pool.submit(floor_cell, o, dtype) for dtype in dtypes] for o in methods}
-    rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
-    return [f"| llama_7b, one GPU | {' | '.join(dtypes)} |", "|---" * (len(dtypes) + 1) + "|", *rows]
-
-
 # --- the largest model -----------------------------------------------------------------------------
 
 
@@ -152,7 +138,6 @@ TABLES: dict[str, Callable[[Executor], list[str]]] = {
     "8 GPUs": partial(memory_table, 8),
     "8 bits": lean_table,
     "in backward": in_backward_table,
-    "floors": floors_table,
     "largest": partial(largest_table, False),
     "largest, 8 bits": partial(largest_table, True),
 }
