@@ -20,6 +20,8 @@ from rsotrain.models.llama import Llama
 from rsotrain.parallel.ranks import World
 from rsotrain.training.trainer import Trainer
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the trainings of all
+
 STEPS = 20
 
 
