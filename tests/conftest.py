@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.command import Cli
+from helpers.warm import run_command
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 os.environ["WANDB_MODE"] = "offline"
@@ -80,14 +80,6 @@ def cli(tmp_path: Path) -> Cli:
     """Run ``python -m rsotrain …`` in an empty folder and return the finished process."""
 
     def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "rsotrain", *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"COLUMNS": "200"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return run_command(arguments, tmp_path, os.environ | {"COLUMNS": "200"} | environment)
 
     return call

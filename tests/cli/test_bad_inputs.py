@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.bad_inputs import GROUPS, Case, bad_inputs
 from helpers.command import call_main
+from helpers.warm import run_command
 
 from rsotrain.config.keys import field_types
 from rsotrain.config.schema import Config
@@ -93,10 +93,5 @@ def test_a_bad_input_is_refused_or_starts_as_typed(
 def test_a_bad_input_in_a_process_of_its_own(case: Case, folder: Path) -> None:
     if "\0" in case.typed:
         pytest.skip("no argument of a process can hold a NUL character")
-    result = subprocess.run(
-        [sys.executable, "-m", "rsotrain", "output_dir=out", *case.command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_command(["output_dir=out", *case.command], Path.cwd(), os.environ)
     is_refused(case, result.returncode, result.stdout, result.stderr, folder)
