@@ -1,8 +1,12 @@
 """From a command line to a configuration, its data and its trainer."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from helpers.command import ROOT
+from hydra.core.config_store import ConfigStore
 
 from rsotrain.cli.compose import register_schemas, to_config
 from rsotrain.config.defaults import conf_dir
@@ -13,13 +17,30 @@ from rsotrain.training.trainer import Trainer
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
 
+_schemas: Any = None  # as this module has registered them last
+
+
 def compose(overrides: list[str]) -> Config:
+    """The configuration of a command line; composed once, unless it reads a model's folder."""
+    if any("pretrained" in override for override in overrides):
+        return _compose(tuple(overrides))
+    return deepcopy(_composed(tuple(overrides)))
+
+
+def _compose(overrides: tuple[str, ...]) -> Config:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    register_schemas()
+    global _schemas
+    repository = ConfigStore.instance().repo
+    if repository.get("schema") is not _schemas or _schemas is None:
+        register_schemas()
+        _schemas = repository["schema"]
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return to_config(hydra_compose("config", overrides))
+        return to_config(hydra_compose("config", list(overrides)))
+
+
+_composed = cache(_compose)
 
 
 def load_data(config: Config, cache_dir: Path) -> Data:
