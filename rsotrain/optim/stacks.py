@@ -63,6 +63,12 @@ def products_with(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.bmm(matrices, vectors.unsqueeze(2)).squeeze(2)
 
 
+def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """Their elementwise product, rounded once to ``dtype``; either may broadcast."""
+    shape = torch.broadcast_shapes(left.shape, right.shape)
+    return torch.mul(left, right, out=torch.empty(shape, dtype=dtype, device=left.device))
+
+
 def norms_of_each(stack: Tensor) -> Tensor:
     """The Frobenius norm of each matrix, (n,)."""
     if len(stack) == 1:
@@ -125,7 +131,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
 
 
+def is_copy(stack: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Has ``stacked`` made new memory of ``tensors``?"""
+    return stack.untyped_storage()._cdata != tensors[0].untyped_storage()._cdata
+
+
 def put_back_(tensors: Sequence[Tensor], stack: Tensor) -> None:
     """Write the parts of a tensor that ``stacked`` has made of ``tensors`` to these, unless it is a view."""
-    if stack.untyped_storage()._cdata != tensors[0].untyped_storage()._cdata:
+    if is_copy(stack, tensors):
         torch._foreach_copy_(list(tensors), list(stack.unbind()))
