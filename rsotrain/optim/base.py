@@ -372,7 +372,7 @@ class ParamGroupOptimizer(ABC):
 
     @cached_property
     def one(self) -> Tensor:
-        """1 in at least float32, 1×1×1, where the parameters are; a share of it is added to sums of products."""
+        """1 in at least float32, 1×1×1, where the parameters are, to add a share of it to products."""
         first = next(iter(self.parameters.values()))
         return torch.ones(1, 1, 1, dtype=work_dtype(first.dtype), device=first.device)
 

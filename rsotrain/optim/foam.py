@@ -19,8 +19,8 @@ def foam_negative_update(
 
     g̃ is the mean of each block of neighbours in a row and R = G − unfold(g̃) the residual;
     m̃ ← β₁m̃ + (1−β₁)g̃;  ṽ ← β₂ṽ + (1−β₂)·mean(G²), the mean of the squares, as in the authors' code (their
-    text squares the mean). ``gradient``: G, m×n of any dtype; ``exp_avg``, ``exp_avg_sq``: m̃ and ṽ, m×⌈n/block⌉, updated
-    in place. A last block that is not full is filled with zeros.
+    text squares the mean). ``gradient``: G, m×n of any dtype; ``exp_avg``, ``exp_avg_sq``: m̃ and ṽ,
+    m×⌈n/block⌉, updated in place. A last block that is not full is filled with zeros.
     """
     columns = gradient.shape[1]
     if padding := -columns % block:

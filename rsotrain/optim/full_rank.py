@@ -58,7 +58,8 @@ class FullRankOptimizer(ParamGroupOptimizer):
 
         ``gradient``: of the piece; where the method is ``row_local``, of a run of its rows or, on a GPU, of
         all rows of several parameters with one ``stack_kind``, of which ``name`` is the first. In at least
-        float32 where the method ``widens``; it must not be changed. ``moments``: in the order of ``moment_shapes``, of the same rows.
+        float32 where the method ``widens``; it must not be changed. ``moments``: in the order of
+        ``moment_shapes``, of the same rows.
         """
 
     def whole(self, name: str) -> bool:

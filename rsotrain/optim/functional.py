@@ -105,25 +105,15 @@ def limited_growth_(
     ``noise``, the norm that rounding errors alone may have: growing by γ from there would take thousands of
     steps.
     """
-    return limited_(norm, previous_norm, allowed_norms(previous_norm, max_growth, noise))
-
-
-def allowed_norms(previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0) -> Tensor:
-    """γ‖U_{t−1}‖, the largest ‖U_t‖ that ``limited_growth_`` leaves as it is; infinite where nothing is limited."""
-    return (max_growth * previous_norm).masked_fill_(previous_norm <= noise, torch.inf)
-
-
-def limited_(norm: Tensor, previous_norm: Tensor, allowed: Tensor) -> Tensor:
-    """``limited_growth_`` with what ``allowed_norms`` has found, which may be for many matrices at once."""
     norm = norm.to(previous_norm.dtype)
-    factor = (allowed / norm).clamp_(max=1.0)
+    factor = (allowed_norms(previous_norm, max_growth, noise) / norm).clamp_(max=1.0)
     torch.mul(norm, factor, out=previous_norm)
     return factor
 
 
-def inverse_root(scale: Tensor) -> Tensor:
-    """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
-    return scale.rsqrt().nan_to_num_(nan=torch.nan, posinf=0.0)
+def allowed_norms(previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0) -> Tensor:
+    """γ‖U_{t−1}‖, the largest ‖U_t‖ that the limiter leaves as it is; infinite where nothing is limited."""
+    return (max_growth * previous_norm).masked_fill_(previous_norm <= noise, torch.inf)
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,9 +72,13 @@ class Orbit(GaLore):
         """O of each, this rank's pieces, on a GPU."""
         first, (residual, noise) = stack.first, self._residual(stack)
         if not self._is_apart(first):
-            return self._orthogonal(stack.matrices, list(self._without_noise(first, residual, noise).unbind()))
+            return self._orthogonal(
+                stack.matrices, list(self._without_noise(first, residual, noise).unbind())
+            )
         rows = rows_of_group(self.config.group, first.size)
-        return list(orthogonal_groups_of_stack(residual, noise, self.one, rows, self.config.ns_steps).unbind())
+        return list(
+            orthogonal_groups_of_stack(residual, noise, self.one, rows, self.config.ns_steps).unbind()
+        )
 
     def _orthogonal(self, matrices: list[Matrix], residuals: list[Tensor]) -> list[Tensor]:
         """O of each, this rank's pieces."""

@@ -42,8 +42,8 @@ def orthogonal_groups_of_stack(
 ) -> Tensor:
     """``orthogonal_groups`` of n matrices of one shape, n×M×k, whose rows count as 0 where they are noise.
 
-    ``noise``: the largest norms of such rows, n×M×1 in float32 (or float64); ``one``: 1×1×1, alike. The norms of groups are those of
-    their rows, noise among them, so that all of it takes two passes over ``stack``.
+    ``noise``: the largest norms of such rows, n×M×1 in float32 (or float64); ``one``: 1×1×1, alike. The norms
+    of groups are those of their rows, noise among them, so that all of it takes two passes over ``stack``.
     """
     count, size = stack.shape[1:]
     missing = -count % rows

@@ -130,9 +130,7 @@ class Frugal(GaLore):
             add_lifted_(signs, update, basis, 1.0, decay_factor=-self.config.free_scale)
             self.apply_to(stack, signs, lr, step)
 
-    def _signs_(
-        self, residual: Tensor, noise: Tensor | None, projected: Tensor, basis: Tensor
-    ) -> Tensor:
+    def _signs_(self, residual: Tensor, noise: Tensor | None, projected: Tensor, basis: Tensor) -> Tensor:
         """Signs of the entries of ``residual`` that exceed rounding errors, else 0. Overwrites it.
 
         ``noise``: rounding errors of the rows; None: those of products in bfloat16.

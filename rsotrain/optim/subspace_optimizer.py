@@ -129,8 +129,8 @@ class SubspaceOptimizer(OptimizerWithBases):
     def add_state(self, matrix: Matrix) -> None:
         """Add the method's own state tensors of one matrix, filled with zeros."""
 
-    def begin(self, matrices: list[Matrix]) -> None:  # noqa: B027, most methods have nothing to do
-        """What an update does for all its ``matrices`` at once, after their refreshes and before ``apply``."""
+    def begin(self, matrices: list[Matrix]) -> None:
+        """What an update does for all ``matrices`` at once, after their refreshes and before ``apply``."""
 
     @abstractmethod
     def apply(
@@ -138,7 +138,8 @@ class SubspaceOptimizer(OptimizerWithBases):
     ) -> None:
         """Update the weights.
 
-        ``gradients``: A, M×k each, which must not be changed but by ``residual_of``; ``projected``: R = A Q, M×r each, which may be.
+        ``gradients``: A, M×k each, which must not be changed but by ``residual_of``; ``projected``: R = A Q,
+        M×r each, which may be.
         """
 
     @abstractmethod
