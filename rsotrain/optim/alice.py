@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rsotrain.config.choices import InnerSolver, OnRefresh
+from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import AliceConfig
 from rsotrain.optim.base import Settings
-from rsotrain.optim.functional import inverse_root, limited_growth_
+from rsotrain.optim.functional import limited_growth_
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix, grams_of_rows
 from rsotrain.optim.residuals import rounding_noise
-from rsotrain.optim.solvers import Solver, solver_of
-from rsotrain.optim.stacks import add_lifted_, put_back_, stacked
+from rsotrain.optim.solvers import PLAIN_ADAM, Solver
+from rsotrain.optim.stacks import add_lifted_, product_in, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import Stack
 from rsotrain.optim.with_bases import Subspace
@@ -49,7 +49,7 @@ class Alice(GaLore):
 
     @classmethod
     def solver_for(cls, config: Any) -> Solver:
-        return solver_of(InnerSolver.adam)
+        return PLAIN_ADAM
 
     def add_state(self, matrix: Matrix) -> None:
         super().add_state(matrix)
@@ -89,21 +89,14 @@ class Alice(GaLore):
     ) -> None:
         self._track(bucket, projected)
         updates = self.negative_updates(bucket, projected, step)
-        beta1, beta2 = self.settings.betas
         for stack in self.stacks_in(bucket, gradients, projected, updates):
             (a, r, update), basis, m = stack.tensors, stack.basis, stack.first
-            # the solver's N is M/(1−β₁ᵗ) / √(V/(1−β₂ᵗ))
-            count = stacked([self.state[own.name]["step"] for own in stack.matrices]).double()
-            corrections = (1.0 - beta1**count) / (1.0 - beta2**count).sqrt()
-            update.mul_(corrections.to(update.dtype).view(-1, 1, 1))
             if m.rank == m.size:
                 self.apply_lifted_to(stack, update, lr, step)
                 continue
-            residual = a.to(basis.dtype, copy=True)
-            add_lifted_(residual, r, basis, -1.0)
-            scales = self._scales(stack, residual, r, step)
-            outside = residual.mul_((scales * -self.config.compensation).to(basis.dtype))
-            add_lifted_(outside, update, basis, 1.0)
+            residual = self.residual_of(stack, a, r)
+            outside = residual.mul_(self._scales(stack, residual, r, step))
+            add_lifted_(outside, update, basis, 1.0, decay_factor=-self.config.compensation)
             self.apply_to(stack, outside, lr, step)
 
     def _track(self, bucket: list[Matrix], projected: list[Tensor]) -> None:
@@ -114,21 +107,24 @@ class Alice(GaLore):
         torch._foreach_lerp_(tracked, grams, 1.0 - self.config.tracking)
 
     def _scales(self, stack: Stack, residual: Tensor, projected: Tensor, step: int) -> Tensor:
-        """√(k−r)·diag(p)^-½ with the limiter's factor, (n, M, 1), after the update of p."""
+        """√(k−r)·diag(p)^-½ with the limiter's factor, (n, M, 1) as the residual, after the update of p."""
         first = stack.first
         kept = [self.moments[m.name]["residual_sq"] for m in stack.matrices]
         wide = self.keeper.read(kept)
         averages = stacked(wide)
         norms = first.row_norms(residual, averages.dtype)
-        inside = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
-        norms = norms.masked_fill_(norms <= rounding_noise(first.size, residual.dtype) * inside, 0.0)
-        averages.lerp_(norms.square(), 1.0 - self.settings.betas[0])
-        scales = inverse_root(averages).mul_((first.size - first.rank) ** 0.5).masked_fill_(norms <= 0, 0.0)
+        noise = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        is_there = norms > noise.mul_(rounding_noise(first.size, residual.dtype))
+        squares = norms.square_().mul_(is_there)
+        averages.lerp_(squares, 1.0 - self.settings.betas[0])
+        # diag(p)^-1, and 0 for rows that have no residual
+        inverse = (is_there / averages).nan_to_num_(nan=0.0).mul_(first.size - first.rank)
         put_back_(wide, averages)
         self.keeper.write(kept, wide, step)
-        (norm,) = first.low_rank_norms(norms * scales)
+        total = torch.bmm(squares.mT, inverse)  # ‖C‖²
+        norm = (total if first.by_columns else first.shard.sum_(total)).sqrt_().flatten()
         limits = [self.state[m.name]["residual_norm"] for m in stack.matrices]
         previous = stacked(limits)
         factors = limited_growth_(norm, previous, self.config.max_growth)
         put_back_(limits, previous)
-        return scales * factors.view(-1, 1, 1)
+        return product_in(residual.dtype, inverse.sqrt_(), factors.view(-1, 1, 1))

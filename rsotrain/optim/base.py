@@ -16,7 +16,7 @@ from rsotrain.errors import require
 from rsotrain.optim.blocks import block_dim, block_size, is_unsigned
 from rsotrain.optim.coded import CodedMoment
 from rsotrain.optim.functional import Betas
-from rsotrain.optim.moments import Moment, StateKeeper
+from rsotrain.optim.moments import Moment, StateKeeper, work_dtype
 from rsotrain.optim.norms import norms_of
 from rsotrain.optim.parameter_groups import ParameterGroups
 from rsotrain.optim.stacks import in_stacks, products, stacks_of
@@ -330,16 +330,25 @@ class ParamGroupOptimizer(ABC):
         self.weights.add_lifted_(name, low_rank, basis, lr, step, decay=decay, side=side)
 
     def apply_stack_(
-        self, names: Sequence[str], updates: Tensor, lr: float, step: int, side: Side = Side.right
+        self,
+        names: Sequence[str],
+        updates: Tensor,
+        lr: float,
+        step: int,
+        side: Side = Side.right,
+        scale: float = 1.0,
     ) -> None:
-        """``apply_`` for n weights of one shape and decay; ``updates``: (n, …). May overwrite them."""
+        """``apply_`` of ``scale``·update for n weights of one shape and decay; ``updates``: (n, …).
+
+        May overwrite them.
+        """
         if not self.in_stacks:
             for name, update in zip(names, updates.unbind(), strict=True):
-                self.apply_(name, update, lr, step, side)
+                self.apply_(name, update if scale == 1.0 else update.mul_(scale), lr, step, side)
             return
         own = updates if side is Side.right else updates.mT
         kept = 1.0 - lr * self.decay_of(names[0])
-        self.weights.move_all_(names, list(own.unbind()), lr, step, kept=kept)
+        self.weights.move_all_(names, list(own.unbind()), lr * scale, step, kept=kept)
 
     def apply_lifted_stack_(
         self,
@@ -360,6 +369,12 @@ class ParamGroupOptimizer(ABC):
         lifted = products(factor, basis.mT) if side is Side.right else products(basis, factor.mT)
         kept = 1.0 - lr * self.decay_of(names[0])
         self.weights.move_all_(names, list(lifted.unbind()), lr, step, kept=kept)
+
+    @cached_property
+    def one(self) -> Tensor:
+        """1 in at least float32, 1×1×1, where the parameters are, to add a share of it to products."""
+        first = next(iter(self.parameters.values()))
+        return torch.ones(1, 1, 1, dtype=work_dtype(first.dtype), device=first.device)
 
     def stack_kind(self, name: str) -> Hashable:
         """What parameters of one stack have in common: their update is the same function."""

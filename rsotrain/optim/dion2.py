@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.base import Settings
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.muon import Muon
@@ -16,8 +17,12 @@ from rsotrain.parallel.sharding import Shard, local
 
 
 def largest_rows(norms: Tensor, fraction: float) -> Tensor:
-    """The indices of ⌈fraction·m⌉ rows with the largest ``norms`` (…, m), in ascending order."""
-    return norms.topk(math.ceil(fraction * norms.shape[-1])).indices.sort().values
+    """The indices of ⌈fraction·m⌉ rows with the largest ``norms`` (…, m).
+
+    They ascend on a CPU; elsewhere they are as topk finds them, the same on all ranks, which spares a sort.
+    """
+    found = norms.topk(math.ceil(fraction * norms.shape[-1]), sorted=False).indices
+    return found.sort().values if device_kind(norms.device) == "cpu" else found
 
 
 def rows_of(stack: Tensor, index: Tensor) -> Tensor:
@@ -70,14 +75,16 @@ class Dion2(Muon):
         buffers = stacked(wide)
         buffers.add_(self._gradients_of(names))
         momenta = buffers.mT if turned else buffers
-        norms = momenta.new_zeros(len(names), min(shard.shape))
-        own = norms[:, shard.start : shard.stop] if self._rows_are_sharded(names[0]) else norms
-        own.add_(torch.linalg.vector_norm(momenta, 1, dim=-1))
+        norms = torch.linalg.vector_norm(momenta, 1, dim=-1)
+        if self._rows_are_sharded(names[0]):
+            own, norms = norms, momenta.new_zeros(len(names), min(shard.shape))
+            norms[:, shard.start : shard.stop] = own
         indices = largest_rows(shard.sum_(norms), self.config.fraction)
         self._chosen |= dict(zip(names, indices, strict=True))
         index, mine = self._of_rank(names[0], indices)
         if momenta.shape[1]:
-            used = rows_of(momenta, index) * mine
+            used = rows_of(momenta, index)
+            used = used if mine is None else used * mine
             add_to_rows_(momenta, index, used, alpha=self.config.momentum - 1.0)
         else:
             used = momenta.new_zeros(len(names), indices.shape[1], momenta.shape[2])
@@ -99,11 +106,14 @@ class Dion2(Muon):
         shape = (len(self._chosen[name]), max(self.shards[name].shape))
         return replace(self.shards[name], shape=shape, dim=1)
 
-    def _of_rank(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """For each chosen row its index among this rank's rows, and whether the rank has it (as a column)."""
+    def _of_rank(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For each chosen row its index among this rank's rows, and whether the rank has it (as a column).
+
+        None: it has all.
+        """
         shard = self.shards[name]
         if not self._rows_are_sharded(name):
-            return indices, torch.ones_like(indices).unsqueeze(-1)
+            return indices, None
         mine = (indices >= shard.start) & (indices < shard.stop)
         last = max(0, shard.stop - shard.start - 1)
         return (indices - shard.start).clamp(0, last), mine.unsqueeze(-1)
@@ -128,5 +138,5 @@ class Dion2(Muon):
         wholes = torch.zeros(shape, dtype=work_dtype(parameter.dtype), device=parameter.device)
         rows = wholes.mT if self._turned(names[0]) else wholes
         if rows.shape[1]:
-            add_to_rows_(rows, index, (updates * mine).to(wholes.dtype))
+            add_to_rows_(rows, index, (updates if mine is None else updates * mine).to(wholes.dtype))
         super()._move(names, wholes, step, lr)

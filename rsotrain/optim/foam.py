@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,17 +19,18 @@ def foam_negative_update(
 
     g̃ is the mean of each block of neighbours in a row and R = G − unfold(g̃) the residual;
     m̃ ← β₁m̃ + (1−β₁)g̃;  ṽ ← β₂ṽ + (1−β₂)·mean(G²), the mean of the squares, as in the authors' code (their
-    text squares the mean). ``gradient``: G, m×n; ``exp_avg``, ``exp_avg_sq``: m̃ and ṽ, m×⌈n/block⌉, updated
-    in place. A last block that is not full is filled with zeros.
+    text squares the mean). ``gradient``: G, m×n of any dtype; ``exp_avg``, ``exp_avg_sq``: m̃ and ṽ,
+    m×⌈n/block⌉, updated in place. A last block that is not full is filled with zeros.
     """
     columns = gradient.shape[1]
     if padding := -columns % block:
         gradient = functional.pad(gradient, (0, padding))
     # block × m × n/block: what is folded comes first, so that all that follows runs over contiguous memory
-    neighbours = gradient.unflatten(1, (-1, block)).movedim(2, 0).contiguous()
+    folded = gradient.unflatten(1, (-1, block)).movedim(2, 0)
+    neighbours = torch.empty(folded.shape, dtype=exp_avg.dtype, device=gradient.device).copy_(folded)
     mean = neighbours.mean(0)
     exp_avg.lerp_(mean, 1.0 - betas[0])
-    residual = neighbours.sub_(mean) if block > 1 else neighbours - mean
+    residual = neighbours.sub_(mean)
     squares = residual.square()
     exp_avg_sq.lerp_(squares.mean(0).addcmul_(mean, mean), 1.0 - betas[1])  # mean(G²) = mean(R²) + g̃²
     correction2 = (1.0 - betas[1] ** step) ** 0.5
@@ -45,6 +47,7 @@ class Foam(FullRankOptimizer):
 
     by_rows: ClassVar = True
     row_local: ClassVar = True
+    widens: ClassVar = False  # where blocks are brought together
 
     @classmethod
     def moment_shapes(cls, config: Any, name: str, piece: Shape) -> Mapping[str, Shape]:

@@ -30,6 +30,8 @@ class FullRankOptimizer(ParamGroupOptimizer):
     """
 
     row_local: ClassVar[bool] = False
+    # Does ``negative_update`` want gradients in at least float32? Else it has them in the dtype of weights.
+    widens: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,7 +58,8 @@ class FullRankOptimizer(ParamGroupOptimizer):
 
         ``gradient``: of the piece; where the method is ``row_local``, of a run of its rows or, on a GPU, of
         all rows of several parameters with one ``stack_kind``, of which ``name`` is the first. In at least
-        float32; it must not be changed. ``moments``: in the order of ``moment_shapes``, of the same rows.
+        float32 where the method ``widens``; it must not be changed. ``moments``: in the order of
+        ``moment_shapes``, of the same rows.
         """
 
     def whole(self, name: str) -> bool:
@@ -86,15 +89,17 @@ class FullRankOptimizer(ParamGroupOptimizer):
             limit = CACHE_ELEMENTS if in_cache else gradient.numel()
             for rows, own in row_runs(gradient, kept, limit):
                 wide = self.keeper.read(own)
-                own_gradient = gradient[rows].to(work_dtype(gradient.dtype))
-                update = self.negative_update(name, own_gradient, wide, step)
+                update = self.negative_update(name, self._widened(gradient[rows]), wide, step)
                 self.keeper.write(own, wide, step)
                 self.apply_(name, update, lr, step, rows=rows)
+
+    def _widened(self, gradient: Tensor) -> Tensor:
+        return gradient.to(work_dtype(gradient.dtype)) if self.widens else gradient
 
     def _update_stack(self, names: list[str], step: int, lr: float) -> None:
         """Update parameters of a kind as one matrix, which has the rows of all."""
         gradient = stacked([gradient_of(name, self.parameters[name]) for name in names])
-        gradient = gradient.to(work_dtype(gradient.dtype))
+        gradient = self._widened(gradient)
         kept = [list(self.moments[name].values()) for name in names]
         by_key = [list(own) for own in zip(*kept, strict=True)]
         wide = [self.keeper.read(own) for own in by_key]

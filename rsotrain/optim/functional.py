@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rsotrain.instruments.devices import device_kind
 from rsotrain.optim.stacks import zeros_alike
 
 Betas = tuple[float, float]
@@ -90,8 +91,8 @@ def transport_adam_(
 def channel_scales(update: Tensor, projected: Tensor) -> Tensor:
     """‖N_j‖/‖R_j‖ for each row j, …×M×1; 0 where R_j is 0. ``update``: N or −N, …×M×r; ``projected``: R."""
     norms = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
-    scales = torch.linalg.vector_norm(update, dim=-1, keepdim=True) / norms
-    return scales.masked_fill_(norms <= 0, 0.0)
+    scales = torch.linalg.vector_norm(update, dim=-1, keepdim=True).div_(norms)
+    return scales.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 def limited_growth_(
@@ -105,22 +106,21 @@ def limited_growth_(
     steps.
     """
     norm = norm.to(previous_norm.dtype)
-    allowed = torch.where(previous_norm > noise, max_growth * previous_norm, norm)
-    factor = torch.where(norm > allowed, allowed / norm, 1.0)
-    previous_norm.copy_(norm * factor)
+    factor = (allowed_norms(previous_norm, max_growth, noise) / norm).clamp_(max=1.0)
+    torch.mul(norm, factor, out=previous_norm)
     return factor
 
 
-def inverse_root(scale: Tensor) -> Tensor:
-    """1/√x, and 0 where x is 0, as of rows whose gradients have all been 0."""
-    return scale.rsqrt().masked_fill_(scale <= 0, 0.0)
+def allowed_norms(previous_norm: Tensor, max_growth: float, noise: Tensor | float = 0.0) -> Tensor:
+    """γ‖U_{t−1}‖, the largest ‖U_t‖ that the limiter leaves as it is; infinite where nothing is limited."""
+    return (max_growth * previous_norm).masked_fill_(previous_norm <= noise, torch.inf)
 
 
 def row_norms(piece: Tensor, dtype: torch.dtype) -> Tensor:
     """Norms of the rows of …×M×k, …×M×1. Sums are in ``dtype``, squares may be in ``piece.dtype``."""
-    if piece.is_contiguous():
+    if piece.is_contiguous() or device_kind(piece.device) == "cuda":
         return torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=dtype)
-    # a transposed view, for which torch's norm along the strided dimension takes three times as long
+    # a transposed view, for which torch's norm along the strided dimension takes three times as long on a CPU
     return piece.mT.square().sum(-2, dtype=dtype).sqrt_().unsqueeze(-1)
 
 

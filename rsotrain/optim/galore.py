@@ -54,6 +54,9 @@ class GaLore(SubspaceOptimizer):
             step,
         )
 
+    def begin(self, matrices: list[Matrix]) -> None:
+        torch._foreach_add_([self.state[m.name]["step"] for m in matrices], 1.0)
+
     def negative_updates(self, bucket: list[Matrix], projected: list[Tensor], step: int) -> list[Tensor]:
         """Update the moments by R; return −N, M×r each."""
         kept = [self.moments[m.name] for m in bucket]

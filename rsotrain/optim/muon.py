@@ -26,16 +26,19 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_of_stack(stack: Tensor, steps: int) -> Tensor:
-    """The same of each of n matrices, (n, …): X ← aX + (b XXᵀ + c(XXᵀ)²)X from X/‖X‖."""
+    """The same of each of n matrices, (n, …): X ← aX + (bS + cS²)X with S = XXᵀ, from X/‖X‖.
+
+    Of tall ones X ← aX + X(bS + cS²) with S = XᵀX, so that none is transposed.
+    """
     a, b, c = NS_COEFFICIENTS
-    x = stack.to(torch.bfloat16, copy=True)
+    norms = norms_of_each(stack).clamp_(min=NS_EPS).view(-1, 1, 1)
+    x = torch.div(stack, norms, out=torch.empty(stack.shape, dtype=torch.bfloat16, device=stack.device))
     is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
-    x.div_(norms_of_each(x).clamp(min=NS_EPS).view(-1, 1, 1))
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
+    return x
 
 
 class Muon(ParamGroupOptimizer):

@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from rsotrain.config.methods import OptimizerConfig
 from rsotrain.optim.base import Settings
-from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.muon import Muon
-from rsotrain.optim.stacks import norms_of_wholes, put_back_, stacked
+from rsotrain.optim.stacks import put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.parallel.sharding import local
 
@@ -42,14 +42,21 @@ class NorMuon(Muon):
         return StateSize((matrix.piece, (matrix.piece[0], 1)))
 
     def _move(self, names: list[str], updates: Tensor, step: int, lr: float) -> None:
-        pieces = updates.to(work_dtype(self.parameters[names[0]].dtype))
+        decay, columns = self.config.row_decay, updates.shape[-1]
         kept = [self.moments[name]["row_sq"] for name in names]
         wide = self.keeper.read(kept)
         averages = stacked(wide)
-        averages.lerp_(pieces.square().mean(-1, keepdim=True), 1.0 - self.config.row_decay)
-        scaled = pieces / averages.sqrt().add_(ROW_EPS)
+        # of the rows of O, and of those of O/√v
+        norms = averages.new_empty(len(names), 2, averages.shape[1])
+        torch.linalg.vector_norm(updates, dim=-1, dtype=norms.dtype, out=norms[:, 0])
+        rows = norms[:, 0].unsqueeze(-1)
+        averages.mul_(decay).addcmul_(rows, rows, value=(1.0 - decay) / max(1, columns))
+        divisors = averages.sqrt().add_(ROW_EPS)
         put_back_(wide, averages)
         self.keeper.write(kept, wide, step)
-        before, after = norms_of_wholes(self.shards[names[0]], pieces, scaled)
-        factors = (before / after).masked_fill_(after <= 0, 0.0).view(-1, 1, 1)
-        super()._move(names, scaled.mul_(factors), step, lr)
+        torch.div(rows, divisors, out=norms[:, 1].unsqueeze(-1))
+        # their squares are on the diagonal, beside which the least number makes 0/0 a 1
+        squares = torch.baddbmm(self.one, norms, norms.mT, beta=torch.finfo(norms.dtype).tiny)
+        before, after = self.shards[names[0]].sum_(squares).diagonal(dim1=1, dim2=2).unbind(1)
+        factors = (before / after).sqrt_().view(-1, 1, 1)
+        super()._move(names, updates * (factors / divisors), step, lr)

@@ -1,11 +1,12 @@
 """ORBIT: Adam in a tracked subspace, the rest of the gradient orthogonalised; this project's own method."""
 
+import torch
 from torch import Tensor
 
 from rsotrain.optim.buckets import buckets
 from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix
-from rsotrain.optim.orthogonal import orthogonal_groups, rows_of_group
+from rsotrain.optim.orthogonal import orthogonal_groups, orthogonal_groups_of_stack, rows_of_group
 from rsotrain.optim.residuals import rounding_noise
 from rsotrain.optim.stacks import add_lifted_
 from rsotrain.optim.subspace_optimizer import Stack
@@ -40,31 +41,49 @@ class Orbit(GaLore):
             cut = [item for item in part if item[0].rank < item[0].size]
             matrices = [m for m, *_ in cut]
             stacks = self.stacks_in(matrices, [a for _, a, _, _ in cut], [r for _, _, r, _ in cut])
-            residuals = [residual for stack in stacks for residual in self._residual(stack).unbind()]
-            outside = self._orthogonal(matrices, residuals)
+            outside = [o for stack in stacks for o in self._of_stack(stack)] if self.in_stacks else []
+            if not self.in_stacks:
+                residuals = [self._without_noise(s.first, *self._residual(s))[0] for s in stacks]
+                outside = self._orthogonal(matrices, residuals)
             for stack in self.stacks_in(matrices, outside, [update for *_, update in cut]):
                 o, update = stack.tensors
                 size = self.config.free_scale * stack.first.size**0.5
                 add_lifted_(o, update, stack.basis, 1.0, decay_factor=-size)
                 self.apply_to(stack, o, lr, step)
 
-    def _residual(self, stack: Stack) -> Tensor:
-        """A − lift(R), this rank's pieces, in the dtype of products, without rows of mere rounding errors."""
-        (gradients, projected), basis, first = stack.tensors, stack.basis, stack.first
-        residual = gradients.to(basis.dtype, copy=True)
-        add_lifted_(residual, projected, basis, -1.0)
-        dtype = projected.dtype
-        coarser = min(gradients.dtype, basis.dtype, key=lambda each: each.itemsize)
-        noise = first.row_norms(gradients, dtype).mul_(rounding_noise(first.size, coarser))
-        return residual.mul_(first.row_norms(residual, dtype) > noise)
+    def _residual(self, stack: Stack) -> tuple[Tensor, Tensor]:
+        """A − lift(R), this rank's pieces, in the dtype of products; row norms of mere rounding errors."""
+        (gradients, projected), first = stack.tensors, stack.first
+        coarser = min(gradients.dtype, stack.basis.dtype, key=lambda each: each.itemsize)
+        inside = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        noise = inside.mul_(rounding_noise(first.size, coarser))
+        return self.residual_of(stack, gradients, projected), noise
+
+    def _without_noise(self, first: Matrix, residual: Tensor, noise: Tensor) -> Tensor:
+        """The residual with 0 for rows that are no larger than ``noise``."""
+        return residual.mul_(first.row_norms(residual, noise.dtype) > noise)
+
+    def _is_apart(self, matrix: Matrix) -> bool:
+        """Has this rank whole groups of rows?"""
+        shard, rows = matrix.shard, rows_of_group(self.config.group, matrix.size)
+        return shard.dim is None or (not matrix.by_columns and shard.chunk % rows == 0)
+
+    def _of_stack(self, stack: Stack) -> list[Tensor]:
+        """O of each, this rank's pieces, on a GPU."""
+        first, (residual, noise) = stack.first, self._residual(stack)
+        if not self._is_apart(first):
+            return self._orthogonal(
+                stack.matrices, list(self._without_noise(first, residual, noise).unbind())
+            )
+        rows = rows_of_group(self.config.group, first.size)
+        return list(
+            orthogonal_groups_of_stack(residual, noise, self.one, rows, self.config.ns_steps).unbind()
+        )
 
     def _orthogonal(self, matrices: list[Matrix], residuals: list[Tensor]) -> list[Tensor]:
         """O of each, this rank's pieces."""
         rows = [rows_of_group(self.config.group, m.size) for m in matrices]
-        apart = [
-            m.shard.dim is None or (not m.by_columns and m.shard.chunk % n == 0)
-            for m, n in zip(matrices, rows, strict=True)
-        ]
+        apart = [self._is_apart(m) for m in matrices]
         pieces = [
             residual if alone else oriented(m.shard.all_gather(oriented(residual, m.side)), m.side)
             for m, residual, alone in zip(matrices, residuals, apart, strict=True)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsotrain.optim.functional import row_norms
+from rsotrain.optim.stacks import product_in
+
 # of Muon's polynomial: singular values of 0.02 and more end between 0.7 and 1.2 after five iterations
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
@@ -21,13 +24,38 @@ def newton_schulz(stack: Tensor, iterations: int) -> Tensor:
 
     X ← aX + (bXXᵀ + c(XXᵀ)²)X from X/‖X‖ (Jordan et al., Muon).
     """
-    a, b, c = COEFFICIENTS
     norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
-    x = stack / norms.clamp(min=torch.finfo(stack.dtype).tiny)
+    return newton_schulz_of_small(stack / norms.clamp(min=torch.finfo(stack.dtype).tiny), iterations)
+
+
+def newton_schulz_of_small(x: Tensor, iterations: int) -> Tensor:
+    """The same of X (g×b×k) with ‖X‖_F ≤ 1, or about 1."""
+    a, b, c = COEFFICIENTS
     for _ in range(iterations):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def orthogonal_groups_of_stack(
+    stack: Tensor, noise: Tensor, one: Tensor, rows: int, iterations: int
+) -> Tensor:
+    """``orthogonal_groups`` of n matrices of one shape, n×M×k, whose rows count as 0 where they are noise.
+
+    ``noise``: the largest norms of such rows, n×M×1 in float32 (or float64); ``one``: 1×1×1, alike. The norms
+    of groups are those of their rows, noise among them, so that all of it takes two passes over ``stack``.
+    """
+    count, size = stack.shape[1:]
+    missing = -count % rows
+    padded = F.pad(stack, (0, 0, 0, missing)) if missing else stack
+    norms = row_norms(padded, noise.dtype)
+    of_groups = norms.view(-1, 1, rows)
+    # the least number beside the square makes 0 of groups of zeros
+    scales = torch.baddbmm(one, of_groups, of_groups.mT, beta=torch.finfo(one.dtype).tiny).rsqrt_()
+    norms[:, :count].gt_(noise)  # 1 where a row is kept
+    scales = product_in(stack.dtype, norms.view(-1, rows, 1), scales)
+    groups = newton_schulz_of_small(padded.reshape(-1, rows, size) * scales, iterations)
+    return groups.view(padded.shape)[:, :count]
 
 
 def orthogonal_groups(matrices: Sequence[Tensor], rows: Sequence[int], iterations: int) -> list[Tensor]:

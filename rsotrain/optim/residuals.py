@@ -14,7 +14,7 @@ from rsotrain.optim.galore import GaLore
 from rsotrain.optim.matrix import Matrix
 from rsotrain.optim.moments import work_dtype
 from rsotrain.optim.solvers import Solver, solver_of
-from rsotrain.optim.stacks import add_lifted_, put_back_, stacked
+from rsotrain.optim.stacks import add_lifted_, product_in, put_back_, stacked
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.with_bases import pair
 from rsotrain.subspace import projection
@@ -80,8 +80,7 @@ class Fira(GaLore):
             if m.rank == m.size:
                 self.apply_lifted_to(stack, update, lr, step)
                 continue
-            residual = a.to(basis.dtype, copy=True)
-            add_lifted_(residual, r, basis, -1.0)
+            residual = self.residual_of(stack, a, r)
             scales = channel_scales(update, r)
             # rounding errors of the scaled residual are relative to ‖φ ⊙ lift(R)‖ = ‖N‖
             norm, inside = self._norms(m, scaled_row_norms(residual, scales), update)
@@ -90,11 +89,11 @@ class Fira(GaLore):
             previous = stacked(kept)
             factors = limited_growth_(norm, previous, self.config.max_growth, noise)
             put_back_(kept, previous)
-            limited = scales * -factors.view(-1, 1, 1)
-            if self.config.residual_at_lr:
-                limited.div_(self.config.scale)
-            outside = residual.mul_(limited.to(basis.dtype))  # mixed dtypes take four times as long
-            add_lifted_(outside, update, basis, 1.0)
+            # in the dtype of the residual, as mixed dtypes take four times as long
+            limited = product_in(residual.dtype, scales, factors.view(-1, 1, 1))
+            share = 1.0 / self.config.scale if self.config.residual_at_lr else 1.0
+            outside = residual.mul_(limited)
+            add_lifted_(outside, update, basis, 1.0, decay_factor=-share)
             self.apply_to(stack, outside, lr, step)
 
     @staticmethod
@@ -124,29 +123,30 @@ class Frugal(GaLore):
             if m.rank == m.size:
                 self.apply_lifted_to(stack, update, lr, step)
                 continue
-            residual = a.to(basis.dtype, copy=True)
-            add_lifted_(residual, r, basis, -1.0)
-            signs = self._signs_(residual, m, a, r, basis)
+            noise = None
+            if basis.dtype.itemsize >= 4 and self.subspace.sampler.columns is not Columns.axes:
+                noise = m.row_norms(a, basis.dtype).mul_(rounding_noise(m.size, basis.dtype))
+            signs = self._signs_(self.residual_of(stack, a, r), noise, r, basis)
             add_lifted_(signs, update, basis, 1.0, decay_factor=-self.config.free_scale)
             self.apply_to(stack, signs, lr, step)
 
-    def _signs_(
-        self, residual: Tensor, matrix: Matrix, gradient: Tensor, projected: Tensor, basis: Tensor
-    ) -> Tensor:
-        """Signs of the entries of ``residual`` that exceed rounding errors, else 0. Overwrites it."""
+    def _signs_(self, residual: Tensor, noise: Tensor | None, projected: Tensor, basis: Tensor) -> Tensor:
+        """Signs of the entries of ``residual`` that exceed rounding errors, else 0. Overwrites it.
+
+        ``noise``: rounding errors of the rows; None: those of products in bfloat16.
+        """
         if self.subspace.sampler.columns is Columns.axes:
             return residual.sign_()
         info = torch.finfo(basis.dtype)
-        if basis.dtype.itemsize >= 4:
-            noise = matrix.row_norms(gradient, basis.dtype).mul_(rounding_noise(matrix.size, basis.dtype))
+        if noise is not None:
             residual.div_(noise.clamp_(min=info.tiny))
         else:
             # The rounding errors of A, Q and R are independent and proportional to the entries of lift(R),
             # about ‖R_i‖‖Q_j‖/√r. Their sum is about 0.4 eps of these; the bound is five times as large.
             rows = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
             columns = torch.linalg.vector_norm(basis, dim=-1, dtype=rows.dtype).unsqueeze(-2)
-            for noise in (rows.mul_(2 * info.eps / matrix.rank**0.5), columns):
-                residual.div_(noise.to(basis.dtype).clamp_(min=info.tiny))
+            for errors in (rows.mul_(2 * info.eps / basis.shape[-1] ** 0.5), columns):
+                residual.div_(errors.to(basis.dtype).clamp_(min=info.tiny))
         return residual.trunc_().clamp_(-1.0, 1.0)
 
 
@@ -187,7 +187,7 @@ class Apollo(GaLore):
             previous = stacked(kept)
             factors = limited_growth_(norm, previous, self.config.max_growth)
             put_back_(kept, previous)
-            self.apply_to(stack, a * (scales * -factors.view(-1, 1, 1)), lr, step)
+            self.apply_to(stack, a * (scales * factors.view(-1, 1, 1)), lr, step, scale=-1.0)
 
 
 class LDAdam(GaLore):

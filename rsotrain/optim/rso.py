@@ -329,6 +329,7 @@ class RSO(OptimizerWithBases):
             gradients = list(torch._foreach_add(gradients, values, alpha=1.0 / self.config.proximal_eta))
         kept = [self.moments[name] for name in gradients_of]
         counts = [state["step"] for state in states]
+        torch._foreach_add_(counts, 1.0)
         updates = self.solver.negative_updates(gradients, kept, counts, self.settings, step)
         return dict(zip(gradients_of, updates, strict=True))
 

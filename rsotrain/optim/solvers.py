@@ -5,7 +5,7 @@ For GaLore and the methods derived from it g is R = A Q (M×r), for RSO it is dB
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +43,8 @@ class Solver:
     ) -> list[Tensor]:
         """Update the moments of several matrices by their gradients; return −N of each.
 
-        ``counts``: the number of gradients in the moments of each matrix, which is increased by 1.
+        ``counts``: the number of gradients in the moments of each matrix, these included.
         """
-        torch._foreach_add_(list(counts), 1.0)
         moments = [own[key] for key in self.moments for own in kept]
         wide = settings.keeper.read(moments)
         by_name = [wide[i : i + len(kept)] for i in range(0, len(wide), len(kept))]
@@ -84,6 +83,20 @@ def _adam(
     exp_avgs, exp_avg_sqs = moments
     return adam_negative_updates(
         gradients, exp_avgs, exp_avg_sqs, counts, betas=settings.betas, eps=settings.eps
+    )
+
+
+def _plain_adam(
+    gradients: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    counts: Sequence[Tensor],
+    settings: "Settings",
+) -> list[Tensor]:
+    """N = M / (√V + ε): Adam without bias correction, which is gone where β^∞ is 0."""
+    exp_avgs, exp_avg_sqs = moments
+    endless = [torch.full_like(counts[0], torch.inf)] * len(counts)
+    return adam_negative_updates(
+        gradients, exp_avgs, exp_avg_sqs, endless, betas=settings.betas, eps=settings.eps
     )
 
 
@@ -138,6 +151,9 @@ SOLVERS: dict[InnerSolver, Solver] = {
     InnerSolver.momentum: Solver(("exp_avg",), _momentum, _carry_momentum),
     InnerSolver.adagrad: Solver(("sum_sq",), _adagrad, _carry_adagrad),
 }
+
+
+PLAIN_ADAM = replace(SOLVERS[InnerSolver.adam], rule=_plain_adam)
 
 
 def solver_of(chosen: InnerSolver) -> Solver:

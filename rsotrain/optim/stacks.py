@@ -56,18 +56,38 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return (left[0] @ right[0]).unsqueeze(0) if len(left) == 1 else torch.bmm(left, right)
 
 
-def products_with(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """A v of each pair: (n, m, k) and (n, k)."""
+def products_with(matrices: Tensor, vectors: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha·A v of each pair: (n, m, k) and (n, k)."""
     if len(matrices) == 1:
-        return (matrices[0] @ vectors[0]).unsqueeze(0)
-    return torch.bmm(matrices, vectors.unsqueeze(2)).squeeze(2)
+        product = (matrices[0] @ vectors[0]).unsqueeze(0)
+        return product if alpha == 1.0 else product.mul_(alpha)
+    if alpha == 1.0:
+        return torch.bmm(matrices, vectors.unsqueeze(2)).squeeze(2)
+    own = matrices[..., :1]  # of the product's shape, and not read
+    return torch.baddbmm(own, matrices, vectors.unsqueeze(2), beta=0.0, alpha=alpha).squeeze(2)
+
+
+def grams_of(vectors: Tensor) -> Tensor:
+    """X Xᵀ of each X (n, m, k), n×m×m in at least float32."""
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    if vectors.is_cuda and vectors.dtype is torch.bfloat16:
+        return torch.bmm(vectors, vectors.mT, out_dtype=wide)
+    vectors = vectors.to(wide)
+    return torch.bmm(vectors, vectors.mT)
+
+
+def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """Their elementwise product, rounded once to ``dtype``; either may broadcast."""
+    shape = torch.broadcast_shapes(left.shape, right.shape)
+    return torch.mul(left, right, out=torch.empty(shape, dtype=dtype, device=left.device))
 
 
 def norms_of_each(stack: Tensor) -> Tensor:
-    """The Frobenius norm of each matrix, (n,)."""
+    """The Frobenius norm of each matrix in at least float32, (n,)."""
+    dtype = torch.promote_types(stack.dtype, torch.float32)
     if len(stack) == 1:
-        return torch.linalg.vector_norm(stack[0]).unsqueeze(0)
-    return torch.linalg.vector_norm(stack, dim=(1, 2))
+        return torch.linalg.vector_norm(stack[0], dtype=dtype).unsqueeze(0)
+    return torch.linalg.vector_norm(stack, dim=(1, 2), dtype=dtype)
 
 
 def norms_of_wholes(shard: Shard, *stacks: Tensor) -> list[Tensor]:
@@ -125,7 +145,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
 
 
+def is_copy(stack: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Has ``stacked`` made new memory of ``tensors``?"""
+    return stack.untyped_storage()._cdata != tensors[0].untyped_storage()._cdata
+
+
 def put_back_(tensors: Sequence[Tensor], stack: Tensor) -> None:
     """Write the parts of a tensor that ``stacked`` has made of ``tensors`` to these, unless it is a view."""
-    if stack.untyped_storage()._cdata != tensors[0].untyped_storage()._cdata:
+    if is_copy(stack, tensors):
         torch._foreach_copy_(list(tensors), list(stack.unbind()))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from rsotrain.config.choices import OnRefresh
 from rsotrain.config.methods import SubspaceConfig
 from rsotrain.instruments.devices import device_kind
-from rsotrain.optim.base import Settings, gradient_of
+from rsotrain.optim.base import ParamGroupOptimizer, Settings, gradient_of
 from rsotrain.optim.buckets import buckets, chosen
 from rsotrain.optim.functional import transport_momentum_
 from rsotrain.optim.matrix import Matrix, matrix_of
 from rsotrain.optim.moments import work_dtype
-from rsotrain.optim.stacks import products, stacked
+from rsotrain.optim.stacks import add_lifted_, is_copy, products, stacked
 from rsotrain.optim.state_size import Weight, WeightsLayout
 from rsotrain.optim.with_bases import OptimizerWithBases, Subspace, require_orthonormal, require_sampler
 from rsotrain.subspace.bases import BasisChange
@@ -96,6 +96,7 @@ class SubspaceOptimizer(OptimizerWithBases):
         else:  # by the sizes of whole matrices, so that all ranks have the same buckets
             self.buckets = buckets(self.matrices, lambda m: max(m.shard.shape) * m.rank)
         self._basis_in_use: tuple[list[Matrix], Tensor] | None = None
+        self._gradients_are_copies = False
 
     @classmethod
     def refuse(cls, config: Any, sampler: Sampler | None) -> None:
@@ -111,6 +112,14 @@ class SubspaceOptimizer(OptimizerWithBases):
         """Where the projected dimension is sharded, M×r tensors are replicated."""
         return super().is_replicated(name, key) or matrix_of(name, self.parameters[name]).by_columns
 
+    def joined_keys(self, name: str) -> list[str]:
+        return ParamGroupOptimizer.joined_keys(self, name)  # those of the bases, too
+
+    def join_state(self) -> None:
+        super().join_state()
+        for name, state in self.bases.state.items():
+            state.update({key: self.state[name][key] for key in state})
+
     def refresh_work(self) -> list[tuple[object, str]]:
         return [*super().refresh_work(), (self, "record_energy")]
 
@@ -120,13 +129,17 @@ class SubspaceOptimizer(OptimizerWithBases):
     def add_state(self, matrix: Matrix) -> None:
         """Add the method's own state tensors of one matrix, filled with zeros."""
 
+    def begin(self, matrices: list[Matrix]) -> None:
+        """What an update does for all ``matrices`` at once, after their refreshes and before ``apply``."""
+
     @abstractmethod
     def apply(
         self, bucket: list[Matrix], gradients: list[Tensor], projected: list[Tensor], step: int, lr: float
     ) -> None:
         """Update the weights.
 
-        ``gradients``: A, M×k each, which must not be changed; ``projected``: R = A Q, M×r each, which may be.
+        ``gradients``: A, M×k each, which must not be changed but by ``residual_of``; ``projected``: R = A Q,
+        M×r each, which may be.
         """
 
     @abstractmethod
@@ -172,9 +185,19 @@ class SubspaceOptimizer(OptimizerWithBases):
         first = matrices[0]
         return bases[:, first.shard.start : first.shard.stop] if first.by_columns else bases
 
-    def apply_to(self, stack: "Stack", update: Tensor, lr: float, step: int) -> None:
-        """W ← (1 − ηλ)W + η·update for each matrix; (n, M, k), which may be overwritten."""
-        self.apply_stack_([m.name for m in stack.matrices], update, lr, step, stack.first.side)
+    def residual_of(self, stack: "Stack", gradients: Tensor, projected: Tensor) -> Tensor:
+        """A − lift(R) of each, (n, M, k), in the dtype of products.
+
+        It takes the memory of ``gradients``, A, where this is the stack's own copy.
+        """
+        residual = gradients.to(stack.basis.dtype, copy=not self._gradients_are_copies)
+        add_lifted_(residual, projected, stack.basis, -1.0)
+        return residual
+
+    def apply_to(self, stack: "Stack", update: Tensor, lr: float, step: int, scale: float = 1.0) -> None:
+        """W ← (1 − ηλ)W + η·scale·update for each matrix; (n, M, k), which may be overwritten."""
+        names = [m.name for m in stack.matrices]
+        self.apply_stack_(names, update, lr, step, stack.first.side, scale)
 
     def apply_lifted_to(self, stack: "Stack", update: Tensor, lr: float, step: int) -> None:
         """The same for ``update`` Qᵀ; (n, M, r)."""
@@ -199,14 +222,17 @@ class SubspaceOptimizer(OptimizerWithBases):
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
         lr = self.peak_lr * lr_factor
-        gradients = {m.name: self.gradient(m) for m in self.matrices if m.name in names}
+        updated = [m for m in self.matrices if m.name in names]
+        gradients = {m.name: self.gradient(m) for m in updated}
         self.refresh(gradients, step, lr_factor, after_update=False)
+        self.begin(updated)
         for bucket in chosen(self.buckets, names, lambda m: m.name):
             own, projected = [gradients[m.name] for m in bucket], []
             if self.in_stacks:
                 stack = stacked(own)
                 basis = self.bases_of(bucket)
                 projected = list(self._project_all(bucket[0], stack, basis).unbind())
+                self._gradients_are_copies = is_copy(stack, own)
                 own, self._basis_in_use = list(stack.unbind()), (bucket, basis)
             else:
                 projected = [self._project(m, gradients[m.name], self.basis(m)) for m in bucket]
@@ -214,7 +240,7 @@ class SubspaceOptimizer(OptimizerWithBases):
                 if m.name in self.bases.record.unobserved:
                     self.record_energy(m, a, r)
             self.apply(bucket, own, projected, step, lr)
-            self._basis_in_use = None
+            self._basis_in_use, self._gradients_are_copies = None, False
         if self.subspace.sampler.post_update:
             self.refresh(gradients, step, lr_factor, after_update=True)
 
@@ -227,7 +253,11 @@ class SubspaceOptimizer(OptimizerWithBases):
 
     def _project_all(self, first: Matrix, gradients: Tensor, bases: Tensor) -> Tensor:
         """The same of a stack of matrices like ``first``."""
-        product = products(gradients.to(bases.dtype), bases).to(work_dtype(gradients.dtype))
+        dtype = work_dtype(gradients.dtype)
+        if gradients.is_cuda and gradients.dtype is bases.dtype is torch.bfloat16:
+            product = torch.bmm(gradients, bases, out_dtype=dtype)
+        else:
+            product = products(gradients.to(bases.dtype), bases).to(dtype)
         return first.shard.sum_(product) if first.by_columns else product
 
     def record_energy(self, matrix: Matrix, gradient: Tensor, projected: Tensor) -> None:
