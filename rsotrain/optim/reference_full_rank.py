@@ -161,13 +161,13 @@ def soap(
     L, R = torch.zeros(m, m, dtype=W.dtype), torch.zeros(n, n, dtype=W.dtype)
     Q_L, Q_R = torch.eye(m, dtype=W.dtype), torch.eye(n, dtype=W.dtype)
     for t, gradient in enumerate(gradients, start=1):
-        G = gradient.double()
+        G, N = gradient.double(), torch.zeros_like(W)
         if t > 1:
             M = betas[0] * M + (1 - betas[0]) * G
             V = betas[1] * V + (1 - betas[1]) * (Q_L.T @ G @ Q_R) ** 2
             rotated = Q_L.T @ M @ Q_R / (1 - betas[0] ** (t - 1))
             N = rotated / ((V / (1 - betas[1] ** (t - 1))).sqrt() + eps)
-            W = (1 - lr * weight_decay) * W - lr * Q_L @ N @ Q_R.T
+        W = (1 - lr * weight_decay) * W - lr * Q_L @ N @ Q_R.T
         L = betas[1] * L + (1 - betas[1]) * G @ G.T
         R = betas[1] * R + (1 - betas[1]) * G.T @ G
         if m <= longest and (t == 1 or t % frequency == 0):

@@ -78,11 +78,9 @@ def add_grams_(grams: Pieces, gradients: Tensor, shard: Shard, decay: float) -> 
     whole = shard.all_gather(gradients) if sharded else gradients
     for side, gram in grams.items():
         own, other = (gradients, whole.mT) if side == 0 else (gradients.mT, whole)
-        if shard.dim == side + 1:
-            product = products(own, other)
-        else:  # a sum over what is sharded
-            product = shard.sum_(products(own, own.mT))
-        gram.lerp_(product, 1.0 - decay)
+        rows_sharded = shard.dim == side + 1
+        product = products(own, other if rows_sharded else own.mT)
+        gram.lerp_(product if rows_sharded else shard.sum_(product), 1.0 - decay)
 
 
 def refresh_(basis: Tensor, gram: Tensor, rows: Shard, *, first: bool) -> None:
@@ -106,15 +104,15 @@ class Soap(ParamGroupOptimizer):
     After the weights L ← β₂L + (1−β₂)GGᵀ and R ← β₂R + (1−β₂)GᵀG are updated, and every f-th step
     (``precondition_frequency``) ends with Q_L ← QR(L Q_L) and Q_R ← QR(R Q_R). V stays as it is then.
 
-    As in the authors' code the first gradient gives the bases, the eigenvectors of its L and R, and moves
-    nothing: in its own eigenbasis it is diagonal, and V would be 0 beside the diagonal. Their code also sorts
-    the columns of Q by eigenvalues at each refresh, which the paper does not. A side longer than
+    As in the authors' code the first gradient gives the bases, the eigenvectors of its L and R, and no
+    update, N' = 0: in its own eigenbasis it is diagonal, and V would be 0 beside the diagonal. Their code
+    also sorts the columns of Q by eigenvalues at each refresh, which the paper does not. A side longer than
     ``max_preconditioner_dim`` has no L and Q, as if Q were 1; with neither side this is Adam.
 
     L, R and the bases are float32 for any ``state_dtype``: Adam scales up the directions of small
     eigenvalues, which would be rounding errors otherwise. Where a weight is sharded in its rows, so are L and
-    Q_L, and each rank has all of R and Q_R; where in its columns, the other way round. A step gathers G and N'
-    and sums G', M' and the Gram matrix that is not sharded; a refresh gathers Q and LQ, which each rank
+    Q_L, and each rank has all of R and Q_R; where in its columns, the other way round. A step gathers G and
+    N' and sums G', M' and the Gram matrix that is not sharded; a refresh gathers Q and LQ, which each rank
     decomposes.
     """
 
@@ -169,34 +167,34 @@ class Soap(ParamGroupOptimizer):
         gradients = stacked([gradient_of(name, self.parameters[name]) for name in names])
         gradients = gradients.to(work_dtype(gradients.dtype))
         bases = self._pieces(names, "basis")
-        if step > 1 or not bases:
-            self.apply_stack_(names, self._updates(names, gradients, bases, shard, step), lr, step)
+        first = step == 1 and bool(bases)
+        updates = torch.zeros_like(gradients) if first else self._updates(names, gradients, bases, step)
+        self.apply_stack_(names, updates, lr, step)
         grams = self._pieces(names, "gram")
         add_grams_(grams, gradients, shard, self.settings.betas[1])
         self._keep(names, "gram", grams)
-        if bases and (step == 1 or step % self.config.precondition_frequency == 0):
+        if bases and (first or step % self.config.precondition_frequency == 0):
             with phase(Phase.refresh):
                 for side, basis in bases.items():
-                    refresh_(basis, grams[side], _rows(shard, side), first=step == 1)
+                    refresh_(basis, grams[side], _rows(shard, side), first=first)
                 self._keep(names, "basis", bases)
 
-    def _updates(
-        self, names: list[str], gradients: Tensor, bases: Pieces, shard: Shard, step: int
-    ) -> Tensor:
+    def _updates(self, names: list[str], gradients: Tensor, bases: Pieces, step: int) -> Tensor:
         kept = [[self.moments[name][key] for name in names] for key in ("exp_avg", "exp_avg_sq")]
         wide = [self.keeper.read(own) for own in kept]
-        moments = [stacked(own) for own in wide]
-        count = step - 1 if bases else step
+        exp_avg, exp_avg_sq = (stacked(own) for own in wide)
+        shard, count = _of_stack(self.shards[names[0]], len(names)), step - 1 if bases else step
         betas, eps = self.settings.betas, self.settings.eps
-        updates = negative_updates_(gradients, *moments, bases, shard, count, betas=betas, eps=eps)
-        for own, values, stack in zip(kept, wide, moments, strict=True):
+        updates = negative_updates_(gradients, exp_avg, exp_avg_sq, bases, shard, count, betas=betas, eps=eps)
+        for own, values, stack in zip(kept, wide, (exp_avg, exp_avg_sq), strict=True):
             put_back_(values, stack)
             self.keeper.write(own, values, step)
         return updates
 
     def _pieces(self, names: list[str], kind: str) -> Pieces:
         sides = preconditioned(self.shards[names[0]].shape, self.config.max_preconditioner_dim)
-        return {side: stacked([self.state[name][f"{SIDES[side]}_{kind}"] for name in names]) for side in sides}
+        keys = {side: f"{SIDES[side]}_{kind}" for side in sides}
+        return {side: stacked([self.state[name][key] for name in names]) for side, key in keys.items()}
 
     def _keep(self, names: list[str], kind: str, pieces: Pieces) -> None:
         for side, stack in pieces.items():
@@ -210,7 +208,10 @@ def _of_stack(shard: Shard, length: int) -> Shard:
 
 
 def _rows(shard: Shard, side: int) -> Shard:
-    """Of a stack of square matrices of a side, whose rows are sharded if the side is; ``shard``: of a stack."""
+    """Of a stack of square matrices of a side, whose rows are sharded if the side is.
+
+    ``shard``: of a stack of weights.
+    """
     size = shard.shape[side + 1]
     dim = 1 if shard.dim == side + 1 else None
     return replace(shard, shape=(shard.shape[0], size, size), dim=dim)

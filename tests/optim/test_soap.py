@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.one_matrix import BASE, BETAS, EPS, LR, PRECISIONS, SHAPES, build, error_of, gradients, run, start
+from helpers.one_matrix import (
+    BASE,
+    BETAS,
+    EPS,
+    LR,
+    PRECISIONS,
+    SHAPES,
+    build,
+    error_of,
+    gradients,
+    run,
+    start,
+)
 from torch import Tensor, nn
 
 from rsotrain.config.methods import AdamConfig, SoapConfig
@@ -73,7 +85,7 @@ def test_diagonal_gradients_keep_the_axes() -> None:
     """Eigenvectors of diagonal L and R are axes, in which SOAP is Adam from the second gradient on."""
     sizes = torch.arange(6, 0, -1, dtype=torch.float64)
     grads = [torch.diag(sizes * (1 + 0.1 * noise(6, seed=i))) for i in range(12)]
-    soap = moved(SOAP, grads)
+    soap = moved(SOAP, grads)  # from 0, of which the first step's decay takes nothing
     adam = moved(AdamConfig(name="adam", **BASE), grads[1:])
     assert torch.allclose(soap, adam, rtol=1e-9, atol=1e-12)
 

@@ -16,7 +16,8 @@ from helpers.command import ROOT
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
 # For llama_tiny, whose 14 matrices have 3 shapes: launches of the optimizer's part of a step, and of one in
-# which all bases are drawn anew, or adapters merged; how often the host waits in the first, once for the loss, and in the second.
+# which all bases are drawn anew, or adapters merged; how often the host waits in the first, once for the
+# loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
     "adam8bit": (278, 278, 1, 1),

@@ -235,8 +235,8 @@ def test_ranks_train_as_one_process_does(case: str, name: str, outcomes: dict[st
     alone, together, start = outcomes[case]
     expected, found = alone[name], ranks.succeeded(together[name])
     # fp32 rounding of sums in another order, through 20 updates and two refreshes, whose bases amplify it by
-    # the reciprocal of the gaps in the spectrum; SOAP scales up the directions of the smallest gaps; Muon's family orthogonalises, and rso-mixed computes, in
-    # bf16, with 3 significant digits
+    # the reciprocal of the gaps in the spectrum, and SOAP scales up the directions whose gaps are smallest;
+    # Muon's family orthogonalises, and rso-mixed computes, in bf16, with 3 significant digits
     low = name.startswith(ORTHOGONALISED_IN_BFLOAT16) or name.endswith(("-mixed", "-bf16"))
     bound, norm_bound = (0.5, 0.1) if low else (0.05 if name.startswith("soap") else 1e-2, 1e-2)
     for result in found:
