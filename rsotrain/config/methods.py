@@ -218,6 +218,30 @@ class ScaleConfig(OptimizerConfig):
     )
 
 
+@optimizer("soap", "rsotrain.optim.soap:Soap")
+@dataclass
+class SoapConfig(OptimizerConfig):
+    """Adam in the eigenbases of Shampoo's preconditioners (SOAP, arXiv 2409.11321).
+
+    ``betas`` are for AdamW on the rest.
+    """
+
+    eigenbasis_betas: tuple[float, float] = means(
+        "decay of the momentum, and of the second moment and the preconditioners",
+        numbers((0.95, 0.95), Range(at_least=0, below=1), Range(at_least=0, below=1)),
+    )
+    precondition_frequency: int = means(
+        "how often a round of power iteration refreshes the bases",
+        number(10, above=0, at_most=COUNT),
+        unit="optimizer steps",
+    )
+    max_preconditioner_dim: int = means(
+        "longest side of a matrix that has an eigenbasis; a longer one has the identity",
+        number(10_000, above=0, at_most=SIZE),
+        unit="rows or columns",
+    )
+
+
 @optimizer("racs", "rsotrain.optim.racs:Racs")
 @dataclass
 class RacsConfig(OptimizerConfig):

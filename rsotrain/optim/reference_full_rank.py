@@ -130,6 +130,53 @@ def dion2(
     return W.T if turned else W
 
 
+def eigenvectors(P: Tensor) -> Tensor:
+    """By descending eigenvalues; fixed waves complete those of eigenvalues below 10⁻⁶ of the largest.
+
+    What the first gradient says nothing about has no eigenvectors of its own, and the paper leaves it open.
+    """
+    values, vectors = torch.linalg.eigh(P)
+    Q, k = vectors.flip(1), len(P)
+    i, golden = torch.arange(k, dtype=P.dtype), (5**0.5 - 1) / 2
+    for j in range(k):
+        if values[k - 1 - j] < 1e-6 * values[-1]:
+            Q[:, j] = torch.cos(math.pi * (i + 0.5) * ((j + 1) * golden % 1.0))
+    return positive_qr(Q)
+
+
+def positive_qr(matrix: Tensor) -> Tensor:
+    """Q of the QR decomposition whose R has a positive diagonal."""
+    Q, R = torch.linalg.qr(matrix)
+    return Q * R.diagonal().sign()
+
+
+def soap(
+    weight: Tensor, gradients: Sequence[Tensor], *, lr: float, betas: Betas, eps: float, frequency: int,
+    longest: int = 10_000, weight_decay: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """SOAP; the first gradient gives the bases alone. Sides longer than ``longest`` have the identity."""
+    W = weight.double().clone()
+    m, n = W.shape
+    M = V = torch.zeros_like(W)
+    L, R = torch.zeros(m, m, dtype=W.dtype), torch.zeros(n, n, dtype=W.dtype)
+    Q_L, Q_R = torch.eye(m, dtype=W.dtype), torch.eye(n, dtype=W.dtype)
+    for t, gradient in enumerate(gradients, start=1):
+        G, N = gradient.double(), torch.zeros_like(W)
+        if t > 1:
+            M = betas[0] * M + (1 - betas[0]) * G
+            V = betas[1] * V + (1 - betas[1]) * (Q_L.T @ G @ Q_R) ** 2
+            rotated = Q_L.T @ M @ Q_R / (1 - betas[0] ** (t - 1))
+            N = rotated / ((V / (1 - betas[1] ** (t - 1))).sqrt() + eps)
+        W = (1 - lr * weight_decay) * W - lr * Q_L @ N @ Q_R.T
+        L = betas[1] * L + (1 - betas[1]) * G @ G.T
+        R = betas[1] * R + (1 - betas[1]) * G.T @ G
+        if m <= longest and (t == 1 or t % frequency == 0):
+            Q_L = eigenvectors(L) if t == 1 else positive_qr(L @ Q_L)
+        if n <= longest and (t == 1 or t % frequency == 0):
+            Q_R = eigenvectors(R) if t == 1 else positive_qr(R @ Q_R)
+    return W
+
+
 def adam_mini(
     weight: Tensor, gradients: Sequence[Tensor], *, lr: float, block: int, betas: Betas, eps: float,
     weight_decay: float = 0.0,

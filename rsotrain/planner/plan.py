@@ -187,7 +187,7 @@ def _steps(run: FakeRun) -> list[int]:
             first = group.bases.sampler.by_products or group.bases.schedule.staggered
             steps |= {2, refresh} | ({1} if first else set())
         elif (costliest := group.costliest_step()) is not None:
-            steps |= {1, min(costliest, last)}
+            steps |= {1, min(2, last), min(costliest, last)}
     return sorted(steps or {1})
 
 

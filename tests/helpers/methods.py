@@ -13,6 +13,7 @@ from rsotrain.config.methods import (
     OptimizerConfig,
     ReLoRAConfig,
     ScaleConfig,
+    SoapConfig,
     SolverConfig,
     SubspaceConfig,
 )
@@ -42,6 +43,8 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
         settings |= {
             "rank": min(rank, own_rank), "update_proj_gap": min(gap, optimizer.update_proj_gap),
         }  # fmt: skip
+    if isinstance(optimizer, SoapConfig):
+        settings |= {"precondition_frequency": gap}
     if isinstance(optimizer, LoRAConfig):
         settings |= {"rank": rank}
     if isinstance(optimizer, ReLoRAConfig):
@@ -56,6 +59,8 @@ def small(name: str, *, rank: int, gap: int, **settings: object) -> tuple[Optimi
 def refreshed_every(name: str, steps: int) -> list[str]:
     """Overrides by which ``optimizer=name`` draws its bases, or merges its adapters, so often."""
     config, _ = _composed(name)
+    if isinstance(config, SoapConfig):
+        return [f"optimizer.precondition_frequency={steps}"]
     if isinstance(config, ReLoRAConfig):
         return [f"optimizer.merge_every={steps}", "optimizer.restart_warmup_steps=1"]
     return [f"optimizer.update_proj_gap={steps}"] if isinstance(config, SubspaceConfig) else []

@@ -199,6 +199,7 @@ FORMULAS: dict[str, Callable[[int, int], int]] = {  # bytes for k ≤ M, with 4 
     "foam": lambda M, k: 4 * 2 * M * k // 4,  # these sizes have no remainder
     "scale": lambda M, k: 0,
     "racs": lambda M, k: 4 * (M + k + 1),
+    "soap": lambda M, k: 4 * 2 * (M * k + M**2 + k**2),
     "galore": lambda M, k: 4 * (k * RANK + 2 * M * RANK + 1),
     "sn_sm": lambda M, k: 4 * (k * RANK + M * RANK + M),
     "sm": lambda M, k: 4 * (k * RANK + M * RANK + M * k),

@@ -108,6 +108,10 @@ def _walk(trainer: Trainer, stage: Any, watch: GpuWatch, settings: list[str]) ->
     if groups_with_bases(trainer):
         with stage("refresh"), all_bases_due(trainer):
             trainer.train_step()
+    elif (costliest := trainer.optimizer.groups[0].costliest_step()) is not None:
+        trainer.optimizer.steps_done = costliest - 1
+        with stage("refresh"):
+            trainer.train_step()
     if trainer.optimizer.groups[0].config.name in (
         "adam",
         "rso",

@@ -16,7 +16,8 @@ from helpers.command import ROOT
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
 # For llama_tiny, whose 14 matrices have 3 shapes: launches of the optimizer's part of a step, and of one in
-# which all bases are drawn anew; how often the host waits in the first, once for the loss, and in the second.
+# which all bases are drawn anew, or adapters merged; how often the host waits in the first, once for the
+# loss, and in the second.
 BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "adam": (12, 12, 1, 1),
     "adam8bit": (278, 278, 1, 1),
@@ -41,13 +42,14 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "orbit": (135, 840, 1, 1),
     "osd": (1710, 1052, 1, 1),
     "racs": (283, 283, 1, 1),
-    "relora": (12, 12, 1, 1),
+    "relora": (12, 376, 1, 1),
     "rso": (34, 602, 1, 1),
     "rso_pca": (38, 2108, 1, 3),
     "scale": (51, 51, 1, 1),
     "sm": (64, 3232, 1, 2),
     "sn": (45, 45, 1, 1),
     "sn_sm": (69, 3237, 1, 2),
+    "soap": (70, 734, 1, 1),
     "sumo": (2879, 3346, 4, 4),
 }
 
@@ -110,7 +112,7 @@ LARGE_BUDGETS = dict.fromkeys((
     "adam", "adam_mini", "alice", "alice_0", "apollo", "apollo_mini", "carry", "dion2", "fira", "foam", "frugal",
     "galore", "i3s", "lion", "lora", "muon", "normuon", "orbit", "racs", "relora", "rso", "rso_pca", "scale",
     "sm", "sn", "sn_sm",
-), 400)  # fmt: skip
+), 400) | {"soap": 1766}  # fmt: skip
 LARGE = ("precision=bf16", "model=llama_1b", "seq_len=1024", "batch_size=4", "micro_batch_size=4")
 
 
