@@ -73,7 +73,7 @@ METHODS = {
     ],
     "rso-micro": ["optimizer=rso", "micro_batch_size=1", *SUBSPACE],
     "rso-mixed": ["optimizer=rso", "precision=bf16_mixed", "activation_checkpointing=block", *SUBSPACE],
-    "soap-one-sided": ["optimizer=soap", "optimizer.max_preconditioner_dim=60", *refreshed_every("soap", 8)],
+    "soap-one-sided": ["optimizer=soap", "optimizer.max_preconditioner_dim=60", *refreshed_every("soap", 4)],
     # not Lion: the sign of what is near 0 in 8 bits turns with the rounding of the gradient
     **{
         f"{name}-int8": [f"optimizer={name}", INT8]
