@@ -6,6 +6,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from rsotrain.config.choices import BasisStorage
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.ranges import SIZE, number
@@ -133,6 +134,12 @@ class RowNormConfig(SamplerConfig):
 @dataclass
 class DctConfig(SamplerConfig):
     """The columns of a cosine transform along which the gradient has the largest norm (DCT-AdamW)."""
+
+    storage: BasisStorage = means(
+        "how bases are kept. stored: as they are, as RSO does in any case. regenerated: as the numbers of"
+        " their columns, of which each use makes them again",
+        later(BasisStorage.regenerated, before=BasisStorage.stored),
+    )
 
 
 @sampler("srht", "rsotrain.subspace.random_bases:srht_sampler")

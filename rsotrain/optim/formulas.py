@@ -74,5 +74,6 @@ def _layout(config: Config, optimizer: OptimizerConfig, sampler: SamplerConfig) 
         optimizer.state_dtype,
         basis_bytes=4 if config.precision is Precision.fp32 else 2,
         bases_are_optimised=built.post_update,
+        numbered=built.numbered,
         sampler_state=built.state_bytes,
     )

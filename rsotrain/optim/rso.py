@@ -7,6 +7,7 @@ each on a fresh batch. Then W ← W + B P_kᵀ. This implementation adds each st
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -148,7 +149,7 @@ class RSO(OptimizerWithBases):
         for weight in weights:
             input_groups.setdefault(weight.input_group, []).append(weight)
         num_moments = len(solver_of(config.solver).moments)
-        total = 0
+        layout, total = replace(layout, numbered=False), 0
         for name, members in input_groups.items():
             rank = resolve_rank(config.rank, max(min(w.shape) for w in members), name)
             rows = [layout.piece(w.shape, rows=True)[0] for w in members]

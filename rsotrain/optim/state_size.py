@@ -12,6 +12,7 @@ from rsotrain.config.choices import StateDtype
 from rsotrain.models.architecture import Weight
 from rsotrain.optim.blocks import block_dim, block_size
 from rsotrain.parallel.sharding import preferred_dim
+from rsotrain.subspace.numbered import number_dtype
 
 Shape = tuple[int, ...]
 
@@ -47,6 +48,7 @@ class WeightsLayout:
     """How weights and optimizer state are stored. ``pieces``: ranks that share one copy. ``state_dtype``: of
     moments. ``basis_bytes``: bytes of an element of a basis, in the dtype of products.
     ``bases_are_optimised``: a sampler moves them by small steps, for which some methods keep them in float32.
+    ``numbered``: the state holds the numbers of a basis' columns in its place.
     ``sampler_state(k, r)``: bytes of the sampler's own tensors for a k×r basis.
     """
 
@@ -54,6 +56,7 @@ class WeightsLayout:
     state_dtype: StateDtype
     basis_bytes: int = 0
     bases_are_optimised: bool = False
+    numbered: bool = False
     sampler_state: Callable[[int, int], int] = lambda size, rank: 0
 
     def piece(self, shape: Shape, *, rows: bool = False) -> Shape:
@@ -84,5 +87,8 @@ class WeightsLayout:
 
     def bytes_of(self, state: StateSize, matrix: MatrixSize | None = None) -> int:
         moments = sum(self.moment_bytes(shape, matrix) for shape in state.moments)
-        bases = sum(self.basis_bytes * k * r + self.sampler_state(k, r) for k, r in state.bases)
+        bases = sum(self._bytes_of_basis(k, r) + self.sampler_state(k, r) for k, r in state.bases)
         return moments + bases + 4 * state.wide
+
+    def _bytes_of_basis(self, size: int, rank: int) -> int:
+        return rank * (number_dtype(size).itemsize if self.numbered else self.basis_bytes * size)

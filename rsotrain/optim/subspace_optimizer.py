@@ -85,6 +85,7 @@ class SubspaceOptimizer(OptimizerWithBases):
             total_steps=subspace.total_steps,
             dtype=self.basis_dtype,
             devices={m.name: m.parameter.device for m in self.matrices},
+            numbered=subspace.sampler.numbered,
             mesh=self.matrices[0].shard.mesh,
         )
         for m in self.matrices:
@@ -181,7 +182,7 @@ class SubspaceOptimizer(OptimizerWithBases):
             return self._basis_in_use[1]
         if len(matrices) == 1:
             return self.basis(matrices[0]).unsqueeze(0)
-        bases = stacked([self.bases[m.name] for m in matrices]).to(self.product_dtype)
+        bases = self.bases.together([m.name for m in matrices]).to(self.product_dtype)
         first = matrices[0]
         return bases[:, first.shard.start : first.shard.stop] if first.by_columns else bases
 

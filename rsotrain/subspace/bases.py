@@ -1,7 +1,7 @@
 """The bases of a set of matrices, and their refreshes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from torch import Tensor
 from rsotrain.instruments.devices import device_kind
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.numbered import cosine_columns, number_dtype, numbers_of
 from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.refresh_record import RefreshRecord
 from rsotrain.subspace.samplers import Sampler, SampleRequest
@@ -71,7 +72,8 @@ class Bases:
     are a function of (seed, name, refresh index) alone. A basis that depends on no data therefore need not be
     ``stored``: each use samples it again, bitwise the same, and the state holds ``basis_seed`` instead,
     which lets a run that resumes with other settings, or on another kind of device, keep the basis that its
-    moments refer to. ``scaled``:
+    moments refer to. ``numbered``: the state holds ``columns`` (r) instead, the numbers of the basis' columns
+    in the cosine transform, −1 before the first refresh, and each use makes the basis of them. ``scaled``:
     sampled bases are multiplied by √(k/r), which gives E[QQᵀ] = I for uniformly random orthonormal ones, or
     by the sampler's ``column_scales``. ``mesh``: the ranks that have the same bases; they call ``refreshed``
     together.
@@ -90,9 +92,11 @@ class Bases:
         devices: dict[str, torch.device],
         scaled: bool = False,
         stored: bool = True,
+        numbered: bool = False,
         mesh: "DeviceMesh | None" = None,
     ) -> None:
         assert stored or not sampler.informed, "a data-dependent basis cannot be sampled again"
+        assert not numbered or (stored and not scaled), "columns of the transform have norm 1"
         self.sizes = sizes
         self.sampler = sampler
         self.switch_step: int | None = None
@@ -105,12 +109,16 @@ class Bases:
         self.devices = devices
         self.scaled = scaled
         self.stored = stored
+        self.numbered = numbered
         self.mesh = mesh
         self.positions = {name: i for i, name in enumerate(sizes)}
         self.seeds = {name: self._seed_of(name, 0) for name in sizes}  # of the bases in use
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, (size, rank) in sizes.items():
-            if stored:
+            if numbered:
+                none = torch.full((rank,), -1, dtype=number_dtype(size), device=devices[name])
+                self.state[name] = {"columns": none}
+            elif stored:
                 self.state[name] = {"basis": torch.zeros(size, rank, dtype=dtype, device=devices[name])}
             else:
                 self.state[name] = {"basis_seed": torch.tensor(self.seeds[name], device=devices[name])}
@@ -122,14 +130,32 @@ class Bases:
         self.lr_share = 1.0  # a second ``lr_factor``, for those who set the learning rate itself
 
     def __getitem__(self, name: str) -> Tensor:
+        if self.numbered:
+            return self.together([name])[0]
         if self.stored:
             return self.state[name]["basis"]
         return self._sampled(self._request(name, self.seeds[name]))
 
+    def together(self, names: Sequence[str]) -> Tensor:
+        """The bases in use of several matrices of one size, n×k×r."""
+        if not self.numbered:
+            return torch.stack([self[name] for name in names])
+        numbers = torch.stack([self.state[name]["columns"] for name in names])
+        return cosine_columns(numbers, self.sizes[names[0]][0]).to(self.dtype)
+
+    def _keep(self, names: Sequence[str], bases: Sequence[Tensor]) -> None:
+        """Replace the bases in use, which are stored or numbered; k×r each."""
+        if not self.numbered:
+            torch._foreach_copy_([self.state[name]["basis"] for name in names], list(bases))
+            return
+        for name, basis in zip(names, bases, strict=True):
+            self.state[name]["columns"].copy_(numbers_of(basis))
+
     def resume(self) -> None:
         """Called after the optimizer state has been loaded."""
         if self.stored:
-            found = torch.stack([self.state[name]["basis"].any() for name in self.sizes]).tolist()
+            key, none = ("columns", -1) if self.numbered else ("basis", 0)
+            found = torch.stack([(self.state[name][key] != none).any() for name in self.sizes]).tolist()
             self.waiting = {name for name, any_ in zip(self.sizes, found, strict=True) if not any_}
         else:
             seeds = torch.stack([self.state[name]["basis_seed"] for name in self.sizes]).tolist()
@@ -345,7 +371,7 @@ class Bases:
         change = None if first else BasisChange(old.clone(), new, self._scale_in_use(name, old))
         self._note(name, change, step, index)
         if self.stored:
-            old.copy_(new)
+            self._keep([name], [new])
         return change
 
     def _note(self, name: str, change: BasisChange | None, step: int, index: int) -> None:

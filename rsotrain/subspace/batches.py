@@ -167,7 +167,7 @@ class BatchedBases(Bases):
     def _in_use(self, names: Sequence[str]) -> Tensor:
         if not self.stored and all(self.seeds[name] < 0 for name in names):
             return self._sampled(self._requests(names, [self.seeds[name] for name in names]))
-        return torch.stack([self[name] for name in names])
+        return self.together(names)
 
     def _settle_batch(
         self, names: Sequence[str], old: Tensor, new: Tensor, step: int, number: Number
@@ -181,7 +181,7 @@ class BatchedBases(Bases):
                 change = changes[name] = BasisChange(old[i], new[i], own)
             self._note(name, change, step, number(name))
         if self.stored:
-            torch._foreach_copy_([self.state[name]["basis"] for name in names], list(new.unbind()))
+            self._keep(names, new.unbind())
         return changes
 
     def _share(

@@ -100,6 +100,7 @@ class Sampler:
     for a k×r basis, by name. ``informed_columns(r)``: how many columns, the first ones, depend on data; None:
     all of them if ``informed``. ``column_scales(k, r)``: what multiplies the columns (r) of bases that are to
     have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes eigenvectors of a k×k matrix.
+    ``numbered``: columns are those of the cosine transform, and the optimizer state keeps their numbers.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Sampler:
     informed_columns: Callable[[int], int] | None = None
     column_scales: Callable[[int, int], Tensor] | None = None
     decomposes: bool = False
+    numbered: bool = False
 
     def num_informed(self, rank: int) -> int:
         """How many columns of a data-dependent basis depend on data; they are the first ones."""

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rsotrain.config.choices import BasisStorage
 from rsotrain.config.samplers import (
     BlockPowerConfig,
     DctConfig,
@@ -21,6 +22,7 @@ from rsotrain.config.samplers import (
     TopkNormConfig,
 )
 from rsotrain.subspace.gram import Gram
+from rsotrain.subspace.numbered import cosine_basis, cosine_columns
 from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
@@ -195,21 +197,12 @@ def row_norm(request: SampleRequest, power: float) -> Tensor:
     return one_hot(picked.to(request.device), request.size)
 
 
-def cosine_basis(size: int, device: torch.device) -> Tensor:
-    """The orthonormal cosine transform (DCT-II), k×k in float32: column j is √(2/k)·cos(π(i + ½)j/k)."""
-    i, j = (torch.arange(size, dtype=torch.float64, device=device) for _ in range(2))
-    basis = torch.cos(torch.pi / size * (i[:, None] + 0.5) * j) * (2 / size) ** 0.5
-    basis[:, 0] = size**-0.5
-    return basis.float()
-
-
 def dct(request: SampleRequest) -> Tensor:
     """The r columns D_j of the cosine transform with the largest ‖A D_j‖, in ascending order."""
     assert request.gram is not None
     basis = cosine_basis(request.size, request.device)
     energies = (request.gram.matrix(torch.float32) @ basis).mul_(basis).sum(-2)
-    picked = energies.topk(request.rank).indices.sort().values
-    return _columns(basis.expand(*picked.shape[:-1], -1, -1), picked)
+    return cosine_columns(energies.topk(request.rank).indices.sort().values, request.size)
 
 
 def topk_norm(request: SampleRequest) -> Tensor:
@@ -298,7 +291,8 @@ def row_norm_sampler(config: RowNormConfig) -> Sampler:
 
 
 def dct_sampler(config: DctConfig) -> Sampler:
-    return Sampler(config.name, dct, informed=True)
+    numbered = config.storage is BasisStorage.regenerated
+    return Sampler(config.name, dct, informed=True, numbered=numbered)
 
 
 def mixture_sampler(config: MixtureConfig) -> Sampler:

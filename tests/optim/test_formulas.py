@@ -47,6 +47,8 @@ def test_the_formula_is_the_optimizer(optimizer: str, more: list[str]) -> None:
         ("rso", [r"optimizer.block_parameters=['q_proj', 'up_proj']"]),
         ("galore", ["sampler=online_pca", "sampler.solver=sgd"]),
         ("galore", ["optimizer.rank=5"]),
+        *((method, ["sampler=dct"]) for method in ("galore", "ldadam", "alice", "rso")),
+        ("galore", ["sampler=dct", "sampler.storage=stored"]),
         ("sn", ["optimizer.subset_size=4"]),
         ("sn_sm", ["optimizer.subset_size=4"]),
         *(("galore", [f"optimizer.rest={rule.name}", "optimizer.state_dtype=bfloat16"]) for rule in RestRule),

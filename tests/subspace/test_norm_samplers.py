@@ -10,9 +10,10 @@ from rsotrain.config.samplers import MixtureConfig
 from rsotrain.optim.build import build_sampler
 from rsotrain.subspace.bases import Bases, BasisChange
 from rsotrain.subspace.gram import DenseGram, GradientGram
+from rsotrain.subspace.numbered import cosine_basis
 from rsotrain.subspace.samplers import SampleRequest
 from rsotrain.subspace.seeding import generator
-from rsotrain.subspace.spectral import cosine_basis, dct, mixture_scales, row_norm
+from rsotrain.subspace.spectral import dct, mixture_scales, row_norm
 
 SIZE, RANK = 24, 6
 

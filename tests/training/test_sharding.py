@@ -52,6 +52,7 @@ METHODS = {
     "galore-topk": ["optimizer=galore", "sampler=topk_norm", "optimizer.on_refresh=reset", *SUBSPACE],
     # LAPACK's signs turn with the rounding, so kept moments would, too
     "galore-full": ["optimizer=galore", "sampler.solver=full", "optimizer.on_refresh=reset", *SUBSPACE],
+    "galore-dct": ["optimizer=galore", "sampler=dct", "optimizer.on_refresh=transport", *SUBSPACE],
     "galore-mixture": ["optimizer=galore", "sampler=mixture", *SUBSPACE],
     "galore-srht": ["optimizer=galore", "sampler=srht", *SUBSPACE],
     "galore-golore": ["optimizer=galore", "sampler=golore", *SUBSPACE],
@@ -92,6 +93,7 @@ METHODS = {
     "rso-bf16": ["optimizer=rso", "precision=bf16", "micro_batch_size=2", *SUBSPACE],
     # with bases in batches, as on GPUs
     "batched-alice": ["optimizer=alice", *SUBSPACE],
+    "batched-dct": ["optimizer=galore", "sampler=dct", *SUBSPACE],
     "batched-galore": ["optimizer=galore", *SUBSPACE],
     "batched-haar": ["optimizer=rso", *SUBSPACE],
     "batched-ldadam": ["optimizer=ldadam"],
