@@ -109,9 +109,9 @@ def test_documents_cost_no_wait() -> None:
 
 # Launches of the optimizer's part of an ordinary step of llama_1b in bfloat16. Others decompose in each step.
 LARGE_BUDGETS = dict.fromkeys((
-    "adam", "adam_mini", "alice", "alice_0", "apollo", "apollo_mini", "carry", "dion2", "fira", "foam", "frugal",
-    "galore", "i3s", "lion", "lora", "muon", "normuon", "orbit", "racs", "relora", "rso", "rso_pca", "scale",
-    "sm", "sn", "sn_sm",
+    "adam", "adam_mini", "alice", "alice_0", "apollo", "apollo_mini", "carry", "dion2", "fira", "foam",
+    "frugal", "galore", "i3s", "lion", "lora", "muon", "normuon", "orbit", "racs", "relora", "rso", "rso_pca",
+    "scale", "sm", "sn", "sn_sm",
 ), 400) | {"soap": 1766}  # fmt: skip
 LARGE = ("precision=bf16", "model=llama_1b", "seq_len=1024", "batch_size=4", "micro_batch_size=4")
 
