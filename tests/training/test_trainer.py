@@ -58,12 +58,12 @@ def test_positions_are_valid_up_to_the_last_target() -> None:
 def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     # eps is raised since Adam's first steps are sign(g): a gradient entry that is zero but for rounding
     # would be amplified to a full step. What is left is fp32 rounding through three updates, relative to
-    # how far the weights moved. A basis amplifies it by the reciprocal of the gaps in the spectrum; SOAP, which
-    # scales up the directions with the smallest gaps, amplifies it most. Muon and orbit orthogonalise in bf16:
-    # 3 significant digits, and CPUs differ in how they sum such products. 1e-2 and, for these, 1e-1, where a
-    # wrong normalisation by the number of micro-batches would show as 3. Outside principal components carry
-    # takes the signs of residuals, which rounding turns where they are near zero; outside coordinates they are
-    # those of the gradient, as frugal's.
+    # how far the weights moved. A basis amplifies it by the reciprocal of the gaps in the spectrum; SOAP,
+    # which scales up the directions with the smallest gaps, amplifies it most. Muon and orbit
+    # orthogonalise in bf16: 3 significant digits, and CPUs differ in how they sum such products. 1e-2
+    # and, for these, 1e-1, where a wrong normalisation by the number of micro-batches would show as 3.
+    # Outside principal components carry takes the signs of residuals, which rounding turns where they are
+    # near zero; outside coordinates they are those of the gradient, as frugal's.
     rough = optimizer in (*ORTHOGONALISED_IN_BFLOAT16, "orbit", "soap")
     bound = 1e-1 if rough else 1e-2
     own = ["sampler=coordinate"] if optimizer == "carry" else []
