@@ -182,8 +182,10 @@ class SubspaceOptimizer(OptimizerWithBases):
             return self._basis_in_use[1]
         if len(matrices) == 1:
             return self.basis(matrices[0]).unsqueeze(0)
-        bases = self.bases.together([m.name for m in matrices]).to(self.product_dtype)
-        first = matrices[0]
+        names, first = [m.name for m in matrices], matrices[0]
+        numbered = self.bases.numbered  # others follow each other in memory, which is a view
+        bases = self.bases.together(names) if numbered else stacked([self.bases[name] for name in names])
+        bases = bases.to(self.product_dtype)
         return bases[:, first.shard.start : first.shard.stop] if first.by_columns else bases
 
     def residual_of(self, stack: "Stack", gradients: Tensor, projected: Tensor) -> Tensor:
