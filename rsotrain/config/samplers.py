@@ -136,8 +136,7 @@ class DctConfig(SamplerConfig):
     """The columns of a cosine transform along which the gradient has the largest norm (DCT-AdamW)."""
 
     storage: BasisStorage = means(
-        "how bases are kept. stored: as they are, as RSO does in any case. regenerated: as the numbers of"
-        " their columns, of which each use makes them again",
+        "how bases are kept: as they are, as RSO does in any case, or as the numbers of their columns",
         later(BasisStorage.regenerated, before=BasisStorage.stored),
     )
 
