@@ -148,8 +148,8 @@ class Bases:
         if not self.numbered:
             torch._foreach_copy_([self.state[name]["basis"] for name in names], list(bases))
             return
-        for name, basis in zip(names, bases, strict=True):
-            self.state[name]["columns"].copy_(numbers_of(basis))
+        numbers = numbers_of(torch.stack(list(bases)))  # one transform for all
+        torch._foreach_copy_([self.state[name]["columns"] for name in names], list(numbers.unbind()))
 
     def resume(self) -> None:
         """Called after the optimizer state has been loaded."""

@@ -13,17 +13,7 @@ from threading import Timer
 
 SERVER = Path(__file__).with_name("warm_server.py")
 # What the interpreter or a module reads as it is loaded: another value needs a server of its own.
-READ_EARLY = (
-    "PYTHON",
-    "OMP_",
-    "MKL_",
-    "TORCH",
-    "CUDA",
-    "LD_",
-    "FULL_ERROR",
-    "HYDRA_FULL_ERROR",
-    "RSOTRAIN_FULL",
-)
+READ_EARLY = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA", "LD_", "HYDRA_FULL_ERROR", "RSOTRAIN_FULL_ERROR")
 
 
 @cache
