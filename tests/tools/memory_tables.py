@@ -27,6 +27,9 @@ VOCAB_SIZE = 32000
 MODELS = ("60m", "130m", "350m", "1b", "7b")
 OPTIMIZERS = ("adam", "galore", "sn_sm", "apollo_mini", "rso")
 LARGEST_OPTIMIZERS = (*OPTIMIZERS, "rso_pca")
+EVERY = sorted(
+    path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml") if "8bit" not in path.stem
+)  # of which the states here are those without it
 BLOCK = "activation_checkpointing=block"
 IN_BACKWARD = "optimizer.update_in_backward=true"
 BF16 = [f"tokenizer.vocab_size={VOCAB_SIZE}", "precision=bf16", "optimizer.state_dtype=bfloat16"]
@@ -91,6 +94,22 @@ def in_backward_table(pool: Executor) -> list[str]:
     return [head, "|---|---|---|---|", *rows]
 
 
+# --- the floor ---
+
+
+def floor_cells(optimizer: str, state_dtype: str) -> str:
+    """Peak, GiB, and how far it is above the floor."""
+    plan = make_plan(run_of("7b", optimizer, 1, f"optimizer.state_dtype={state_dtype}"), gpus=False)
+    return f"{plan.peak / GIB:.2f} | {plan.peak / plan.floor.total - 1:+.1%}"
+
+
+def floor_table(pool: Executor) -> list[str]:
+    cells = {o: [pool.submit(floor_cells, o, dtype) for dtype in ("bfloat16", "int8")] for o in EVERY}
+    head = "| llama_7b, one GPU | bfloat16 | above its floor | int8 | above its floor |"
+    rows = [row(optimizer, (c.result() for c in planned)) for optimizer, planned in cells.items()]
+    return [head, "|---|---|---|---|---|", *rows]
+
+
 # --- the largest model -----------------------------------------------------------------------------
 
 
@@ -138,6 +157,7 @@ TABLES: dict[str, Callable[[Executor], list[str]]] = {
     "8 GPUs": partial(memory_table, 8),
     "8 bits": lean_table,
     "in backward": in_backward_table,
+    "floor": floor_table,
     "largest": partial(largest_table, False),
     "largest, 8 bits": partial(largest_table, True),
 }
