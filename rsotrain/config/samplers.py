@@ -45,6 +45,10 @@ class SvdConfig(SamplerConfig):
     """The dominant singular vectors (GaLore, arXiv 2403.03507)."""
 
     solver: SvdSolver = means("how the singular vectors are computed", SvdSolver.gram)
+    power_on_gpu: bool = means(
+        "on a GPU, four block power iterations from the basis in use instead of solver=gram",
+        later(True, before=False),
+    )
 
 
 @sampler("importance", "rsotrain.subspace.spectral:importance_sampler")

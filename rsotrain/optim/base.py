@@ -386,7 +386,9 @@ class ParamGroupOptimizer(ABC):
 
         By the sizes of whole parameters, so that all ranks have the same stacks.
         """
-        return stacks_of(self.parameters, self.stack_kind, self.shards, self.stack_itemsize)
+        # moments in 8 bits are widened for the update, where others are in their own memory
+        itemsize = self.stack_itemsize * (2 if self.keeper.coded else 1)
+        return stacks_of(self.parameters, self.stack_kind, self.shards, itemsize)
 
     @property
     def stack_itemsize(self) -> int:

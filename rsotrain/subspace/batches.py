@@ -11,7 +11,7 @@ from torch import Tensor
 from rsotrain.instruments.phases import Phase, phase
 from rsotrain.subspace.bases import FAILED, NOT_FINITE, REASONS, SAMPLED, ZERO, Bases, BasisChange
 from rsotrain.subspace.gram import Gram, JoinedGram
-from rsotrain.subspace.samplers import SampleRequest
+from rsotrain.subspace.samplers import Sampler, SampleRequest
 from rsotrain.subspace.seeding import seed_of
 from rsotrain.subspace.sources import Source
 
@@ -22,9 +22,11 @@ BATCH_ELEMENTS = 1 << 22
 Number = Callable[[str], int]
 
 
-def bases_on(kind: str, *arguments: Any, **keywords: Any) -> Bases:
+def bases_on(kind: str, sizes: dict[str, tuple[int, int]], sampler: Sampler, **keywords: Any) -> Bases:
     """Bases for a kind of device."""
-    return (BatchedBases if kind == "cuda" else Bases)(*arguments, **keywords)
+    if kind != "cuda":
+        return Bases(sizes, sampler, **keywords)
+    return BatchedBases(sizes, sampler.on_gpu or sampler, **keywords)
 
 
 @dataclass(frozen=True)

@@ -34,33 +34,33 @@ def cholesky_qr(block: Tensor) -> Tensor:
     (Fukaya et al., 2020). In float64 with columns of norm 1 it resolves all that float32 does, condition
     numbers of 10⁷ included. After the first two passes columns that depend on those before them, or that are
     zero or not finite, are replaced by fixed ones. At full rank these can lie close to the others, so a
-    fourth pass follows where 2r > k.
+    fourth pass follows where 2r > k. All passes are in the memory of one copy in float64, beside which there
+    are at most the fixed columns.
     """
     size, rank = block.shape[-2:]
-    q = block.to(torch.float64)
+    q = block.to(torch.float64, copy=True)
     norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-    q = (q / norms).where((norms > 0) & (norms < torch.inf), 0.0)
-    others = _waves(size, rank, q.device)
+    q.div_(norms).masked_fill_(~((norms > 0) & (norms < torch.inf)), 0.0)
     for dependent in _DEPENDENT:
-        q = _cholesky_pass(q)
+        _cholesky_pass_(q)
         norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-        q = (q / norms).where(norms > dependent, others)
+        torch.where(norms > dependent, q.div_(norms), _waves(size, rank, q.device), out=q)
     for _ in range(2 if 2 * rank > size else 1):
-        q = _cholesky_pass(q)
+        _cholesky_pass_(q)
     return q.to(block.dtype)
 
 
-def _cholesky_pass(columns: Tensor) -> Tensor:
-    """X R⁻¹; ``columns``: X, of norms up to 1."""
+def _cholesky_pass_(columns: Tensor) -> None:
+    """X ← X R⁻¹; ``columns``: X, of norms up to 1."""
     gram = columns.mT @ columns
     gram.diagonal(dim1=-2, dim2=-1).add_(4 * columns.shape[-1] * torch.finfo(gram.dtype).eps)
     # without a check of errors, for which the host would wait
     upper = torch.linalg.cholesky_ex(gram, check_errors=False).L.mT
-    return torch.linalg.solve_triangular(upper, columns, upper=True, left=False)
+    torch.linalg.solve_triangular(upper, columns, upper=True, left=False, out=columns)
 
 
 def _waves(size: int, rank: int, device: torch.device) -> Tensor:
     """k×r: cosines whose frequencies, jφ modulo 1, keep distances of 1/r, so that they are independent."""
     places = torch.arange(size, dtype=torch.float64, device=device)[:, None] + 0.5
     frequencies = torch.arange(1, rank + 1, dtype=torch.float64, device=device).mul_(_GOLDEN).remainder_(1.0)
-    return torch.cos(torch.pi * places * frequencies).mul_((2.0 / size) ** 0.5)
+    return (places * frequencies).mul_(torch.pi).cos_().mul_((2.0 / size) ** 0.5)

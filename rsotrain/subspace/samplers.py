@@ -101,6 +101,7 @@ class Sampler:
     all of them if ``informed``. ``column_scales(k, r)``: what multiplies the columns (r) of bases that are to
     have E[PPᵀ] = I; None: √(k/r) for all. ``decomposes``: each refresh takes eigenvectors of a k×k matrix.
     ``numbered``: columns are those of the cosine transform, and the optimizer state keeps their numbers.
+    ``on_gpu``: the sampler that takes this one's place on a GPU; None: itself.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Sampler:
     column_scales: Callable[[int, int], Tensor] | None = None
     decomposes: bool = False
     numbered: bool = False
+    on_gpu: "Sampler | None" = None
 
     def num_informed(self, rank: int) -> int:
         """How many columns of a data-dependent basis depend on data; they are the first ones."""

@@ -27,6 +27,8 @@ from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
+_POWER_ROUNDS = 4  # of sampler.power_on_gpu
+
 
 def _noise(dtype: torch.dtype, size: int) -> float:
     """The share of the largest eigenvalue below which those of a k×k Gram matrix are rounding errors."""
@@ -265,7 +267,12 @@ def golore(request: SampleRequest) -> Tensor:
 def svd_sampler(config: SvdConfig) -> Sampler:
     if config.solver is SvdSolver.full:
         return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
-    return Sampler(config.name, svd, informed=True, decomposes=True)
+    sampler = Sampler(config.name, svd, informed=True, decomposes=True)
+    if not config.power_on_gpu:
+        return sampler
+    # eigenvectors are chains of small kernels, which on a GPU take longer than hundreds of products
+    power = partial(randomized_svd, rounds=_POWER_ROUNDS)
+    return replace(sampler, on_gpu=Sampler(config.name, power, informed=True, by_products=True))
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:

@@ -22,7 +22,10 @@ def costly_refreshes(trainer: Trainer, device_kind: str) -> list[str]:
     step_seconds = tokens * trainer.flops_per_token / ranks / _PRODUCTS_PER_SECOND
     said = []
     for group in trainer.optimizer.groups:
-        if not isinstance(group, OptimizerWithBases) or not group.subspace.sampler.decomposes:
+        if not isinstance(group, OptimizerWithBases):
+            continue
+        sampler = group.subspace.sampler
+        if not (sampler.on_gpu or sampler).decomposes:
             continue
         sizes = [size for size, _ in group.bases.sizes.values()]
         seconds = sum(map(eigenvectors_seconds, sizes)) / ranks

@@ -26,7 +26,9 @@ def built_samplers() -> dict[str, Sampler]:
         SvdConfig(name="full_svd", solver=SvdSolver.full),
         OnlinePCAConfig(name="online_pca-orthonormal", lr=0.05, solver=PCASolver.sgd, orthonormalize=True),
     ]
-    return {config.name: sampler for config in configs if (sampler := build_sampler(config)) is not None}
+    built = {config.name: sampler for config in configs if (sampler := build_sampler(config)) is not None}
+    on_gpu = {f"{name}-on_gpu": s.on_gpu for name, s in built.items() if s.on_gpu is not None}
+    return built | on_gpu
 
 
 BUILT = built_samplers()

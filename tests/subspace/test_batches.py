@@ -10,6 +10,7 @@ from helpers.samplers import BUILT, GRADIENTS, ORTHONORMAL, RANK, ROWS, SIZE, sp
 from torch import Tensor, nn
 
 from rsotrain.config.choices import OnRefresh
+from rsotrain.config.samplers import SamplerConfig, SvdConfig
 from rsotrain.instruments.devices import planning_for
 from rsotrain.optim.build import build_optimizer
 from rsotrain.optim.composite import CompositeOptimizer
@@ -136,19 +137,19 @@ def test_a_draw_belongs_to_its_matrix_and_not_to_its_batch() -> None:
 
 # --- the bases of an optimizer ---------------------------------------------------------------------
 
+EXACT = SvdConfig(name="svd", power_on_gpu=False)
 SHAPES = {"w0": (24, 10), "w1": (10, 24), "w2": (12, 12), "w3": (24, 10), "w4": (6, 40)}
 
 
 def built(
-    method: str, sampler: str, kind: str, **own: object
+    method: str, sampler: str | SamplerConfig, kind: str, **own: object
 ) -> tuple[CompositeOptimizer, dict[str, nn.Parameter]]:
     config, _ = small(method, rank=3, gap=3, lr=0.01, betas=(0.9, 0.99), scale=1.0)
     config = replace(config, name=method, block_parameters=["w"], **own)  # type: ignore[arg-type]
     parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    chosen = sampler_config(sampler) if isinstance(sampler, str) else sampler
     with planning_for(kind):
-        optimizer = build_optimizer(
-            parameters.items(), config, sampler_config(sampler), seed=0, total_steps=12
-        )
+        optimizer = build_optimizer(parameters.items(), config, chosen, seed=0, total_steps=12)
     return optimizer, parameters
 
 
@@ -171,8 +172,10 @@ def train(optimizer: CompositeOptimizer, parameters: dict[str, nn.Parameter], st
 
 
 @pytest.mark.parametrize("on_refresh", OnRefresh)
-@pytest.mark.parametrize("sampler", ["svd", "topk_norm", "dct", "block_power"])
-def test_a_run_in_batches_is_the_run_of_one_matrix_at_a_time(sampler: str, on_refresh: OnRefresh) -> None:
+@pytest.mark.parametrize("sampler", [EXACT, "topk_norm", "dct", "block_power"])
+def test_a_run_in_batches_is_the_run_of_one_matrix_at_a_time(
+    sampler: str | SamplerConfig, on_refresh: OnRefresh
+) -> None:
     weights = []
     for kind in ("cpu", "cuda"):
         optimizer, parameters = built("galore", sampler, kind, on_refresh=on_refresh)
@@ -182,6 +185,27 @@ def test_a_run_in_batches_is_the_run_of_one_matrix_at_a_time(sampler: str, on_re
         moved = parameter.abs().max()
         # float32 products in other orders, through Adam's quotients
         assert float((parameter - weights[1][name]).detach().abs().max() / moved) < 1e-3
+
+
+@pytest.mark.parametrize("drifts", [False, True], ids=["of the same", "of a drifting gradient"])
+def test_svd_on_a_gpu_takes_products_that_find_the_same_subspace(
+    drifts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    optimizer, parameters = built("galore", "svd", "cuda")
+    bases = bases_of(optimizer)
+    for step in range(1, 8):  # bases are drawn at 1, 4 and 7
+        seen = step if drifts else 1
+        train(optimizer, parameters, range(seen, seen + 1))
+    for name in SHAPES:
+        gradient = gradient_of(name, seen)
+        wide = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
+        captured = (wide @ bases[name]).square().sum()
+        exact = torch.linalg.svdvals(wide)[: bases[name].shape[1]].square().sum()
+        assert float(captured / exact) > 0.9999
 
 
 @pytest.mark.parametrize("method", ["ldadam", "osd", "alice", "sumo", "carry", "i3s", "apollo"])
@@ -254,7 +278,7 @@ def test_online_pca_keeps_its_moments_where_the_gradient_is_zero() -> None:
 
 
 def test_a_decomposition_that_fails_leaves_the_old_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, parameters = built("galore", "svd", "cuda")
+    optimizer, parameters = built("galore", EXACT, "cuda")
     bases = bases_of(optimizer)
     train(optimizer, parameters, range(1, 4))
     old = bases["w0"].clone()
