@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rsotrain.optim.inverse_roots import inverse_roots
 from rsotrain.optim.matrix import Matrix, grams_of_rows
 from rsotrain.optim.stacks import products
 from rsotrain.optim.state_size import MatrixSize, StateSize
@@ -15,29 +16,13 @@ from rsotrain.subspace.projection import resolve_rank
 UPDATE_RMS = 0.2  # of Adam's updates, as Muon's rule for rates has it
 
 
-def inverse_roots(grams: list[Tensor]) -> list[Tensor]:
-    """(MᵀM)^-½ (r×r, float64) for each MᵀM; 0 in the directions where M is only rounding errors of float32.
-
-    Matrices of one size are decomposed together.
-    """
-    result: dict[int, Tensor] = {}
-    for size in {len(gram) for gram in grams}:
-        chosen = [i for i, gram in enumerate(grams) if len(gram) == size]
-        values, vectors = torch.linalg.eigh(torch.stack([grams[i] for i in chosen]))
-        noise = (16 * torch.finfo(torch.float32).eps) ** 2
-        kept = values > noise * values[:, -1:].clamp(min=0)
-        roots = values.rsqrt().where(kept, 0.0)
-        result |= dict(zip(chosen, (vectors * roots.unsqueeze(1)) @ vectors.mT, strict=True))
-    return [result[i] for i in range(len(grams))]
-
-
 class Sumo(SubspaceOptimizer):
     """M ← μM + (1−μ)R;  W ← (1 − ηλ)W − 0.2·√max(m, n)·η·lift(O), O = M(MᵀM)^-½.
 
     O is the orthonormal matrix nearest to M. The paper takes it from an SVD. The eigenvectors of MᵀM in
     float64 give the same to the precision of float32, and where M is sharded by rows only r×r numbers are
     summed over ranks. A refresh transports M as in the paper, keeps or zeros it. The limiter of the paper is
-    left out: ‖O‖_F is √r in every step.
+    left out: ‖O‖_F is √r in every step. On a GPU (MᵀM)^-½ comes of products alone, in float64, too.
     """
 
     needs_orthonormal: ClassVar = True

@@ -170,7 +170,7 @@ def test_a_step_copies_once_to_the_host_and_launches_what_is_planned(
         record_property(name, value)
     assert planned > 0
     if not HERE.dry:
-        if optimizer not in ("osd", "ldadam", "sumo"):  # which decompose in each step
+        if optimizer not in ("osd", "ldadam"):  # which draw all bases in each step
             assert copies == 1
             assert len(kernels) / 2 <= 1.1 * planned
         assert flash > 0

@@ -17,11 +17,10 @@ EVERY_STEP = (
     "osd",
     "ldadam",
 )  # sample their bases in each step: on a CPU they ask whether gradients are zero
-DECOMPOSING = ("sumo",)  # in each step, and the host waits for eigenvectors
 # methods and samplers whose refreshes take none, but for the first
 BY_PRODUCTS = (
-    "carry", "rso", "apollo", "frugal", "ldadam", "osd", "galore sampler=randomized_svd",
-    "rso_pca sampler=randomized_svd",
+    "carry", "rso", "rso_pca", "apollo", "frugal", "ldadam", "osd", "galore", "fira", "sn_sm", "sumo",
+    "galore sampler=randomized_svd",
 )  # fmt: skip
 SMALL = ["model=llama_tiny", "tokenizer.vocab_size=300", "seq_len=16", "batch_size=4", "micro_batch_size=2"]
 PRECISIONS = ("bf16_mixed", "bf16")
@@ -60,7 +59,7 @@ def test_no_value_is_read_within_a_step(optimizer: str, precision: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", ["false", "true"])
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in DECOMPOSING])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_host_waits_once_a_step(optimizer: str, compiled: str) -> None:
     here = trainer(f"optimizer={optimizer}", f"compile={compiled}", "device=cuda")
     for _ in range(3):
