@@ -183,6 +183,7 @@ CONVENTIONS = [
             (["optimizer=sn", "optimizer.betas=[0.9,1.0]"], {"optimizer.bias_correction": "all_forms"}),
             (["optimizer=rso", "sampler=mixture", "optimizer.lr=0.01"], {"sampler.unbiased": "false"}),
             (["optimizer=osd", "optimizer.weight_decay=0.5"], {"sampler.weight_decay": "0.0"}),
+            (["optimizer=galore", "sampler=dct", "optimizer.lr=0.01"], {"sampler.storage": "stored"}),
         )
     ),
 ]
