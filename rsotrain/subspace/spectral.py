@@ -27,7 +27,7 @@ from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
-_POWER_ROUNDS = 4  # of sampler.power_on_gpu
+_POWER_ROUNDS = 2  # of sampler.power_on_gpu, as many as randomized_svd has
 
 
 def _noise(dtype: torch.dtype, size: int) -> float:
