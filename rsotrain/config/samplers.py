@@ -47,7 +47,7 @@ class SvdConfig(SamplerConfig):
     solver: SvdSolver = means("how the singular vectors are computed", SvdSolver.gram)
     power_on_gpu: bool = means(
         "on a GPU, two block power iterations from the basis in use instead of solver=gram",
-        later(True, before=False),
+        later(True),
     )
 
 

@@ -108,8 +108,8 @@ class Frugal(GaLore):
 
     W ← (1 − ηλ)W − η (lift(N) + f·sign(A − lift(R))), f = ``free_scale``. Entries of the residual that are no
     larger than the rounding errors of the products count as 0, since these errors have a sign, too. (A basis
-    that only approximates the dominant subspace, as that of randomized_svd, leaves a true residual.) At full
-    rank there is no residual.
+    that only approximates the dominant subspace, as that of randomized_svd, or of svd on a GPU, leaves a true
+    residual.) At full rank there is no residual.
     """
 
     needs_orthonormal: ClassVar = True

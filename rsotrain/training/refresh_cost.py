@@ -24,15 +24,15 @@ def costly_refreshes(trainer: Trainer, device_kind: str) -> list[str]:
     for group in trainer.optimizer.groups:
         if not isinstance(group, OptimizerWithBases):
             continue
-        sampler = group.subspace.sampler
-        if not (sampler.on_gpu or sampler).decomposes:
+        sampler = group.subspace.sampler.on_gpu or group.subspace.sampler
+        if not sampler.decomposes:
             continue
         sizes = [size for size, _ in group.bases.sizes.values()]
         seconds = sum(map(eigenvectors_seconds, sizes)) / ranks
         share = seconds / (seconds + group.subspace.gap * step_seconds)
         if share > _SHARE:
             said.append(
-                f"sampler={config.sampler.name} takes the eigenvectors of {len(sizes)} matrices every"
+                f"sampler={sampler.name} takes the eigenvectors of {len(sizes)} matrices every"
                 f" {group.subspace.gap} steps, about {seconds:.2g} s on a GPU, {share:.0%} of the time (both"
                 " estimated); sampler=randomized_svd finds nearly the same subspaces by products"
             )

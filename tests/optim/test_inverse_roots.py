@@ -21,10 +21,21 @@ def orthogonalised(matrix: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize(("decay", "tolerance"), [(1.0, 1e-12), (0.8, 1e-10), (0.6, 1e-4)])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_nearest_orthonormal_matrix(kind: str, decay: float, tolerance: float, scale: float) -> None:
-    """Condition numbers of 1, 170 and 130,000, whose squares amplify the errors of float64."""
+    """Condition numbers of 1, 170 and 130,000, whose squares amplify rounding errors."""
     matrix = spectrum(decay ** torch.arange(RANK), dtype=torch.float64) * scale
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     assert float((orthogonalised(matrix, kind) - left @ right).abs().max()) < tolerance
+
+
+def test_a_singular_value_that_the_first_polynomial_takes_to_nearly_nothing() -> None:
+    a, b, c = polynomials()[0]
+    places = torch.linspace(0.5, 1.0, 100_001, dtype=torch.float64)
+    dip = float(places[(a * places + b * places**3 + c * places**5).abs().argmin()])
+    values = torch.full((RANK,), ((1 - dip**4) / (RANK - 1)) ** 0.25, dtype=torch.float64)
+    values[0] = dip  # of a Gram matrix of norm 1
+    matrix = spectrum(values, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert float((orthogonalised(matrix, "cuda") - left @ right).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

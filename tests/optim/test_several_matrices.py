@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rsotrain.config.choices import InnerSolver, OnRefresh, StateDtype
 from rsotrain.config.methods import (
     ApolloConfig,
+    FoamConfig,
     GaLoreConfig,
     OptimizerConfig,
     RSOConfig,
@@ -229,7 +230,7 @@ def test_a_gpu_s_stacks_are_what_a_cpu_updates_one_by_one(
     expected = trained(method, list(MATRICES), "fp32", kept)
     rounded = state != "float32" or method in ("muon", "normuon", "dion2")
     go_the_way_of_gpus(monkeypatch)
-    for limit in (stacks.STACK_BYTES, 2 * 24 * 10 * 4):
+    for limit in (stacks.STACK_BYTES, 2 * 24 * 10 * 4 * (2 if state == "int8" else 1)):
         monkeypatch.setattr(stacks, "STACK_BYTES", limit)
         found = trained(method, list(MATRICES), "fp32", kept)
         assert_close(found, expected, 0.02 if rounded else 1e-5)
@@ -264,3 +265,13 @@ def test_a_stack_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 4 * sum(parameters[name].numel() for name in names) <= stacks.STACK_BYTES
     square, half = (stacks.STACK_BYTES // (4 * math.prod(shape)) for shape in ((4096, 4096), (4096, 2048)))
     assert len(made) == math.ceil(40 / square) + math.ceil(20 / half) < 60
+
+
+def test_stacks_of_8_bit_moments_are_half_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_the_way_of_gpus(monkeypatch)
+    monkeypatch.setattr(stacks, "STACK_BYTES", 4 * 24 * 10 * 4)
+    parameters = {f"w{i}": nn.Parameter(torch.zeros(24, 10)) for i in range(8)}
+    for state, length in (("float32", 4), ("int8", 2)):
+        config = FoamConfig(name="foam", block_parameters=["w"], state_dtype=StateDtype(state), **BASE)
+        optimizer = build_optimizer(parameters.items(), config, NONE, seed=0, total_steps=1)
+        assert [len(names) for names in optimizer.groups[0].stacks] == [length] * (8 // length)
