@@ -40,11 +40,12 @@ def cholesky_qr(block: Tensor) -> Tensor:
     size, rank = block.shape[-2:]
     q = block.to(torch.float64, copy=True)
     norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-    q.div_(norms).masked_fill_(~((norms > 0) & (norms < torch.inf)), 0.0)
+    q.div_(norms).nan_to_num_(nan=0.0)  # 0 / 0, ∞ / ∞ and what is NaN; finite numbers over ∞ are 0
+    others = _waves(size, rank, q.device)
     for dependent in _DEPENDENT:
         _cholesky_pass_(q)
         norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
-        torch.where(norms > dependent, q.div_(norms), _waves(size, rank, q.device), out=q)
+        torch.where(norms > dependent, q.div_(norms), others, out=q)
     for _ in range(2 if 2 * rank > size else 1):
         _cholesky_pass_(q)
     return q.to(block.dtype)
