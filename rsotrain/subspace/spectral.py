@@ -27,8 +27,6 @@ from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
-_POWER_ROUNDS = 2  # of sampler.power_on_gpu, as many as randomized_svd has
-
 
 def _noise(dtype: torch.dtype, size: int) -> float:
     """The share of the largest eigenvalue below which those of a k×k Gram matrix are rounding errors."""
@@ -271,8 +269,7 @@ def svd_sampler(config: SvdConfig) -> Sampler:
     if not config.power_on_gpu:
         return sampler
     # eigenvectors are chains of small kernels, which on a GPU take longer than hundreds of products
-    power = partial(randomized_svd, rounds=_POWER_ROUNDS)
-    return replace(sampler, on_gpu=Sampler(config.name, power, informed=True, by_products=True))
+    return replace(sampler, on_gpu=randomized_svd_sampler(RandomizedSvdConfig(name=config.name)))
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
