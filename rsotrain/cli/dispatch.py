@@ -1,7 +1,5 @@
 """``mode=…``: which package does what the configuration asks for."""
 
-import os
-from dataclasses import replace
 from typing import Any
 
 from rsotrain.benchmark.mode import benchmark_mode
@@ -9,21 +7,16 @@ from rsotrain.config.identity import cache_dir
 from rsotrain.config.schema import Config, Mode
 from rsotrain.errors import UserError
 from rsotrain.inference import modes
-from rsotrain.models.compiling import is_worthwhile
-from rsotrain.parallel.ranks import resolve_device
 from rsotrain.planner.out_of_memory import explaining_out_of_memory
 from rsotrain.running.epochs import settle_epochs
 from rsotrain.running.mode import train
+from rsotrain.running.settled import settle_compile, settle_precision
 
-__all__ = ["run_mode", "settle_compile", "settle_epochs"]
 
-
-def settle_compile(config: Config) -> Config:
-    """``config`` with its ``compile`` decided, before the run's name is asked for."""
-    if config.compile is not None or config.mode not in (Mode.train, Mode.benchmark):
-        return config
-    device = resolve_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    return replace(config, compile=is_worthwhile(device))
+def settle(config: Config) -> Config:
+    """``config`` with what the device and the data decide, before the run's name is asked for."""
+    config = settle_precision(settle_compile(config))
+    return config if config.epochs is None else settle_epochs(config)
 
 
 def run_mode(config: Config) -> dict[str, Any]:

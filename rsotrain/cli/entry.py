@@ -70,11 +70,9 @@ def run(composed: DictConfig) -> dict[str, Any]:
         keep_freed_memory()
         with leaving_at_once():
             # torch is imported from here on
-            from rsotrain.cli.dispatch import run_mode, settle_compile, settle_epochs
+            from rsotrain.cli.dispatch import run_mode, settle
 
-            config = settle_compile(config)
-            if config.epochs is not None:
-                config = settle_epochs(config)
+            config = settle(config)
             if config.mode is Mode.train:
                 outcome |= {"folder": run_folder_path(config).resolve(), "report": config.report}
             result = run_mode(config)

@@ -56,8 +56,10 @@ class Mode(Enum):
 
 
 class Precision(Enum):
-    """bf16_mixed: fp32 weights, bf16 compute. bf16: weights in bf16 too. fp32: everything fp32."""
+    """auto: bf16_mixed, but fp32 on a CPU without bf16 products. bf16_mixed: fp32 weights, bf16 compute. bf16:
+    weights in bf16 too. fp32: everything fp32."""
 
+    auto = "auto"
     bf16_mixed = "bf16_mixed"
     bf16 = "bf16"
     fp32 = "fp32"
@@ -211,7 +213,7 @@ class Config:
         "of the weights, the order of the data and random bases", number(0, at_least=0, at_most=COUNT)
     )
     device: Device = means("where to train; auto: a GPU if there is one", Device.auto)
-    precision: Precision = means("of weights and compute", Precision.bf16_mixed)
+    precision: Precision = means("of weights and compute", Precision.auto)
     grad_clip: float | None = means(
         "largest global norm of the gradient, to which larger ones are scaled; null: no limit",
         number(None, above=0, at_most=FACTOR),

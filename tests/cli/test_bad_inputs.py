@@ -69,7 +69,7 @@ def test_a_bad_input_is_refused_or_starts_as_typed(
     def settled(config: Config) -> Config:
         return config
 
-    dispatch = types.SimpleNamespace(run_mode=run_mode, settle_compile=settled, settle_epochs=settled)
+    dispatch = types.SimpleNamespace(run_mode=run_mode, settle=settled)
     monkeypatch.setitem(sys.modules, "rsotrain.cli.dispatch", dispatch)
     status = call_main(cli, ["output_dir=out", *case.command])
     captured = capsys.readouterr()

@@ -1,6 +1,7 @@
 """From a command line to a configuration, its data and its trainer."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from hydra.core.config_store import ConfigStore
 
 from rsotrain.cli.compose import register_schemas, to_config
 from rsotrain.config.defaults import conf_dir
-from rsotrain.config.schema import Config
+from rsotrain.config.schema import Config, Precision
 from rsotrain.data.build import Data, build_data
 from rsotrain.training.trainer import Trainer
 
+PRECISIONS = [precision for precision in Precision if precision is not Precision.auto]
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
 
@@ -21,7 +23,10 @@ _schemas: Any = None  # as this module has registered them last
 
 
 def compose(overrides: list[str]) -> Config:
-    """The configuration of a command line; composed once, unless it reads a model's folder."""
+    """The configuration of a command line; composed once, unless it reads a model's folder.
+
+    Its ``precision=auto`` is bf16_mixed on every machine.
+    """
     if any("pretrained" in override for override in overrides):
         return _compose(tuple(overrides))
     return deepcopy(_composed(tuple(overrides)))
@@ -37,7 +42,10 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         register_schemas()
         _schemas = repository["schema"]
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return to_config(hydra_compose("config", list(overrides)))
+        config = to_config(hydra_compose("config", list(overrides)))
+    return (
+        config if config.precision is not Precision.auto else replace(config, precision=Precision.bf16_mixed)
+    )
 
 
 _composed = cache(_compose)

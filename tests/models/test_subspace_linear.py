@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import PRECISIONS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -307,7 +308,7 @@ def test_compiled_blocks_share_one_graph_without_a_break() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision: Precision) -> None:
     model = model_of(precision=precision)
     rso_for(model, precision=precision)
@@ -319,7 +320,7 @@ def test_gradient_bytes_of_block_linears_are_r_over_in_of_the_weights(precision:
         assert layer.B.untyped_storage().nbytes() == layer.weight.element_size()
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_it_learns_in_every_precision(sampler: str, precision: Precision) -> None:
     model = model_of(precision=precision)

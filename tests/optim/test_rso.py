@@ -24,6 +24,7 @@ from helpers.rso_toy import (
     config,
     train,
 )
+from helpers.runs import PRECISIONS
 from torch import Tensor, nn
 
 from rsotrain.config.choices import BasisStorage, InnerSolver, OnRefresh, StateDtype
@@ -215,7 +216,7 @@ def test_every_sampler_trains_and_micro_batches_equal_one_batch(sampler: str) ->
 
 
 @pytest.mark.parametrize("on_refresh", OnRefresh)
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("sampler", ["haar", "svd", "randomized_svd", "regenerated", "online_pca"])
 def test_a_resumed_run_is_the_uninterrupted_run_bitwise(
     sampler: str, precision: Precision, on_refresh: OnRefresh

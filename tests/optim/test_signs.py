@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.runs import PRECISIONS
 from torch import Tensor, nn
 
 from rsotrain.config.methods import FrugalConfig, GaLoreConfig
@@ -12,7 +13,6 @@ from rsotrain.subspace.seeding import generator
 
 RANK = 16
 SHAPES = [(96, 64), (64, 96), (64, 64)]
-PRECISIONS = list(Precision)
 SVD = SvdConfig(name="svd")
 AXES = CoordinateConfig(name="coordinate")
 

@@ -53,8 +53,9 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert plan["phases"]["forward"]["gathered"] > 0
     # two micro-batches a rank: each gathers all weights but the root's, which stay whole until the backward
     assert plan["traffic"]["step"]["allgather"] > 0
-    assert plan["traffic"]["refresh"]["broadcast"] > 0
-    assert "broadcast" not in plan["traffic"]["step"]
+    # the bases are drawn by products of sharded matrices, whose sums over ranks are small
+    step, refresh = plan["traffic"]["step"], plan["traffic"]["refresh"]
+    assert step["allreduce"] < refresh["allreduce"] < refresh["reduce_scatter"]
     assert [fit["fits"] for fit in plan["gpus"]] == [True] * 5
     assert (file.with_suffix(".png")).is_file()
     assert not (file.parent / "config.yaml").exists()  # it is no run

@@ -1,0 +1,72 @@
+"""Settings that the device decides, before the run's name is asked for."""
+
+import os
+import platform
+from dataclasses import replace
+
+import torch
+
+from rsotrain.config.identity import run_folder_path
+from rsotrain.config.schema import Config, Device, Mode, Precision
+from rsotrain.errors import UserError
+from rsotrain.files import read_yaml
+from rsotrain.models.compiling import is_worthwhile
+from rsotrain.parallel.ranks import resolve_device
+from rsotrain.tracking.escaping import print_line
+from rsotrain.tracking.run_files import CONFIG
+
+_AUTOMATIC = (Precision.bf16_mixed, Precision.fp32)
+
+
+def settle_compile(config: Config) -> Config:
+    """``config`` with its ``compile`` decided."""
+    if config.compile is not None or config.mode not in (Mode.train, Mode.benchmark):
+        return config
+    return replace(config, compile=is_worthwhile(_device(config)))
+
+
+def settle_precision(config: Config) -> Config:
+    """``config`` with another ``precision`` than ``auto``.
+
+    A run that is there already keeps its own, so that it goes on on another kind of machine.
+    """
+    if config.precision is not Precision.auto:
+        return config
+    precision = _precision_of_run(config) or _precision_of_device(config)
+    if config.mode is Mode.train and precision is Precision.fp32 and os.environ.get("RANK", "0") == "0":
+        print_line("precision=auto: fp32, as this CPU has no instructions for bf16 products")
+    return replace(config, precision=precision)
+
+
+def _precision_of_run(config: Config) -> Precision | None:
+    if config.overwrite or config.mode in (Mode.plan, Mode.benchmark):
+        return None
+    for precision in _AUTOMATIC:
+        file = run_folder_path(replace(config, precision=precision)) / CONFIG
+        try:
+            saved = read_yaml(file) if file.is_file() else None
+        except UserError:  # damaged, which is said when the folder is opened
+            continue
+        if isinstance(saved, dict) and saved.get("precision") == precision.name:
+            return precision
+    return None
+
+
+def _precision_of_device(config: Config) -> Precision:
+    if config.mode is Mode.plan and config.device is not Device.cpu:  # plans are for GPUs
+        return Precision.bf16_mixed
+    return Precision.bf16_mixed if multiplies_bfloat16(_device(config)) else Precision.fp32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Has ``device`` instructions for products of bfloat16? A CPU without is up to a hundred times slower."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _device(config: Config) -> torch.device:
+    return resolve_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
