@@ -56,8 +56,8 @@ class Mode(Enum):
 
 
 class Precision(Enum):
-    """auto: bf16_mixed, but fp32 on a CPU without bf16 products. bf16_mixed: fp32 weights, bf16 compute. bf16:
-    weights in bf16 too. fp32: everything fp32."""
+    """auto: bf16_mixed, but fp32 on a CPU without bf16 products. bf16_mixed: fp32 weights, bf16 compute.
+    bf16: weights in bf16 too. fp32: everything fp32."""
 
     auto = "auto"
     bf16_mixed = "bf16_mixed"
