@@ -1,4 +1,4 @@
-"""``compile=null`` and ``precision=auto``: the device decides them, and they are a part of what the run is."""
+"""``compile=null`` and ``precision=auto``: the device decides them, and they are part of what the run is."""
 
 import importlib.util
 from dataclasses import replace
