@@ -31,6 +31,7 @@ def faults_of(runs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
 
 def fault_of(given: Sequence[str]) -> str | None:
     """What the command line ``rsotrain …`` would say; None where it would start. Hydra is initialised."""
+    from rsotrain.running.settled import settle_precision
     from rsotrain.training.composition import check_composition
 
     try:
@@ -40,7 +41,7 @@ def fault_of(given: Sequence[str]) -> str | None:
         tuned = composed.hydra.runtime.choices.get("tuned")
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
-        check_composition(checked_config(composed, tuned, overrides))
+        check_composition(settle_precision(checked_config(composed, tuned, overrides)))
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return explain(error, overrides)
     return None

@@ -62,7 +62,8 @@ def train(config: Config, guard: Guard = unguarded) -> dict[str, Any]:
             display = build_display(
                 config.logger.progress, config.steps, log_path=log_path, silent=not world.is_main
             )
-        display.message(f"run {folder.path.name} on {device_name(world.device, world.size)}")
+        where = device_name(world.device, world.size)
+        display.message(f"run {folder.path.name} on {where}, precision={config.precision.name}")
         display.message(f"its folder: {shown_path(folder.path)}")
         display.message(resume_in_words(world.device, config.deterministic))
         if untried is not None:

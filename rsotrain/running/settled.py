@@ -12,7 +12,6 @@ from rsotrain.errors import UserError
 from rsotrain.files import read_yaml
 from rsotrain.models.compiling import is_worthwhile
 from rsotrain.parallel.ranks import resolve_device
-from rsotrain.tracking.escaping import print_line
 from rsotrain.tracking.run_files import CONFIG
 
 _AUTOMATIC = (Precision.bf16_mixed, Precision.fp32)
@@ -32,10 +31,7 @@ def settle_precision(config: Config) -> Config:
     """
     if config.precision is not Precision.auto:
         return config
-    precision = _precision_of_run(config) or _precision_of_device(config)
-    if config.mode is Mode.train and precision is Precision.fp32 and os.environ.get("RANK", "0") == "0":
-        print_line("precision=auto: fp32, as this CPU has no instructions for bf16 products")
-    return replace(config, precision=precision)
+    return replace(config, precision=_precision_of_run(config) or _precision_of_device(config))
 
 
 def _precision_of_run(config: Config) -> Precision | None:

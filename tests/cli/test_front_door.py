@@ -151,6 +151,7 @@ def test_a_run_says_its_name_folder_and_device_and_its_paths_can_be_copied(
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"run {long} on the CPU (")
+    assert lines[0].endswith("), precision=fp32")
     assert lines[1] == f"its folder: outputs/{long}"
     assert f"run folder: outputs/{long}" in lines
     checkpoint = next(line for line in lines if line.startswith("checkpoint: ")).partition(": ")[2]
