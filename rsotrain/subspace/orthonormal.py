@@ -21,10 +21,15 @@ def orthonormalised(block: Tensor) -> Tensor:
     ``block``: k×r, or n×k×r, which is decomposed by ``cholesky_qr``, as is one on a GPU. Q is orthonormal
     for every finite ``block``, whatever its rank.
     """
-    if block.dim() == 2 and device_kind(block.device) == "cpu":
+    if takes_householder(block):
         q, r = torch.linalg.qr(block)
         return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     return cholesky_qr(block)
+
+
+def takes_householder(block: Tensor) -> bool:
+    """Is ``block`` one matrix on a CPU, where Householder's reflections are the faster ones?"""
+    return block.dim() == 2 and device_kind(block.device) == "cpu"
 
 
 def cholesky_qr(block: Tensor) -> Tensor:
@@ -34,11 +39,14 @@ def cholesky_qr(block: Tensor) -> Tensor:
     (Fukaya et al., 2020). In float64 with columns of norm 1 it resolves all that float32 does, condition
     numbers of 10⁷ included. After the first two passes columns that depend on those before them, or that are
     zero or not finite, are replaced by fixed ones. At full rank these can lie close to the others, so a
-    fourth pass follows where 2r > k. All passes are in the memory of one copy in float64, beside which there
-    are at most the fixed columns.
+    fourth pass follows where 2r > k.
     """
-    size, rank = block.shape[-2:]
-    q = block.to(torch.float64, copy=True)
+    return cholesky_qr_(block.to(torch.float64, copy=True)).to(block.dtype)
+
+
+def cholesky_qr_(q: Tensor) -> Tensor:
+    """``cholesky_qr`` of ``q`` (float64) in its own memory, beside which are at most the fixed columns."""
+    size, rank = q.shape[-2:]
     norms = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
     q.div_(norms).nan_to_num_(nan=0.0)  # 0 / 0, ∞ / ∞ and what is NaN; finite numbers over ∞ are 0
     others = _waves(size, rank, q.device)
@@ -48,7 +56,7 @@ def cholesky_qr(block: Tensor) -> Tensor:
         torch.where(norms > dependent, q.div_(norms), others, out=q)
     for _ in range(2 if 2 * rank > size else 1):
         _cholesky_pass_(q)
-    return q.to(block.dtype)
+    return q
 
 
 def _cholesky_pass_(columns: Tensor) -> None:

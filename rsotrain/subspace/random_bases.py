@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
-from rsotrain.subspace.orthonormal import orthonormalised
+from rsotrain.subspace.orthonormal import cholesky_qr_, orthonormalised, takes_householder
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
 
 
 def haar(request: SampleRequest) -> Tensor:
     """Uniformly distributed orthonormal columns."""
-    return orthonormalised(request.normal())
+    numbers = request.normal()
+    if takes_householder(numbers):
+        return orthonormalised(numbers)
+    wide = numbers.double()
+    del numbers  # of a large basis, which is drawn where the memory is at its peak
+    return cholesky_qr_(wide).to(torch.float32)
 
 
 def gaussian(request: SampleRequest) -> Tensor:
