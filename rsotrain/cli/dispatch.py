@@ -15,8 +15,10 @@ from rsotrain.running.settled import settle_compile, settle_precision
 
 def settle(config: Config) -> Config:
     """``config`` with what the device and the data decide, before the run's name is asked for."""
-    config = settle_precision(settle_compile(config))
-    return config if config.epochs is None else settle_epochs(config)
+    config = settle_compile(config)
+    if config.epochs is not None:
+        config = settle_epochs(config)
+    return settle_precision(config)
 
 
 def run_mode(config: Config) -> dict[str, Any]:

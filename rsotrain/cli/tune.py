@@ -121,7 +121,9 @@ def _known(loader: ConfigLoader, shared: DictConfig, trial: Trial) -> dict[str, 
     config = config_of(loader.load_sweep_config(shared, trial.overrides), trial.overrides)
     if config.overwrite or config.epochs is not None:  # of these the data say how many steps they are
         return None
-    folder = run_folder_path(config).resolve()
+    from rsotrain.running.settled import settle_precision  # which imports torch
+
+    folder = run_folder_path(settle_precision(config)).resolve()
     outcome = {"status": 0, "folder": folder, "report": config.report}
     try:
         if (folder / SUMMARY).is_file():

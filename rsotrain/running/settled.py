@@ -31,16 +31,19 @@ def settle_precision(config: Config) -> Config:
     """
     if config.precision is not Precision.auto:
         return config
-    return replace(config, precision=_precision_of_run(config) or _precision_of_device(config))
+    usual = _precision_of_device(config)
+    return replace(config, precision=_precision_of_run(config, usual) or usual)
 
 
-def _precision_of_run(config: Config) -> Precision | None:
-    if config.overwrite or config.mode in (Mode.plan, Mode.benchmark):
+def _precision_of_run(config: Config, usual: Precision) -> Precision | None:
+    begins_anew = config.overwrite and config.mode is Mode.train
+    if begins_anew or config.mode in (Mode.plan, Mode.benchmark):
         return None
-    for precision in _AUTOMATIC:
+    for precision in sorted(_AUTOMATIC, key=lambda precision: precision is not usual):
         file = run_folder_path(replace(config, precision=precision)) / CONFIG
         try:
-            saved = read_yaml(file) if file.is_file() else None
+            # isfile raises nothing where the folder is somebody else's
+            saved = read_yaml(file) if os.path.isfile(file) else None
         except UserError:  # damaged, which is said when the folder is opened
             continue
         if isinstance(saved, dict) and saved.get("precision") == precision.name:
@@ -61,7 +64,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         found = torch.cpu.get_capabilities()
         return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _device(config: Config) -> torch.device:

@@ -140,7 +140,9 @@ def configuration(*overrides: str) -> Any:
     from rsotrain.cli.compose import to_config
 
     with composing():
-        return to_config(compose("config", ["logger=jsonl", "steps=1000000", *overrides]))
+        return to_config(
+            compose("config", ["logger=jsonl", "steps=1000000", "precision=bf16_mixed", *overrides])
+        )
 
 
 def build_trainer(*overrides: str) -> Any:
