@@ -25,9 +25,9 @@ def settle_compile(config: Config) -> Config:
 
 
 def settle_precision(config: Config) -> Config:
-    """``config`` with another ``precision`` than ``auto``.
+    """``config`` with its ``precision`` decided, after its ``epochs``.
 
-    A run that is there already keeps its own, so that it goes on on another kind of machine.
+    A run that exists already keeps its own, so that it resumes on another kind of CPU.
     """
     if config.precision is not Precision.auto:
         return config
@@ -39,7 +39,8 @@ def _precision_of_run(config: Config, usual: Precision) -> Precision | None:
     begins_anew = config.overwrite and config.mode is Mode.train
     if begins_anew or config.mode in (Mode.plan, Mode.benchmark):
         return None
-    for precision in sorted(_AUTOMATIC, key=lambda precision: precision is not usual):
+    others = [precision for precision in _AUTOMATIC if precision is not usual]
+    for precision in (usual, *others):
         file = run_folder_path(replace(config, precision=precision)) / CONFIG
         try:
             # isfile raises nothing where the folder is somebody else's
@@ -58,7 +59,7 @@ def _precision_of_device(config: Config) -> Precision:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Has ``device`` instructions for products of bfloat16? A CPU without is up to a hundred times slower."""
+    """Has ``device`` instructions for products of bfloat16? A CPU without them takes many times as long."""
     if device.type != "cpu":
         return True
     if platform.machine() in ("x86_64", "AMD64"):

@@ -139,10 +139,9 @@ def configuration(*overrides: str) -> Any:
 
     from rsotrain.cli.compose import to_config
 
+    common = ["logger=jsonl", "steps=1000000", "precision=bf16_mixed"]
     with composing():
-        return to_config(
-            compose("config", ["logger=jsonl", "steps=1000000", "precision=bf16_mixed", *overrides])
-        )
+        return to_config(compose("config", [*common, *overrides]))
 
 
 def build_trainer(*overrides: str) -> Any:

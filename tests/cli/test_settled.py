@@ -11,9 +11,10 @@ import yaml
 from helpers.command import Cli
 from helpers.runs import compose
 
+from rsotrain.cli import dispatch
 from rsotrain.config.identity import identity, run_folder_path, run_name
 from rsotrain.config.keys import plain
-from rsotrain.config.schema import Config, Precision
+from rsotrain.config.schema import Config, Mode, Precision
 from rsotrain.models.compiling import is_worthwhile
 from rsotrain.running.settled import multiplies_bfloat16, settle_compile, settle_precision
 
@@ -92,9 +93,8 @@ def test_a_run_keeps_its_precision_on_another_machine(name: list[str], bfloat16:
     for begun, other in ((True, False), (False, True)):
         bfloat16(begun)
         first = settle_precision(given)
+        placed(first)
         folder = run_folder_path(first)
-        folder.mkdir()
-        (folder / "config.yaml").write_text(yaml.safe_dump(plain(first)))
         bfloat16(other)
         assert settle_precision(given) == first
         assert settle_precision(replace(given, overwrite=True)).precision is not first.precision
@@ -102,6 +102,44 @@ def test_a_run_keeps_its_precision_on_another_machine(name: list[str], bfloat16:
         assert settle_precision(given).precision is not first.precision
         (folder / "config.yaml").unlink()
         folder.rmdir()
+
+
+def placed(config: Config) -> None:
+    """A folder as the run of ``config`` leaves it."""
+    folder = run_folder_path(config)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+
+
+def test_what_overwrite_replaces_is_not_the_run_of_an_export(bfloat16: Any, tmp_path: Path) -> None:
+    bfloat16(False)
+    given = automatic("device=cpu", f"output_dir={tmp_path}")
+    placed(replace(given, precision=Precision.bf16_mixed))
+    exported = replace(given, mode=Mode.export, overwrite=True)
+    assert settle_precision(exported).precision is Precision.bf16_mixed
+    # of two runs, as after overwrite=true here, the one of this machine's own precision goes on
+    placed(replace(given, precision=Precision.fp32))
+    assert settle_precision(given).precision is Precision.fp32
+
+
+def test_a_run_of_so_many_epochs_keeps_its_precision(
+    bfloat16: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps are in its name."""
+    bfloat16(False)
+    given = automatic("device=cpu", f"output_dir={tmp_path}")
+    placed(replace(given, steps=7, precision=Precision.bf16_mixed))
+    monkeypatch.setattr(dispatch, "settle_epochs", lambda config: replace(config, epochs=None, steps=7))
+    assert dispatch.settle(replace(given, epochs=2.0)).precision is Precision.bf16_mixed
+
+
+def test_a_folder_that_cannot_be_looked_into_holds_no_run(bfloat16: Any, tmp_path: Path) -> None:
+    """Where it is to be opened, and cannot, that is said there."""
+    bfloat16(False)
+    given = automatic("device=cpu", f"output_dir={tmp_path / ('long' * 100)}")
+    with pytest.raises(OSError, match="too long"):
+        run_folder_path(given).is_file()
+    assert settle_precision(given).precision is Precision.fp32
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "generate", "export"])

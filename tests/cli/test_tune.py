@@ -12,7 +12,7 @@ from rsotrain.cli import entry as command_line
 from rsotrain.config.identity import identity
 from rsotrain.config.schema import Config
 
-OWN = ("steps=", "save_every=", "log_every=")
+OWN = ("steps=", "save_every=", "log_every=", "precision=")
 
 
 @pytest.fixture

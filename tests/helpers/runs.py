@@ -43,9 +43,9 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         _schemas = repository["schema"]
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         config = to_config(hydra_compose("config", list(overrides)))
-    return (
-        config if config.precision is not Precision.auto else replace(config, precision=Precision.bf16_mixed)
-    )
+    if config.precision is Precision.auto:
+        return replace(config, precision=Precision.bf16_mixed)
+    return config
 
 
 _composed = cache(_compose)
