@@ -1,21 +1,26 @@
-# make train: the default job. make test: lint, types, tests. make test-slurm: on a real SLURM. make benchmark:
-# the table of tests/benchmark/README.md, an hour on an idle machine. All install into .venv on first use, but
-# test-gpu and test-gpus (one GPU, all GPUs of a node; a dry run on the CPU without them) install nothing: they take
-# .venv where it is, and PYTHON as it is otherwise. Their reports are in outputs/gpu.
+# make train: the default job. make test: lint, types, the quick tests; test-slow: the others that CI runs; test-all:
+# every test. make test-slurm: on a real SLURM. make benchmark: the table of tests/benchmark/README.md, an hour on an
+# idle machine. All install into .venv on first use, but test-gpu and test-gpus (one GPU, all GPUs of a node; a dry run
+# on the CPU without them) install nothing: they take .venv where it is, and PYTHON as it is otherwise. Their reports
+# are in outputs/gpu.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes, a file at a time. They have threads of their own, so what forks runs in a single one, after them.
 JOBS := -n 2 --dist loadfile
 
-.PHONY: train test test-all test-slurm test-gpu test-gpus benchmark lint clean
+.PHONY: train test test-slow test-all test-slurm test-gpu test-gpus benchmark lint clean
 
 train: $(VENV)/.train
 	$(BIN)/rsotrain
 
 test: lint
-	$(BIN)/python -m pytest $(JOBS) -m "not slow and not alone"
-	$(BIN)/python -m pytest -m "not slow and alone"
+	$(BIN)/python -m pytest $(JOBS) -m "not slow and not long and not alone"
+	$(BIN)/python -m pytest -m "not slow and not long and alone"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest $(JOBS) -m "slow and not long and not alone"
+	$(BIN)/python -m pytest -m "slow and not long and alone"
 
 test-all: lint
 	$(BIN)/python -m pytest $(JOBS) -m "not alone"

@@ -45,6 +45,7 @@ def test_the_wheel_carries_conf_and_corpus_and_nothing_twice(wheel: Path) -> Non
     assert {n.split("/")[0] for n in names} == {"rsotrain", f"rsotrain-{wheel.name.split('-')[1]}.dist-info"}
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path, tiny: list[str]) -> None:
     # The dependencies come from this environment through a path file, since installing torch again
     # takes minutes; a path file of a path file is not followed, so that the checkout stays invisible.

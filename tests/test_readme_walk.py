@@ -73,7 +73,7 @@ def newcomers_files() -> None:
     shutil.copy(ROOT / "conf/model/llama_tiny.yaml", "my_conf/model/mine.yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_line_of_readme_can_be_walked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

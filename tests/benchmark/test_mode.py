@@ -205,6 +205,7 @@ def test_what_makes_no_sense_is_refused(overrides: list[str], sentence: str) -> 
         validate(compose(overrides))
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_a_trace_and_compares(cli: Cli, tmp_path: Path) -> None:
     short = ["mode=benchmark", *SMALL, "benchmark.steps=2", "benchmark.warmup_steps=1"]
     one = cli(*short, "optimizer=galore", "run_name=r", "benchmark.profile=true")
@@ -276,6 +277,7 @@ def test_each_setting_is_read_or_refused() -> None:
     }  # fmt: skip  (epochs are refused by a rule of their own)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work(tmp_path: Path) -> None:
     """Two ranks: each has half the batch, communication is seen, and the results are the same on both."""
     config: Config = compose([*SMALL, "optimizer=rso", "parallelism=fsdp", "benchmark.steps=2"])

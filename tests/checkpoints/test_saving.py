@@ -48,6 +48,7 @@ def closing(folder: Path, world: World) -> float:
         return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_each_other_and_not_for_one_that_is_lost(tmp_path: Path) -> None:
     start = time.monotonic()
     checks = {"waiting": partial(waiting, tmp_path), "closing": partial(closing, tmp_path)}

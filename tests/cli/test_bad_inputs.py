@@ -21,7 +21,7 @@ ROWS = '{"text": "a", "instruction": "b", "output": "c"}\n'
 
 
 def parameters(numbers: list[int]) -> list[Any]:
-    marks = {True: (), False: pytest.mark.slow}
+    marks = {True: (), False: pytest.mark.long}
     return [
         pytest.param(CASES[n], id=f"{n}-{CASES[n].key}", marks=marks[n in QUICK]) for n in numbers
     ]  # fmt: skip

@@ -134,6 +134,7 @@ def test_a_mistake_is_not_held_against_the_next_command_of_a_process(tmp_path: P
     assert call_main(cli, [f"output_dir={tmp_path}", "--cfg", "job"]) == 0
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_its_own(cli: Cli) -> None:
     result = cli("steps=0")
     assert (result.returncode, result.stderr) == (2, "rsotrain: steps=0 must be positive\n")
@@ -156,6 +157,7 @@ def test_broken_yaml_names_file_and_line(cli: Cli, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_config_dir_adds_a_group_option(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     folder = tmp_path / "mine" / "model"
     folder.mkdir(parents=True)
@@ -191,6 +193,7 @@ def test_multirun_goes_on_after_a_refused_member(cli: Cli, tmp_path: Path, tiny:
     assert [json.loads(p.read_text())["finished"] for p in summaries] == [True]
 
 
+@pytest.mark.slow
 def test_multirun_ends_with_a_comparison_of_its_members(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     result = cli("-m", "optimizer=adam,muon", "seed=0,1", "steps=1", *[o for o in tiny if "steps=" not in o])
     assert result.returncode == 0, result.stderr
@@ -216,6 +219,7 @@ def test_a_comparison_that_cannot_be_drawn_costs_a_sentence(
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_submitit_members_hand_back_their_status(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]

@@ -143,6 +143,7 @@ def test_a_pipe_that_nobody_reads_ends_help_without_a_word() -> None:
 # --- runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_says_its_name_folder_and_device_and_its_paths_can_be_copied(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_run_says_its_name_folder_and_device_and_its_paths_can_be_copied(
     assert (tmp_path / checkpoint / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_multirun_says_which_run_begins_and_its_table_keeps_state_and_memory(
     cli: Cli, tiny: list[str]
 ) -> None:
@@ -175,12 +177,14 @@ def test_a_multirun_says_which_run_begins_and_its_table_keeps_state_and_memory(
     assert max(map(len, table.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_nothing_that_looks_like_a_run(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     assert cli("mode=plan", *tiny, "run_name=r").returncode == 0
     assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["plans"]
     assert sorted(p.name for p in (tmp_path / "outputs/plans").iterdir()) == ["r.json", "r.png"]
 
 
+@pytest.mark.slow
 def test_evaluation_reads_a_file_as_it_is_and_refuses_what_it_would_not_read(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -206,6 +210,7 @@ def test_evaluation_reads_a_file_as_it_is_and_refuses_what_it_would_not_read(
     )
 
 
+@pytest.mark.slow
 def test_what_weights_do_not_depend_on_may_change_in_a_runs_own_folder(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:

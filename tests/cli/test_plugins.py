@@ -45,6 +45,7 @@ def call(*arguments: str) -> int:
     return call_main(entry, ["--config-dir", "mine", *arguments])
 
 
+@pytest.mark.slow
 def test_the_pages_method_trains_and_resumes_bitwise(mine: Path, tiny: list[str]) -> None:
     own = ["optimizer=softsign", *tiny, "keep_checkpoints=9"]
     assert call(*own, "run_name=straight") == 0
@@ -63,6 +64,7 @@ def test_the_pages_method_trains_and_resumes_bitwise(mine: Path, tiny: list[str]
 PLAN = ["mode=plan", "model=llama_tiny", "device=cpu", "logger=jsonl", "optimizer=softsign"]
 
 
+@pytest.mark.slow
 def test_its_plan_is_its_formula(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*PLAN, "parallelism=fsdp", "parallelism.world_size=4") == 0
     shown = capsys.readouterr().out
@@ -70,7 +72,7 @@ def test_its_plan_is_its_formula(mine: Path, capsys: pytest.CaptureFixture[str])
     assert "warning" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_method_may_have_no_formula(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without = CODE.replace("(FullRankOptimizer)", "(Base)").replace(
         "class SoftSign(",
@@ -87,6 +89,7 @@ def test_a_method_may_have_no_formula(mine: Path, capsys: pytest.CaptureFixture[
     assert "by its formula" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_its_settings_are_typed_and_explained(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("optimizer=softsign", "--help") == 0
     shown = capsys.readouterr().out
@@ -105,7 +108,8 @@ def test_its_settings_are_typed_and_explained(mine: Path, capsys: pytest.Capture
 LAUNCHER = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(LAUNCHER, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], pytest.param(LAUNCHER, marks=pytest.mark.long)])
 def test_a_sweep_compares_it_with_ours(mine: Path, cli: Cli, tiny: list[str], more: list[str]) -> None:
     result = cli("--config-dir", "mine", "-m", "optimizer=adam,softsign", *tiny, "steps=2", *more)
     assert result.returncode == 0, result.stderr
@@ -113,7 +117,7 @@ def test_a_sweep_compares_it_with_ours(mine: Path, cli: Cli, tiny: list[str], mo
 
 
 @pytest.mark.alone
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_several_processes_train_it(mine: Path, tiny: list[str]) -> None:
     command = [

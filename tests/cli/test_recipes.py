@@ -315,12 +315,13 @@ def check_plan(name: str) -> None:
     assert plan.peak > plan.parameters.total + plan.optimizer_state.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK_PLANS)
 def test_a_recipe_plans(name: str) -> None:
     check_plan(name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK_PLANS])
 def test_every_recipe_plans(name: str) -> None:
     check_plan(name)

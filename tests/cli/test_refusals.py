@@ -174,6 +174,7 @@ def test_one_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     check_rendezvous(given | {"MASTER_ADDR": "node", "MASTER_PORT": "29500"})
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_that_is_out_of_range_is_named_by_its_folder(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_flags_and_overrides_in_any_order() -> None:
     assert split_flags(["-c", "job", "--package", "model", "a=1"])[1] == ["a=1"]
 
 
+@pytest.mark.slow
 def test_hydras_useful_flags_go_on_working(cli: Cli) -> None:
     for arguments, shown in (
         (["steps=3", "--info", "searchpath"], "conf"),

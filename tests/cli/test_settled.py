@@ -142,6 +142,7 @@ def test_a_folder_that_cannot_be_looked_into_holds_no_run(bfloat16: Any, tmp_pat
     assert settle_precision(given).precision is Precision.fp32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["evaluate", "generate", "export"])
 def test_other_modes_find_the_run_of_the_same_settings(mode: str, cli: Cli, tiny: list[str]) -> None:
     settings = [setting for setting in tiny if not setting.startswith("precision=")]

@@ -48,6 +48,7 @@ def test_a_member_of_the_study(method: str, of_adam: Config) -> None:
     assert all(key.startswith(("optimizer.", "sampler.")) for key in differing)  # equal data, steps, tokens
 
 
+@pytest.mark.slow
 def test_the_quick_study_has_the_same_rates_and_the_command_line_wins() -> None:
     quick = compose(["experiment=study_quick", "tuned=galore"])
     assert quick.optimizer == compose(["tuned=galore"]).optimizer
@@ -78,6 +79,7 @@ def test_the_rates_of_another_method_are_refused(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_only_the_mixed_members_of_a_multirun_are_refused(cli: Cli, tmp_path: Path) -> None:
     mine = tmp_path / "mine/tuned/mine.yaml"  # a file of the user's own bears any name
     mine.parent.mkdir(parents=True)
@@ -118,6 +120,7 @@ def test_the_report_is_validated(tmp_path: Path) -> None:
     assert identity(with_one) == identity(without)  # a run is the same with and without
 
 
+@pytest.mark.slow
 def test_a_multirun_ends_in_a_report_and_a_second_one_trains_nothing(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -144,6 +147,7 @@ def test_a_multirun_ends_in_a_report_and_a_second_one_trains_nothing(
     assert (folder / "report/report.md").read_text() == text.replace("tuned=adam,rso", "tuned=rso")
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_drawn_are_missed_before_the_first_run(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:

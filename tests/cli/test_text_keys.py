@@ -92,6 +92,7 @@ def test_only_what_would_change_is_touched() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_over_text_makes_a_folder_for_each(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     result = cli("-m", "run_name=2026_11_26,3e563,true,données", *tiny, "steps=1")
     assert result.returncode == 0, result.stderr
@@ -142,6 +143,7 @@ def test_null_in_a_file_stays_null() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_text_in_a_list_of_configurations_is_kept(tmp_path: Path) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

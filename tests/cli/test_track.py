@@ -63,7 +63,7 @@ def test_a_member_with_another_optimizer_is_refused(capsys: pytest.CaptureFixtur
     assert "conf/tuned/track/muon_25.yaml has muon's rates, but the optimizer is normuon" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_ends_in_figure_and_tables(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     own = [word for word in tiny if not word.startswith(("steps=", "save_every="))]
     members = "tuned=adam,track/galore_25,track/scale_0"

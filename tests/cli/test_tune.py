@@ -31,6 +31,7 @@ def losses(folder: Path) -> dict[float, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_a_file_that_tuned_takes_and_a_second_start_trains_what_is_missing(
     cli: Cli, tmp_path: Path, quick: list[str]
 ) -> None:
@@ -65,7 +66,7 @@ def test_a_search_ends_in_a_file_that_tuned_takes_and_a_second_start_trains_what
     assert "is finished already" in used.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_search_goes_down_from_what_diverges(cli: Cli, tmp_path: Path, quick: list[str]) -> None:
     # decay multiplies the weights by -10^9 a step, and at the best of these values by 0
     command = ["mode=tune", *quick, "optimizer.lr=1", "optimizer.weight_decay=1000", "steps=5",
@@ -83,6 +84,7 @@ def test_the_search_goes_down_from_what_diverges(cli: Cli, tmp_path: Path, quick
     assert (again.returncode, again.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_several_searches_each_with_the_mean_over_its_seeds(
     cli: Cli, tmp_path: Path, quick: list[str]
 ) -> None:
@@ -141,6 +143,7 @@ def test_its_keys_are_for_this_mode_alone(capsys: pytest.CaptureFixture[str]) ->
     assert "tune.factor is for mode=tune; leave it out of mode=train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_for_another_reason_ends_the_search(
     quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,8 +89,9 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
     return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("outputs/*/summary.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "count"), [pytest.param("optimizers.yaml", 2, marks=pytest.mark.slow), ("learning_rate.yaml", 1)]
+    ("name", "count"), [pytest.param("optimizers.yaml", 2, marks=pytest.mark.long), ("learning_rate.yaml", 1)]
 )
 def test_members_of_a_shipped_sweep_arrive(
     name: str, count: int, server: FakeWandbServer, tmp_path: Path, tiny: list[str]
@@ -114,7 +115,7 @@ def test_members_of_a_shipped_sweep_arrive(
     assert len(written) == count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_preempted_member_is_started_again_and_goes_on(
     server: FakeWandbServer, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -136,7 +137,7 @@ def test_a_preempted_member_is_started_again_and_goes_on(
     assert run["summary"]["val/loss"] == summary["val/loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_member_that_is_ended_early_is_saved_and_not_started_again(
     server: FakeWandbServer, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -152,7 +153,7 @@ def test_a_member_that_is_ended_early_is_saved_and_not_started_again(
     assert len(list((tmp_path / "outputs/r-member0/checkpoints").iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_vanishes_does_not_stop_a_member(
     server: FakeWandbServer, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_key_that_is_later_in_one_schema_and_old_in_another_counts_where_it_is
     assert identity(compose(["optimizer=rso"]))["optimizer.solver"] == "adam"
 
 
+@pytest.mark.slow
 def test_a_run_folder_from_before_a_field_goes_on_and_its_report_reads(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -177,7 +178,7 @@ CONVENTIONS = [
     (["optimizer=fira", "optimizer.lr=0.01"], {"optimizer.residual_at_lr": "false"}),
     (["optimizer=ldadam", "optimizer.lr=0.01"], {"sampler.svd_first": "false"}),
     *(
-        pytest.param(*case, marks=pytest.mark.slow)
+        pytest.param(*case, marks=pytest.mark.long)
         for case in (
             (["optimizer=sn", "optimizer.betas=[0.9,1.0]"], {"optimizer.bias_correction": "all_forms"}),
             (["optimizer=rso", "sampler=mixture", "optimizer.lr=0.01"], {"sampler.unbiased": "false"}),
@@ -188,6 +189,7 @@ CONVENTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("choice", "before"), CONVENTIONS)
 def test_an_older_run_keeps_the_convention_it_began_with(
     tmp_path: Path, tiny: list[str], choice: list[str], before: dict[str, str]
@@ -211,6 +213,7 @@ def test_an_older_run_keeps_the_convention_it_began_with(
         assert_same_tensors(tmp_path / "now" / last, tmp_path / "straight" / last)
 
 
+@pytest.mark.slow
 def test_an_older_run_goes_on_as_it_began_and_stays_old(tmp_path: Path, tiny: list[str]) -> None:
     command = [*tiny, *OLD, "optimizer.lr=0.01", "precision=bf16", f"output_dir={tmp_path}"]
     explicit = [

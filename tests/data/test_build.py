@@ -292,6 +292,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         cache.cached_file(tmp_path, "thing.bin", {}, fill, ignore)
 
 
+@pytest.mark.slow
 def test_a_warm_start_needs_no_datasets_and_no_write(corpus: Files, tmp_path: Path) -> None:
     build(corpus, tmp_path)
     program = f"""

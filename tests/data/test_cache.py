@@ -285,6 +285,7 @@ def test_what_is_no_folder_for_a_cache_is_one_sentence(name: str, tmp_path: Path
         cache.cached_file(tmp_path / name, "thing.bin", {}, lambda file: {}, ignore)
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_do_not_mind_that_others_are_killed(
     corpus: Files, tmp_path: Path
 ) -> None:

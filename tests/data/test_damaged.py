@@ -65,7 +65,7 @@ def test_a_sample_of_damage_to_each_format(name: str, tmp_path: Path) -> None:
         check(tmp_path / name, ("text", "doc.text")[i % 2], what, content)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WHOLE)
 def test_all_damage_to_each_format(name: str, tmp_path: Path) -> None:
     for i, (what, content) in enumerate(damaged(WHOLE[name])):

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from rsotrain.config.data import EmbeddedDataConfig, TrainedTokenizerConfig
 from rsotrain.data.build import build_data
 from rsotrain.data.sequences import PackedSequences
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus(cache_dir: Path) -> None:
     data = build_data(
         EmbeddedDataConfig("embedded"),

@@ -255,6 +255,7 @@ def test_empty_files_of_plain_text_beside_others_are_said_and_hold_nothing(
     assert len([line for line in told if "are empty" in line]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_without_a_row_hold_nothing(streaming: bool, tmp_path: Path) -> None:
     folder, plain = tmp_path / "data", tmp_path / "plain"

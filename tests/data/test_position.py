@@ -65,8 +65,9 @@ def forget_the_position(run: Path) -> None:
         (file.parent / "checksums.json").write_text(json.dumps(checksums))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["written now", "of an earlier version"])
-@pytest.mark.parametrize(("before", "after"), [(16, 8), pytest.param(8, 16, marks=pytest.mark.slow), (8, 12)])
+@pytest.mark.parametrize(("before", "after"), [(16, 8), pytest.param(8, 16, marks=pytest.mark.long), (8, 12)])
 def test_another_batch_size_neither_repeats_nor_skips_a_sequence(
     kind: str, before: int, after: int, seen: Seen, tmp_path: Path, whole: list[Row]
 ) -> None:
@@ -78,6 +79,7 @@ def test_another_batch_size_neither_repeats_nor_skips_a_sequence(
     assert second == whole[3 * before :][: 2 * after]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_without_its_settings_is_of_a_run_like_this(
     seen: Seen, tmp_path: Path, whole: list[Row]
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_checkpoint_of_an_earlier_version_without_its_settings_is_of_a_run_lik
     assert seen("second", "checkpoint.path=outputs/first", "batch_size=8", "steps=4") == whole[24:32]
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_with_other_batches_resumes_where_it_was(
     seen: Seen, tmp_path: Path, whole: list[Row]
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_run_that_went_on_with_other_batches_resumes_where_it_was(
     assert seen("second", *second) == whole[36:48]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(16, 8), (8, 16)])
 def test_lanes_go_on_where_they_were_with_another_batch_size(before: int, after: int, seen: Seen) -> None:
     streaming = ["data.streaming=true", "data.workers=1", "eval_every=null"]
@@ -118,6 +122,7 @@ def test_lanes_go_on_where_they_were_with_another_batch_size(before: int, after:
     assert len(set(straight)) == len(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sequences_of_another_length_begin_with_the_first_not_seen_whole(streaming: bool, seen: Seen) -> None:
     options = ["data.shuffle=false", "batch_size=4"]
@@ -131,6 +136,7 @@ def test_sequences_of_another_length_begin_with_the_first_not_seen_whole(streami
     assert [token for row in second for token in row] == text[begin : begin + 3 * 4 * 24]
 
 
+@pytest.mark.slow
 def test_an_order_that_cannot_be_kept_is_said(seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:
     seen("first", "steps=3")
     seen("same", "checkpoint.path=outputs/first", "batch_size=8", "steps=4")

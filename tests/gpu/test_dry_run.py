@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.command import ROOT
 from helpers.gpu_settings import DRY_RUN
 
 
+@pytest.mark.slow
 def test_the_checks_run_and_are_reported(tmp_path: Path) -> None:
     command = [sys.executable, "tests/tools/gpu_report.py", "--dry-run", "quick", "--folder", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != DRY_RUN}

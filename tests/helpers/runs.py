@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.command import ROOT
 from hydra.core.config_store import ConfigStore
 
@@ -17,6 +18,10 @@ from rsotrain.training.trainer import Trainer
 
 PRECISIONS = [precision for precision in Precision if precision is not Precision.auto]
 OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+# One of each kind of state, of gradient and of sharding. What takes seconds for each method, `make test` does
+# with these and `make test-slow` with the others.
+KINDS = ("adam", "carry", "foam", "galore", "lora", "muon", "rso", "rso_pca", "sn_sm")
+EACH_OPTIMIZER = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in OPTIMIZERS]
 
 
 _schemas: Any = None  # as this module has registered them last

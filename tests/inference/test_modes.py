@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.command import ROOT, Cli
+from helpers.command import Cli
 from helpers.huggingface import write_folder
-from helpers.runs import compose, load_data
+from helpers.runs import EACH_OPTIMIZER, compose, load_data
 from omegaconf.errors import OmegaConfBaseException
 
 from rsotrain.cli.dispatch import run_mode
@@ -23,7 +23,6 @@ from rsotrain.models.generation import generate_tokens
 from rsotrain.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("extra", [["data.packing=padded"], ["data.document_mask=true"]])
@@ -144,7 +143,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_every_optimizer_fine_tunes_on_responses(
     optimizer: str, base: Path, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -225,6 +224,7 @@ def test_a_tokenizer_of_more_ids_than_rows_is_refused(base: Path, tmp_path: Path
         Trainer(config, load_data(config, cache_dir))
 
 
+@pytest.mark.slow
 def test_a_streamed_padded_run_resumes_to_the_bit(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     from helpers.run_folders import assert_same_tensors
 

@@ -24,6 +24,7 @@ VARIED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_varied_model_goes_through_every_mode(
     cli: Cli, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_varied_model_goes_through_every_mode(
     assert "model.head_dim: 24 there, None here" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_counts_biases_and_gains(tiny: list[str]) -> None:
     """Of two ranks, whose formula is that of the optimizer itself."""
     parallel = ["parallelism=fsdp", "parallelism.world_size=2", "mode=plan"]
@@ -83,6 +85,7 @@ def test_a_plan_counts_biases_and_gains(tiny: list[str]) -> None:
     assert plans[1].flops_per_token == plans[0].flops_per_token
 
 
+@pytest.mark.slow
 def test_a_run_whose_configuration_is_damaged_is_one_sentence(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -52,6 +52,7 @@ def losses(config: Config, steps: int, world: World | None = None) -> list[float
         return [*result, float(trainer.model(inputs, targets))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "number"),
     [
@@ -80,6 +81,7 @@ def test_no_block_breaks_its_graph(options: list[str], number: int) -> None:
     assert compiled == pytest.approx(eager, rel=1e-5 if "precision=bf16_mixed" not in options else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "model"), [("galore", []), ("rso", []), ("rso", VARIED), ("lora", [])])
 def test_sharded_blocks_have_one_graph_too(optimizer: str, model: list[str], tmp_path: Path) -> None:
     """FSDP's hooks stay outside of it."""

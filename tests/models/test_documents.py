@@ -118,6 +118,7 @@ def test_a_device_before_ampere_has_a_mask(monkeypatch: pytest.MonkeyPatch) -> N
         assert takes_documents(device, torch.bfloat16, 64) == takes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_sequence() -> None:
     """As planned for a GPU: with the mask of documents as without one."""
     common = ["model=llama_tiny", "optimizer=adam", "batch_size=1", "model.max_position_embeddings=4096"]

@@ -147,6 +147,7 @@ def test_evaluation_keeps_nothing_and_gives_the_training_loss() -> None:
         assert torch.equal(model(tokens, targets), training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16_mixed])
 @pytest.mark.parametrize("mode", [ActivationCheckpointing.none, ActivationCheckpointing.mlp])
 def test_compiled_blocks_have_no_graph_break(precision: Precision, mode: ActivationCheckpointing) -> None:

@@ -215,6 +215,7 @@ def sharded_rows(config: ModelConfig, world: World) -> dict[str, tuple[torch.Ten
     return {name: (shard_of(p).all_gather(local(p)), shard_of(p).dim) for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_ranks_have_the_rows_that_one_process_has(tmp_path: Path) -> None:
     """307 rows on three ranks: the last piece holds trained and untrained ones."""
     config = grown(write_folder(tmp_path / "in", family="Qwen3", head_dim=16, attention_bias=True))

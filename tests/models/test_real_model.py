@@ -20,7 +20,7 @@ from rsotrain.inference.trained_model import open_trained
 from rsotrain.parallel.ranks import World
 from rsotrain.training.evaluation import evaluate
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",

@@ -270,6 +270,7 @@ def test_the_observed_gram_is_that_of_the_inputs_once_for_each_micro_batch() -> 
     assert torch.equal(gram, gram.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "own", "compilation"),
     [

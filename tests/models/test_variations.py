@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.runs import OPTIMIZERS, compose, load_data
+from helpers.runs import EACH_OPTIMIZER, compose, load_data
 from helpers.variations import LLAMA3, TINY, VARIATIONS, VOCAB, batch, random_model
 
 from rsotrain.config.model import ModelConfig, RopeScalingConfig
@@ -97,6 +97,7 @@ def test_checkpointing_changes_nothing(name: str, mode: ActivationCheckpointing)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16_mixed])
 @pytest.mark.parametrize("name", ["all biases", "qk_norm and biases", "qkv_bias and llama3"])
 def test_compiled_blocks_have_no_graph_break(name: str, precision: Precision) -> None:
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_one_sentence(changes: dict[str, Any], sentence: st
 VARIED = ["model.attention_bias=true", "model.mlp_bias=true", "model.qk_norm=true", "model.head_dim=12"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_every_optimizer_trains_biases_and_gains(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     """They have the gradients that they have under adam, and move; the first steps of all are adam's own."""
     gradients, moves = [], []

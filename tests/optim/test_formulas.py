@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.runs import OPTIMIZERS, compose
+from helpers.runs import EACH_OPTIMIZER, compose
 
 from rsotrain.config.choices import RestRule
 from rsotrain.config.schema import Config
@@ -22,7 +22,7 @@ def built_state_bytes(config: Config) -> int:
     ).state_bytes()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 @pytest.mark.parametrize(
     "more",
     [

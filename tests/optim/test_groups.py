@@ -215,6 +215,7 @@ def test_a_group_that_cannot_be_is_refused(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_groups_is_planned_and_trained_alike(
     tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

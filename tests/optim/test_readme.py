@@ -44,6 +44,7 @@ def call(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_bitwise(folder: Path, tiny: list[str]) -> None:
     straight = call(
         folder, *tiny, "run_name=straight", "keep_checkpoints=9", "optimizer.state_dtype=bfloat16"
@@ -61,6 +62,7 @@ def test_it_trains_and_resumes_bitwise(folder: Path, tiny: list[str]) -> None:
         assert (runs / "again" / last).read_bytes() == (runs / "straight" / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_its_plan_is_its_formula(folder: Path) -> None:
     shown = call(folder, "mode=plan", "model=llama_tiny", "device=cpu", "logger=jsonl")
     assert "signum" in shown

@@ -55,6 +55,7 @@ def leaving(world: World) -> bool:
     return still
 
 
+@pytest.mark.slow
 def test_ranks_part_together(tmp_path: Path) -> None:
     checks = {f"late {late}": partial(parting, late) for late in range(3)}
     checks |= {"stopping": stopping, "failing": failing, "leaving": leaving}  # type: ignore[dict-item]

@@ -212,7 +212,7 @@ def test_submitit_starts_a_preempted_member_again(
     assert "resumed from" in (run / "train.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_ways_to_sweep_give_the_same_losses(
     cluster: dict[str, str], tmp_path: Path, tiny: list[str]
 ) -> None:

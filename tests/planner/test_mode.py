@@ -61,6 +61,7 @@ def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     assert not (file.parent / "config.yaml").exists()  # it is no run
 
 
+@pytest.mark.slow
 def test_several_plans_end_in_one_table(cli: Cli, tmp_path: Path) -> None:
     result = cli("mode=plan", "-m", "optimizer=adam,rso", "model=llama_tiny", "seq_len=64")
     assert result.returncode == 0, result.stderr
@@ -134,6 +135,7 @@ def test_a_run_too_large_for_a_gpu_has_no_micro_batch() -> None:
     assert [fit.fits for fit in found] == [False, True, True, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smallest", [4, 32])  # of one chunk of the loss, and of two or more
 @pytest.mark.parametrize("optimizer", ["adam", "rso_pca"])
 def test_peaks_between_planned_micro_batches_are_close(optimizer: str, smallest: int) -> None:
@@ -181,6 +183,7 @@ def test_the_ends_of_memory_are_told_from_other_errors() -> None:
     assert not out_of_memory.is_out_of_memory(RuntimeError("shapes differ"))
 
 
+@pytest.mark.slow
 def test_the_sentence_names_the_largest_part_and_three_ways_out() -> None:
     config = compose(["model=llama_tiny", "optimizer=adam", "seq_len=256", "device=cpu"])
     with (
@@ -195,6 +198,7 @@ def test_the_sentence_names_the_largest_part_and_three_ways_out() -> None:
     assert "activation_checkpointing=block would save" in said
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_large_micro_batch_is_found_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(["model=llama_tiny", "optimizer=adam", "seq_len=256", "device=cpu", "batch_size=12"])
     planned: list[int] = []
@@ -252,6 +256,7 @@ def test_on_a_gpu_what_remains_of_the_peak_is_logged_too() -> None:
     assert memory_metrics(parts, 40, "cpu") == parts | {"memory/peak_bytes": 40}
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_its_formula_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

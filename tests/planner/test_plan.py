@@ -79,7 +79,7 @@ def test_the_plan_is_the_run(optimizer: str, state: str, tiny: list[str], cache_
 IN_BACKWARD = ["micro_batch_size=4", "optimizer.update_in_backward=true"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in backward"])
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_9m"])
 @pytest.mark.parametrize("state", STATES)
@@ -91,6 +91,7 @@ def test_every_plan_is_the_run(
     check_one_rank(optimizer, model, tiny, cache_dir, *STATES[state], *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "galore", "rso"])
 def test_the_plan_knows_updates_in_the_backward_pass(
     optimizer: str, tiny: list[str], cache_dir: Path
@@ -142,6 +143,7 @@ def check_two_ranks(
         assert_same(plan, ranks.succeeded(found[optimizer])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [Strategy.fsdp, Strategy.ddp], ids=lambda s: s.name)
 @pytest.mark.parametrize("state", ["float32", "int8"])
 def test_the_plan_for_two_ranks_is_that_of_rank_0(
@@ -152,7 +154,7 @@ def test_the_plan_for_two_ranks_is_that_of_rank_0(
     check_two_ranks(few, "llama_tiny", tiny, cache_dir, tmp_path, strategy, *STATES[state], *rest)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_9m"])
 @pytest.mark.parametrize("state", STATES)
 def test_every_plan_for_two_ranks_is_that_of_rank_0(
@@ -174,6 +176,7 @@ def profiled_peak(step: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), tuple(IN_BACKWARD)], ids=["after", "in backward"])
 @pytest.mark.parametrize("optimizer", ["adam", "galore", "rso"])
 def test_the_planned_peak_is_that_of_the_allocator(
@@ -223,6 +226,7 @@ def test_each_phase_holds_what_it_must(tiny: list[str]) -> None:
     assert refresh[Phase.refresh].by_kind[Kind.temporaries] > 0
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_step_that_merges_adapters(tiny: list[str]) -> None:
     merging = ["optimizer.merge_every=3", "optimizer.restart_warmup_steps=1", "precision=bf16", "steps=5"]
     plan = make_plan(config_of("relora", "llama_tiny", tiny, *merging), gpus=False)
@@ -238,6 +242,7 @@ def test_a_plan_has_the_step_that_merges_adapters(tiny: list[str]) -> None:
     assert plan.optimizer_state.blocks == 2 * 4 * factors
 
 
+@pytest.mark.slow
 def test_a_pass_of_very_many_tokens_is_refused_at_once(tiny: list[str]) -> None:
     """Planning it would take hours; many short passes are planned as two."""
     with pytest.raises(UserError, match=r"one pass of 64,000,000 tokens .* give a micro_batch_size"):
@@ -295,6 +300,7 @@ def test_phases_are_watched_only_inside_the_block() -> None:
     assert seen == [Phase.backward]
 
 
+@pytest.mark.slow
 def test_padding_is_masked_in_what_is_gathered(tiny: list[str]) -> None:
     """In fp32 the inputs are gathered as they are, unless some are padding: then from a copy without it."""
     common = ["model=llama_9m", "optimizer=rso_pca", "optimizer.update_proj_gap=3", "seq_len=256"]
@@ -306,6 +312,7 @@ def test_padding_is_masked_in_what_is_gathered(tiny: list[str]) -> None:
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "last"), [("rso_pca", 6), ("galore", 7)])
 def test_a_staggered_plan_has_the_largest_refresh(optimizer: str, last: int, tiny: list[str]) -> None:
     """Of 14 matrices (8 inputs) in 3 steps some step has down_proj's, another only those of the width."""

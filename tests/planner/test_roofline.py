@@ -103,6 +103,7 @@ def test_micro_batches_take_time_each(plan_of: Callable[..., Plan]) -> None:
         assert last.phases["optimizer step"] < 2 * first.phases["optimizer step"]
 
 
+@pytest.mark.slow
 def test_a_refresh_counts_as_its_average(plan_of: Callable[..., Plan]) -> None:
     """Twice as often is twice as much, and staggered as much as all at once."""
     often, seldom, staggered = (

@@ -197,6 +197,7 @@ def test_what_cannot_be_compared_is_said(make: Make) -> None:
     assert "the runs of osd and galore differ in steps" in claims_table(findings(folder))
 
 
+@pytest.mark.slow
 def test_a_reader_s_groups_change_no_claim(make: Make, tmp_path: Path) -> None:
     for name, rate in (("g0", 0.1), ("g1", 0.2)):
         folder = make(name, optimizer__name="galore", sampler__name="svd", optimizer__lr=rate).parent
@@ -227,6 +228,7 @@ def test_where_the_same_data_lay_does_not_matter(runs: Runs) -> None:
     assert findings(folder)[0].parts[0].verdict is CONFIRMED
 
 
+@pytest.mark.slow
 def test_a_multirun_reports_on_what_is_beside_it_and_of_its_job(
     runs: Runs, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +313,7 @@ def test_figures_are_of_the_seeds_that_both_have(runs: Runs) -> None:
     assert draw.verdict is REFUTED  # as much is not less
 
 
+@pytest.mark.slow
 def test_claims_in_the_report(
     runs: Runs, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

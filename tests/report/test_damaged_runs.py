@@ -277,6 +277,7 @@ def test_what_wandbs_reader_says_is_not_trusted(tmp_path: Path, monkeypatch: pyt
         read_runs([folder])
 
 
+@pytest.mark.slow
 def test_a_multirun_says_what_is_damaged_beside_it(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

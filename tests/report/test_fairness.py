@@ -108,6 +108,7 @@ def test_each_rate_is_judged_with_the_other_as_it_is_in_the_best(make: Make) -> 
     assert "is the largest that was tried" in sentence
 
 
+@pytest.mark.slow
 def test_the_sentences_are_on_the_page_in_markdown_and_in_the_terminal(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

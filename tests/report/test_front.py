@@ -99,6 +99,7 @@ def test_no_front_of_few_groups_or_of_equal_states(make: Make) -> None:
     assert rows(*of_a, *method(make, "d", 5, [2.1]), *method(make, "e", 5, [2.2])) == {}
 
 
+@pytest.mark.slow
 def test_the_report_has_picture_page_and_tables(folders: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "report"
     call(*folders, "--out", out)
@@ -121,6 +122,7 @@ def test_the_report_has_picture_page_and_tables(folders: list[Path], tmp_path: P
     assert table["adam"]["p against adam"] == ""
 
 
+@pytest.mark.slow
 def test_a_hostile_name_stays_text_in_latex(make: Make, tmp_path: Path) -> None:
     names = ["a_b", r"\input{x}", "50%&$#^~"]
     all_of = [make(f"r{i}", optimizer__name=name, metrics={STATE: 10 * i}) for i, name in enumerate(names)]

@@ -52,6 +52,7 @@ def runs(make: Make) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_a_report_shows_every_name_as_it_is(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_what_a_run_is_at(make: Make) -> None:
         assert read_run(folder).state is state, name
 
 
+@pytest.mark.slow
 def test_watch_draws_until_the_last_run_has_ended(make: Make, tmp_path: Path) -> None:
     alive = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
     folder = make("a", finished=False, record=alive)
@@ -121,6 +122,7 @@ def test_names_keep_their_room_in_a_narrow_terminal(width: int, columns: int, ma
     assert [line.split("│")[1].strip() for line in lines[4:6]] == ["adam", "galore"]
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_wandb_offline_folder_is_read_like_a_run_folder(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -206,6 +206,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a", 2.0), make("b", 2.5, seed=1)
     folder = make("c", 1.5, optimizer__name="<galore> & co").parent
@@ -236,6 +237,7 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.
     assert "report.html and 29 more files" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_pictures(make: Make) -> None:
     groups = compare(read_runs([make("a"), make("b", 3.0, optimizer__lr=0.1)]))
     first, second = (
@@ -299,6 +301,7 @@ def test_a_group_with_a_failed_run_is_not_the_best(make: Make) -> None:
     assert best_groups(compare([run for run in runs if run.name != "b"]), LOSS)[0].label == "adam"
 
 
+@pytest.mark.slow
 def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
     folder = make("a")
     with pytest.raises(UserError, match="--every has no effect without --watch or --live"):
@@ -321,6 +324,7 @@ def test_mistakes_on_the_command_line(make: Make, tmp_path: Path) -> None:
     assert done.stderr == f"rsotrain-report: {tmp_path}/nowhere {reason}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("screen", [">/dev/full", ">&-", "| true"], ids=["full", "closed", "nobody reads"])
 def test_a_lost_screen_costs_no_report(screen: str, make: Make, tmp_path: Path) -> None:
     command = (

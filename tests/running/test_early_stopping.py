@@ -54,6 +54,7 @@ def test_patience_counts_evaluations_that_are_not_better_by_the_margin() -> None
     assert not Patience(1.0, 99).ended(EvaluationConfig())
 
 
+@pytest.mark.slow
 def test_training_ends_when_evaluations_get_no_better(
     tiny: list[str], tmp_path: Path, given_losses: None
 ) -> None:
@@ -69,7 +70,8 @@ def test_training_ends_when_evaluations_get_no_better(
     assert train(run_of(tiny, tmp_path, "s", *RUN))["ended"] == "all 12 steps"
 
 
-@pytest.mark.parametrize("stop", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 7, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [5, *(pytest.param(step, marks=pytest.mark.long) for step in (6, 7, 8))])
 def test_what_patience_remembers_is_in_the_checkpoint(
     stop: int, tiny: list[str], tmp_path: Path, given_losses: None
 ) -> None:
@@ -83,6 +85,7 @@ def test_what_patience_remembers_is_in_the_checkpoint(
     assert_same_tensors(tmp_path / "r" / last, tmp_path / "straight" / last)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_evaluation_ends_at_once(
     tiny: list[str], tmp_path: Path, given_losses: None
 ) -> None:
@@ -94,6 +97,7 @@ def test_a_run_that_was_killed_after_its_last_evaluation_ends_at_once(
     assert history(tmp_path / "r") == before
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkpoint_has_patience_of_its_own(
     tiny: list[str], tmp_path: Path, given_losses: None
 ) -> None:
@@ -102,6 +106,7 @@ def test_a_run_from_a_checkpoint_has_patience_of_its_own(
     assert train(run_of(tiny, tmp_path, "s", *longer))["step"] == 12
 
 
+@pytest.mark.slow
 def test_an_evaluation_before_the_first_step(tiny: list[str], tmp_path: Path, cache_dir: Path) -> None:
     own = [*RUN, "steps=3", "eval_every=3"]
     plain = run_of(tiny, tmp_path, "plain", *own)
@@ -115,6 +120,7 @@ def test_an_evaluation_before_the_first_step(tiny: list[str], tmp_path: Path, ca
     assert first["val/loss"] == fresh.evaluate()["val/loss"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_before_the_first_step_is_repeated_where_it_was_left(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def run_of(tiny: list[str], folder: Path, name: str, *extra: str) -> Config:
 EVALUATING = ["optimizer=adam", "eval_every=3", "save_every=3", "steps=9"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9])
 def test_a_run_that_is_killed_in_an_evaluation_has_the_checkpoint_of_that_step(
     step: int, tiny: list[str], tmp_path: Path
@@ -102,6 +103,7 @@ def test_a_run_that_is_killed_in_an_evaluation_has_the_checkpoint_of_that_step(
     assert load_record(tmp_path / "r" / last)["score"] == load_record(tmp_path / "s" / last)["score"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_line_of_an_evaluation_and_its_record_does_not_double_the_line(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_kill_between_the_line_of_an_evaluation_and_its_record_does_not_double
     assert history(tmp_path / "r") == whole
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_leaves_the_evaluation_and_the_next_start_repeats_it(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -137,6 +140,7 @@ def test_a_request_to_stop_leaves_the_evaluation_and_the_next_start_repeats_it(
     assert {n: a[n] for n in names} == {n: b[n] for n in names}
 
 
+@pytest.mark.slow
 def test_ranks_leave_an_evaluation_together(tiny: list[str], tmp_path: Path) -> None:
     config = run_of(tiny, tmp_path, "r", *EVALUATING, "parallelism=fsdp")
     checks = {
@@ -155,6 +159,7 @@ def test_ranks_leave_an_evaluation_together(tiny: list[str], tmp_path: Path) -> 
     assert [r["step"] for r in lines if "train/loss" in r] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_the_time_budget_ends_an_evaluation(tiny: list[str], tmp_path: Path) -> None:
     config = run_of(tiny, tmp_path, "r", *EVALUATING, "max_seconds=5")
     counted: list[int] = []
@@ -183,6 +188,7 @@ def test_samples_and_evaluations_that_are_left_leave_the_model_in_training(
         assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_though_it_was_saved_before_it_was_evaluated(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +206,7 @@ def test_the_best_checkpoint_is_kept_though_it_was_saved_before_it_was_evaluated
     assert load_record(kept[1])["run"]["best_loss"] == 4.0
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_not_finite_ends_the_run_as_failed(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:

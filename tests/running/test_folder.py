@@ -75,6 +75,7 @@ def test_overwriting_removes_a_link_and_not_what_it_names(name: str, config: Con
         assert snapshot(outside) == before
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_whose_checkpoints_are_a_link_starts_anew(config: Config, tmp_path: Path) -> None:
     config.seed = 1
     train(config)
@@ -98,6 +99,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(name: str, config: Config, tmp
         train(config)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cleared_is_said(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +126,7 @@ def during(step: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["out", "out/r"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_folder_that_is_removed_meanwhile_fails_the_run(
@@ -145,6 +148,7 @@ def test_a_folder_that_is_removed_meanwhile_fails_the_run(
     assert list((tmp_path / "out/r").rglob("*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "tokenizer"])
 def test_what_is_removed_from_the_folder_meanwhile_is_missed(
     name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +188,7 @@ def test_a_disk_that_refuses_gets_one_sentence(
     assert "\n" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "run.json", "config.yaml"])
 def test_a_folder_in_the_place_of_a_file_gets_one_sentence(
     name: str, cli: Cli, tmp_path: Path, tiny: list[str]

@@ -179,6 +179,7 @@ def assert_survives(run: tuple[Config, Path], name: str, file: str, damage: Dama
             assert "step_00000004 cannot be read and is passed over" in log or "resumed" in log, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "file", "damage"), CASES[::18], ids=[name for name, _, _ in CASES[::18]])
 def test_a_hostile_file_gets_one_sentence(
     name: str, file: str, damage: Damage, run: tuple[Config, Path]
@@ -186,7 +187,7 @@ def test_a_hostile_file_gets_one_sentence(
     assert_survives(run, name, file, damage)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_every_hostile_file_gets_one_sentence(run: tuple[Config, Path]) -> None:
     failed = []

@@ -91,6 +91,7 @@ def press_ctrl_c(*_: object, **__: object) -> None:
     raise AssertionError("went on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -118,6 +119,7 @@ def test_ctrl_c_in_preparation_leaves_a_sentence_and_nothing_half_written(
     assert "broken" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_a_run_goes_on_leaves_what_it_has(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

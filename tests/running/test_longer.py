@@ -33,6 +33,7 @@ def said_of_rates(run: Path) -> list[str]:
     return [line for line in (run / "train.log").read_text().splitlines() if "learning rate jumps" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "before", "after"),
     [
@@ -58,6 +59,7 @@ def test_a_run_that_is_made_longer_says_how_the_rate_jumps(
     assert rates[0] == pytest.approx(after)
 
 
+@pytest.mark.slow
 def test_a_run_whose_rate_goes_on_says_nothing(tiny: list[str], tmp_path: Path) -> None:
     for schedule, longer in (("constant", ["steps=12"]), ("cosine", ["steps=6", "eval_every=2"])):
         own = [f"lr_scheduler={schedule}"]
@@ -70,6 +72,7 @@ def test_a_run_whose_rate_goes_on_says_nothing(tiny: list[str], tmp_path: Path) 
 # --- epochs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_epochs_are_as_many_steps_as_the_data_say(tiny: list[str], tmp_path: Path, cache_dir: Path) -> None:
     config = run_of(tiny, tmp_path, "r", "epochs=0.015")
     sequences = load_data(config, cache_dir).train.sequences_per_epoch()
@@ -98,6 +101,7 @@ def said_of_repeats(run: Path) -> list[str]:
     return [line for line in (run / "train.log").read_text().splitlines() if "begin to repeat" in line]
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_epochs_and_says_once_when_the_data_repeat(tiny: list[str], tmp_path: Path) -> None:
     ten = [json.dumps({"text": f"document {i}: the ship sailed over the sea"}) for i in range(10)]
     (tmp_path / "ten.jsonl").write_text("\n".join(ten))
@@ -116,12 +120,14 @@ def test_a_run_counts_its_epochs_and_says_once_when_the_data_repeat(tiny: list[s
     assert said_of_repeats(tmp_path / "u") == []  # they do since long
 
 
+@pytest.mark.slow
 def test_streamed_data_have_no_epochs_to_count(tiny: list[str], tmp_path: Path) -> None:
     train(run_of(tiny, tmp_path, "r", "data.streaming=true", "data.workers=1", "data.lanes=1", "steps=2"))
     assert epochs_in(tmp_path / "r") == []
     assert said_of_repeats(tmp_path / "r") == []
 
 
+@pytest.mark.slow
 def test_epochs_and_steps_are_not_both_given(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     refused = cli(*tiny, "epochs=0.015")
     assert refused.returncode == 2
@@ -150,6 +156,7 @@ def bad_steps(run: Path) -> list[Any]:
     return [line["train/bad_steps"] for line in lines if "train/bad_steps" in line]
 
 
+@pytest.mark.slow
 def test_a_run_passes_over_bad_batches_and_says_so(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +184,7 @@ def test_a_run_passes_over_bad_batches_and_says_so(
     assert_same_tensors(tmp_path / "r" / last, tmp_path / "straight" / last)
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_while_batches_are_skipped(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

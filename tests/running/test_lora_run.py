@@ -43,6 +43,7 @@ def loss_of(run: Path) -> float:
     return float(json.loads((run / "summary.json").read_text())["val/loss"])
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_exported_merged(runs: Path, tiny: list[str], tmp_path: Path) -> None:
     run, folder = runs / "relora", tmp_path / "exported"
     given = f"checkpoint.path={run}"

@@ -124,6 +124,7 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, results
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_step(shared: tuple[Path, dict[str, Any]]) -> None:
     folder, results = shared
     assert ranks.succeeded(results["four"]["stopped"]) == [75] * 4
@@ -219,6 +220,7 @@ def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[s
     assert not list((folder / "f/checkpoints").glob(".partial*"))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
     assert written == [2, 4]
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_can_be_read_none_is_replaced(tiny: list[str], tmp_path: Path) -> None:
     config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
     assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
@@ -262,7 +265,7 @@ def launch(arguments: list[str], folder: Path, size: int, **settings: Any) -> su
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_when_a_rank_dies_the_others_say_so_and_torchrun_goes_on(tiny: list[str], tmp_path: Path) -> None:
     keep = [o for o in tiny if not o.startswith(("steps=", "save_every="))]
     command = [*keep, "steps=400", "save_every=10", "parallelism=fsdp", "run_name=r"]
@@ -285,6 +288,7 @@ def test_when_a_rank_dies_the_others_say_so_and_torchrun_goes_on(tiny: list[str]
     assert json.loads((tmp_path / "outputs/r/summary.json").read_text())["step"] == 400
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_by_one_process_and_in_torchruns_report(tiny: list[str], tmp_path: Path) -> None:
     process = launch([*tiny, "parallelism=fsdp", "parallelism.world_size=3"], tmp_path, 2)
     output, _ = process.communicate(timeout=120)
@@ -294,7 +298,7 @@ def test_a_mistake_is_said_by_one_process_and_in_torchruns_report(tiny: list[str
         assert said.count("rsotrain: parallelism.world_size=3, but 2 processes were started") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_end_in_good_order_every_time(tiny: list[str], tmp_path: Path) -> None:
     for number in range(8):
         command = [*tiny, "parallelism=fsdp", "eval_every=2", f"run_name=r{number}"]

@@ -35,12 +35,13 @@ def seal_tensors(checkpoint: Path, kind: str, value: float) -> None:
     reseal(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "value", "taken"),
     [
         ("model", float("nan"), False),
-        pytest.param("model", float("inf"), False, marks=pytest.mark.slow),
-        pytest.param("optimizer", float("nan"), False, marks=pytest.mark.slow),
+        pytest.param("model", float("inf"), False, marks=pytest.mark.long),
+        pytest.param("optimizer", float("nan"), False, marks=pytest.mark.long),
         ("optimizer", float("inf"), True),
     ],
 )
@@ -56,6 +57,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(
     assert f"resumed from {newest if taken else newest.with_name('step_00000002')}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["seed=1", "optimizer.lr=0.5"])
 def test_another_runs_checkpoint_among_its_own_is_refused(
     other: str, stopped_run: Config, tiny: list[str], tmp_path: Path
@@ -75,6 +77,7 @@ def test_another_runs_checkpoint_among_its_own_is_refused(
     assert train(compose([*common[:-1], common[-1], *continued]))["step"] == 8  # that is meant
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_name_its_settings_is_taken(stopped_run: Config, tmp_path: Path) -> None:
     newest = tmp_path / "r/checkpoints/step_00000004"
     record = json.loads((newest / "trainer.json").read_text())
@@ -85,6 +88,7 @@ def test_a_checkpoint_that_does_not_name_its_settings_is_taken(stopped_run: Conf
     assert f"resumed from {newest}" in (tmp_path / "r/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_longer_run_in_the_same_folder_is_still_told_what_differs(tiny: list[str], tmp_path: Path) -> None:
     common = [*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r", "save_every=1"]
     with pytest.raises(StoppedEarly):

@@ -68,6 +68,7 @@ def test_a_run_writes_what_the_design_names(
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_the_default_name_tells_runs_apart(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     for extra in ([], ["optimizer.lr=0.001"], ["log_every=2"]):
         assert cli(*tiny, "steps=1", *extra).returncode == 0
@@ -76,6 +77,7 @@ def test_the_default_name_tells_runs_apart(cli: Cli, tmp_path: Path, tiny: list[
     assert all(name.startswith("llama_tiny-rso_pca-svd-seed0-") for name in names)
 
 
+@pytest.mark.slow
 def test_members_of_a_wandb_sweep_have_folders_of_their_own(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -89,6 +91,7 @@ def test_members_of_a_wandb_sweep_have_folders_of_their_own(
         assert (record["run_id"], record["state"]) == (member, "finished")
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_and_other_settings_are_refused(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -110,6 +113,7 @@ def test_the_same_command_resumes_and_other_settings_are_refused(
     assert_same_tensors(tmp_path / "outputs/r" / last, tmp_path / "outputs/s" / last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "galore"])
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     optimizer: str, cli: Cli, tmp_path: Path, tiny: list[str]
@@ -143,12 +147,13 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     assert histories[0] == histories[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [
         signal.SIGTERM,
         signal.SIGINT,
-        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)),
+        *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGUSR1, signal.SIGHUP)),
     ],
 )
 def test_a_signal_saves_and_exits_with_75(number: int, tmp_path: Path, tiny: list[str]) -> None:
@@ -202,6 +207,7 @@ def test_two_processes_do_not_share_a_folder(cli: Cli, tmp_path: Path, tiny: lis
     assert "another process is at work in outputs/r" in result.stderr
 
 
+@pytest.mark.slow
 def test_overwrite_discards_the_old_run_and_nothing_else(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     assert cli(*tiny, "run_name=r").returncode == 0
     notes = tmp_path / "outputs/r/notes.txt"
@@ -213,6 +219,7 @@ def test_overwrite_discards_the_old_run_and_nothing_else(cli: Cli, tmp_path: Pat
     assert [p.name for p in (tmp_path / "outputs/r/checkpoints").iterdir()] == ["step_00000002"]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     command = [*tiny, "steps=500", "save_every=1", "run_name=r"]
     assert cli(*command, "max_seconds=1.5").returncode == 75
@@ -225,6 +232,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, tmp_path: Path, ti
     assert f"resumed from outputs/r/checkpoints/step_{int(newest.name[5:]) - 1:08d}" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_final_checkpoint_that_cannot_be_written_is_a_failure(
     number: int, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
@@ -242,6 +250,7 @@ def test_a_final_checkpoint_that_cannot_be_written_is_a_failure(
     assert not (tmp_path / "r/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_refused_start_does_not_occupy_the_name(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     refused = cli(*tiny, "run_name=r", "optimizer.block_parameters=[zzz]")
     assert refused.returncode == 2
@@ -256,6 +265,7 @@ def test_a_refused_start_does_not_occupy_the_name(cli: Cli, tmp_path: Path, tiny
     assert cli(*tiny, "run_name=r").returncode == 0
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_path_is_refused(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     own = tmp_path / "train.jsonl"
     path = next(o for o in tiny if o.startswith("data.path="))
@@ -268,12 +278,13 @@ def test_other_data_under_the_same_path_is_refused(cli: Cli, tmp_path: Path, tin
     assert "the data or the tokenizer have changed since" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "status", "sentence"),
     [
         ("config.yaml", "a: [", 2, "config.yaml is damaged"),
-        pytest.param("config.yaml", "", 2, "config.yaml is damaged", marks=pytest.mark.slow),
-        pytest.param("run.json", "", 75, "resumed from", marks=pytest.mark.slow),
+        pytest.param("config.yaml", "", 2, "config.yaml is damaged", marks=pytest.mark.long),
+        pytest.param("run.json", "", 75, "resumed from", marks=pytest.mark.long),
         ("summary.json", "[]", 75, "resumed from"),
     ],
 )
@@ -289,6 +300,7 @@ def test_damaged_small_files(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_summary_is_written_again_in_full(cli: Cli, tmp_path: Path, tiny: list[str]) -> None:
     assert cli(*tiny, "run_name=r").returncode == 0
     file = tmp_path / "outputs/r/summary.json"
@@ -302,6 +314,7 @@ def test_a_lost_summary_is_written_again_in_full(cli: Cli, tmp_path: Path, tiny:
     }
 
 
+@pytest.mark.slow
 def test_max_seconds_ends_one_run_of_a_multirun_and_not_the_rest(
     cli: Cli, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -318,13 +331,14 @@ def test_an_experiment_sets_top_level_keys_and_the_command_line_wins(tmp_path: P
     assert compose(["experiment=galore_60m", "steps=3"]).steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        pytest.param("", "is empty", marks=pytest.mark.slow),
+        pytest.param("", "is empty", marks=pytest.mark.long),
         ("{not json\n", "JSON"),
         ('{"body": "x"}\n', "text"),
-        pytest.param('{"text": "too short"}\n', "seq_len", marks=pytest.mark.slow),
+        pytest.param('{"text": "too short"}\n', "seq_len", marks=pytest.mark.long),
     ],
 )
 def test_bad_data_files(content: str, sentence: str, cli: Cli, tmp_path: Path, tiny: list[str]) -> None:

@@ -149,6 +149,7 @@ def test_importance_selects_everything_at_full_rank_and_ascends() -> None:
         assert bool((picked.diff() > 0).all())
 
 
+@pytest.mark.slow
 def test_importance_samples_in_proportion_to_the_singular_values() -> None:
     values = torch.tensor([4.0, 3.0, 2.0, 1.0])
     gradient = spectrum(values)

@@ -86,6 +86,7 @@ if len(sys.argv) > 1:
     assert peak_memory_bytes("cpu") >= before  # this process has torch loaded, too
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps the peak")
 def test_a_run_forgets_the_peak_of_the_one_before() -> None:
     code = """

@@ -32,6 +32,7 @@ def assert_finished(process: "subprocess.Popen[bytes]", folder: Path, steps: int
     assert f"step {steps}/{steps}" in (folder / "outputs/r/train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("progress", ["plain", "live"])
 def test_a_terminal_that_is_closed(progress: str, start: Start, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
@@ -47,6 +48,7 @@ def test_a_terminal_that_is_closed(progress: str, start: Start, tmp_path: Path) 
     assert_finished(process, tmp_path, 200)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads(start: Start, tmp_path: Path) -> None:
     process = start("steps=200", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -57,6 +59,7 @@ def test_a_pipe_that_nobody_reads(start: Start, tmp_path: Path) -> None:
     assert_finished(process, tmp_path, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&-", ">&- 2>&- <&-"])
 @pytest.mark.parametrize("progress", ["plain", "live"])
 def test_a_screen_that_takes_nothing(redirection: str, progress: str, start: Start, tmp_path: Path) -> None:
@@ -66,6 +69,7 @@ def test_a_screen_that_takes_nothing(redirection: str, progress: str, start: Sta
     assert json.loads(first)["step"] == 1  # nothing else was written into a file that took its place
 
 
+@pytest.mark.slow
 def test_a_failed_training_keeps_its_status_without_a_screen(start: Start) -> None:
     shell = ("sh", "-c", 'exec "$@" >/dev/full 2>/dev/full', "sh")
     wild = (*DIVERGING, "lr_scheduler=constant", "lr_scheduler.warmup_fraction=0")

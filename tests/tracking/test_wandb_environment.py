@@ -105,6 +105,7 @@ def offline_run(wandb_runs: Wandb, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return record
 
 
+@pytest.mark.slow
 def test_variables_win_over_defaults(offline_run: Callable[..., Any]) -> None:
     run = offline_run(VARIABLES)
     assert (run.project, run.entity, run.run_group, run.display_name) == ("theirs", "them", "g", "n")
@@ -178,6 +179,7 @@ def test_a_shared_run_arrives_without_steps_of_wandbs(
     assert [(row["step"], row["train/loss"]) for row in run["history"]] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
 def test_disabled_means_no_wandb_at_all(
     variables: dict[str, str], cli: Cli, tiny: list[str], tmp_path: Path

@@ -112,6 +112,7 @@ def test_wandb_falls_back_to_offline_with_one_warning(
     assert len(wandb_runs.offline_history()) == 200
 
 
+@pytest.mark.slow
 def test_wandb_falls_back_when_nobody_listens(
     wandb_runs: Wandb, connect: Callable[..., FakeWandbServer]
 ) -> None:
@@ -124,6 +125,7 @@ def test_wandb_falls_back_when_nobody_listens(
     assert len(wandb_runs.offline_history()) == 200
 
 
+@pytest.mark.slow
 def test_wandb_server_that_vanishes_costs_one_warning(
     wandb_runs: Wandb, connect: Callable[..., FakeWandbServer]
 ) -> None:
@@ -209,6 +211,7 @@ def test_wandb_full_queue_drops_with_a_warning_and_a_count(
     assert [row["step"] for row in wandb_runs.offline_history()] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_wandb_close_gives_up_on_a_start_that_hangs(
     wandb_runs: Wandb, connect: Callable[..., FakeWandbServer]
 ) -> None:

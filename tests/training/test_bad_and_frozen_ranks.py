@@ -59,6 +59,7 @@ def state_of(config: Config, cache_dir: Path, world: World) -> int:
     return Trainer(config, load_data(config, cache_dir), world).optimizer.state_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_do_as_one(tiny: list[str], tmp_path: Path, cache_dir: Path) -> None:
     frozen = ",".join(f"'{pattern}'" for pattern in FROZEN)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.methods import refreshed_every
-from helpers.runs import OPTIMIZERS, compose, load_data, trainer
+from helpers.runs import EACH_OPTIMIZER, compose, load_data, trainer
 
 from rsotrain.errors import NonFiniteError
 from rsotrain.training.bad_steps import MIN_NORMS, WINDOW, BadSteps
@@ -41,7 +41,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_a_skipped_batch_leaves_no_trace_but_the_position(
     optimizer: str, tiny: list[str], cache_dir: Path
 ) -> None:

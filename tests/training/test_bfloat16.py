@@ -69,7 +69,7 @@ def assert_near(
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rso"])
-@pytest.mark.parametrize("micro_batches", [1, 8, 128, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batches", [1, 8, 128, pytest.param(512, marks=pytest.mark.long)])
 def test_micro_batches_are_added_in_float32(
     optimizer: str, micro_batches: int, tiny: list[str], cache_dir: Path
 ) -> None:
@@ -92,15 +92,16 @@ def test_one_large_batch_is_the_sum_of_its_sequences(tiny: list[str], cache_dir:
     assert_near(accumulated(config, data, World(torch.device("cpu"))), expected, 0.0025, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "strategy", "batch"),
     [
         (2, Strategy.fsdp, 16),
         (2, Strategy.ddp, 16),
         (4, Strategy.fsdp, 16),
-        pytest.param(2, Strategy.fsdp, 512, marks=pytest.mark.slow),
-        pytest.param(4, Strategy.fsdp, 512, marks=pytest.mark.slow),
-        pytest.param(4, Strategy.ddp, 512, marks=pytest.mark.slow),
+        pytest.param(2, Strategy.fsdp, 512, marks=pytest.mark.long),
+        pytest.param(4, Strategy.fsdp, 512, marks=pytest.mark.long),
+        pytest.param(4, Strategy.ddp, 512, marks=pytest.mark.long),
     ],
     ids=str,
 )

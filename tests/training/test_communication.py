@@ -100,6 +100,7 @@ def traffic(
     return request.param, {name: ranks.succeeded(outcomes)[0] for name, outcomes in found.items()}
 
 
+@pytest.mark.slow
 def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     _, found = traffic
     for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry", "orbit", "foam", "lion"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.methods import refreshed_every
-from helpers.runs import OPTIMIZERS, compose, trainer
+from helpers.runs import KINDS, OPTIMIZERS, compose, trainer
 from safetensors.torch import load_file
 
 from rsotrain.checkpoints.files import load_tensors
@@ -35,9 +35,9 @@ def is_frozen(name: str, patterns: list[str]) -> bool:
 
 
 # every method with parts of each kind of matrix frozen; the other patterns with one method of each kind
-KINDS = ["adam", "galore", "rso_pca", "muon", "scale", "sn_sm"]
+LATER = {what: pytest.mark.slow if what == "parts" else pytest.mark.long for what in FROZEN}
 PAIRS = [
-    pytest.param(optimizer, what, marks=[] if what == "parts" or optimizer in KINDS else pytest.mark.slow)
+    pytest.param(optimizer, what, marks=[] if optimizer in KINDS else LATER[what])
     for optimizer in OPTIMIZERS
     for what in FROZEN
 ]
@@ -88,6 +88,7 @@ def test_a_frozen_part_leaves_the_gradients_of_the_others_as_they_are(
             assert torch.equal(parameter.grad, whole[name].grad), name  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "galore", "rso_pca"])
 def test_a_plan_knows_what_is_frozen(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     own = [
@@ -155,6 +156,7 @@ def test_a_tied_weight_goes_by_its_first_name(tiny: list[str], cache_dir: Path) 
     assert torch.equal(made.model.lm_head.weight, before)
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parameters_is_exported_whole(
     tiny: list[str], tmp_path: Path, cache_dir: Path
 ) -> None:

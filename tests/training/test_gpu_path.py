@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.command import ROOT
-
-OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+from helpers.runs import EACH_OPTIMIZER, KINDS, OPTIMIZERS
 
 # For llama_tiny, whose 14 matrices have 3 shapes: launches of the optimizer's part of a step, and of one in
 # which all bases are drawn anew, or adapters merged; how often the host waits in the first, once for the
@@ -75,8 +74,13 @@ def walked(methods: Sequence[str], *options: str) -> dict[str, Any]:
 
 
 @cache
-def on_one_gpu() -> dict[str, Any]:
-    return walked(OPTIMIZERS)
+def on_one_gpu(methods: Sequence[str]) -> dict[str, Any]:
+    return walked(methods)
+
+
+def alone_on_one_gpu(optimizer: str) -> Any:
+    others = tuple(name for name in OPTIMIZERS if name not in KINDS)
+    return on_one_gpu(KINDS if optimizer in KINDS else others)[optimizer]
 
 
 def assert_whole(result: Mapping[str, Any]) -> None:
@@ -85,14 +89,14 @@ def assert_whole(result: Mapping[str, Any]) -> None:
     assert "step after load" in result["stages"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_every_tensor_is_where_its_operation_is(optimizer: str) -> None:
-    assert_whole(on_one_gpu()[optimizer])
+    assert_whole(alone_on_one_gpu(optimizer))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_launches_and_waits_stay_within_the_budget(optimizer: str) -> None:
-    stages = on_one_gpu()[optimizer]["stages"]
+    stages = alone_on_one_gpu(optimizer)["stages"]
     step, refresh = stages["step 2"], stages.get("refresh", stages["step 2"])
     launches = [sum(s["launches"].get(phase, 0) for phase in OPTIMIZER_PHASES) for s in (step, refresh)]
     waits = [sum(s["syncs"].values()) for s in (step, refresh)]
@@ -100,6 +104,7 @@ def test_launches_and_waits_stay_within_the_budget(optimizer: str) -> None:
         assert counted <= allowed
 
 
+@pytest.mark.slow
 def test_documents_cost_no_wait() -> None:
     """Attention inside documents, by their beginnings."""
     result = walked(["galore"], "--", "data.document_mask=true", "micro_batch_size=2")["galore"]
@@ -116,7 +121,7 @@ LARGE_BUDGETS = dict.fromkeys((
 LARGE = ("precision=bf16", "model=llama_1b", "seq_len=1024", "batch_size=4", "micro_batch_size=4")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_large_model_s_update_launches_few_kernels() -> None:
     results = walked([*LARGE_BUDGETS], "--ordinary", "--", *LARGE)
     for optimizer, allowed in LARGE_BUDGETS.items():
@@ -126,6 +131,7 @@ def test_a_large_model_s_update_launches_few_kernels() -> None:
         assert sum(result["stages"]["step 2"]["launches"].values()) <= allowed, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
 def test_four_gpus(strategy: str) -> None:
     """Methods with state of each kind: elementwise, bases of coefficients, sums over ranks."""
@@ -133,7 +139,7 @@ def test_four_gpus(strategy: str) -> None:
         assert_whole(result)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
 def test_every_method_on_four_gpus(strategy: str) -> None:
     for optimizer, result in walked(OPTIMIZERS, "--ranks", "4", "--strategy", strategy).items():
@@ -141,7 +147,7 @@ def test_every_method_on_four_gpus(strategy: str) -> None:
         assert result["problems"] == {}, optimizer
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_every_sampler(ranks: int) -> None:
     for method, result in walked(SAMPLED, "--ranks", str(ranks)).items():
@@ -149,6 +155,7 @@ def test_every_sampler(ranks: int) -> None:
         assert result["problems"] == {}, method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [

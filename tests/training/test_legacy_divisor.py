@@ -56,6 +56,7 @@ def evaluated(config: Config, data: Data, world: World) -> dict[str, float]:
     return Trainer(config, data, world).evaluate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_it_is_the_same_on_any_number_of_ranks(
     size: int, tiny: list[str], cache_dir: Path, tmp_path: Path
@@ -70,6 +71,7 @@ def test_it_is_the_same_on_any_number_of_ranks(
         assert metrics == pytest.approx(alone, rel=1e-6)  # the same batches, summed in another order
 
 
+@pytest.mark.slow
 def test_it_is_logged_summarised_and_evaluated(tiny: list[str], tmp_path: Path) -> None:
     # not part of the identity of a run: mode=evaluate finds it without being told to train so
     command = [*tiny, LEGACY[0], f"output_dir={tmp_path}", "eval_every=2", "evaluation.micro_batch_size=3"]

@@ -228,8 +228,17 @@ def fsdp_pairs() -> set[tuple[str, str]]:
     return {("fsdp-2", name) for name in METHODS}
 
 
-def pairs() -> list[tuple[str, str]]:
-    return [(case, name) for case, settings in CASES.items() for name in settings[-1]]
+FIRST = {
+    *(("fsdp-2", name) for name in ("adam", "galore", "rso", "rso-svd", "muon", "sn_sm", "adam-int8")),
+    *(("fsdp-4-uneven", name) for name in ("foam", "rso-micro", "batched-rso")),
+    *((case, name) for case in ("hsdp-2x2", "ddp-2") for name in ("galore", "rso")),
+}
+
+
+def pairs() -> list[Any]:
+    every = [(case, name) for case, settings in CASES.items() for name in settings[-1]]
+    assert set(every) >= FIRST
+    return [pytest.param(*pair, marks=[] if pair in FIRST else pytest.mark.slow) for pair in every]
 
 
 @pytest.mark.parametrize(("case", "name"), pairs())
@@ -262,6 +271,7 @@ def test_ranks_train_as_one_process_does(case: str, name: str, outcomes: dict[st
             assert result["tensors"][key].equal(value), key
 
 
+@pytest.mark.slow
 def test_the_state_is_sharded_like_the_weights(outcomes: dict[str, Any]) -> None:
     alone, together, _ = outcomes["fsdp-2"]
     for name in METHODS:

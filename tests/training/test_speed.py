@@ -77,6 +77,7 @@ def steps() -> dict[str, float]:
     return alternating(functions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "least"), [("adam", 0.85), ("rso", 0.88), ("galore", 0.87)])
 def test_training_is_faster_than_hugging_faces(optimizer: str, least: float, steps: dict[str, float]) -> None:
     ratio = steps["huggingface"] / steps[optimizer]
@@ -106,6 +107,7 @@ def test_galores_step_is_faster_than_galore_torchs(monkeypatch: pytest.MonkeyPat
     assert ratio > 1.4, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "most"), [("adam", 0.06), ("galore", 0.13), ("rso", 0.1), ("apollo", 0.15), ("sn_sm", 0.18)]
 )
@@ -121,6 +123,7 @@ def test_the_optimizer_is_a_small_part_of_a_step(optimizer: str, most: float) ->
     assert share < most
 
 
+@pytest.mark.slow
 def test_data_is_twenty_times_as_fast_as_training() -> None:
     here = trainer("optimizer=adam")
     twenty = {"twenty": lambda: [here.micro_batches() for _ in range(20)], "step": here.train_step}
@@ -128,6 +131,7 @@ def test_data_is_twenty_times_as_fast_as_training() -> None:
     assert seconds["step"] > seconds["twenty"], seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "galore", "rso_pca"])
 def test_the_memory_breakdown_is_a_hundredth_of_a_step(optimizer: str) -> None:
     """Of a short step of a small model, even with a record in each; a run has one in ten."""

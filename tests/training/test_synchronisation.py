@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.command import ROOT
-from helpers.runs import compose
+from helpers.runs import EACH_OPTIMIZER, OPTIMIZERS, compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsotrain.training.random_data import random_data
 from rsotrain.training.trainer import Trainer
 
-OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
 EVERY_STEP = (
     "osd",
     "ldadam",
@@ -44,7 +42,7 @@ def trainer(*overrides: str) -> Trainer:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in EVERY_STEP])
+@pytest.mark.parametrize("optimizer", [each for each in EACH_OPTIMIZER if each.values[0] not in EVERY_STEP])
 def test_no_value_is_read_within_a_step(optimizer: str, precision: str) -> None:
     """But of targets on the host: for each micro-batch how many there are, and whether some are ignored."""
     state = "int8" if precision == "bf16" else "float32"

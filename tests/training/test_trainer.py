@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.methods import ORTHOGONALISED_IN_BFLOAT16, refreshed_every
-from helpers.runs import OPTIMIZERS, compose, trainer
+from helpers.runs import EACH_OPTIMIZER, compose, trainer
 
 from rsotrain.data.targets import IGNORE_INDEX, valid_positions
 from rsotrain.errors import NonFiniteError, UserError
@@ -54,7 +54,7 @@ def test_positions_are_valid_up_to_the_last_target() -> None:
     assert valid_positions(targets[:1]) is None
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     # eps is raised since Adam's first steps are sign(g): a gradient entry that is zero but for rounding
     # would be amplified to a full step. What is left is fp32 rounding through three updates, relative to
@@ -82,8 +82,8 @@ def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[s
     assert whole.step == parts.step == 3
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "bf16_mixed"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16", "bf16_mixed"])
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     optimizer: str, precision: str, tiny: list[str], cache_dir: Path
 ) -> None:
@@ -242,6 +242,7 @@ def test_batches_are_a_function_of_seed_and_step_alone(tiny: list[str], cache_di
         assert not torch.equal(other.micro_batches()[0][0], inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "galore"])
 def test_compile_trains_as_eager_does(optimizer: str, tiny: list[str], cache_dir: Path) -> None:
     shared = [*tiny, f"optimizer={optimizer}", "optimizer.eps=1e-4"]

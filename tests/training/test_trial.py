@@ -35,6 +35,7 @@ def config_of(*overrides: str) -> Config:
     return compose(["model=llama_tiny", *overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_ours_pass(name: str) -> None:
     for more in ([], ["optimizer.update_in_backward=true", "optimizer.state_dtype=int8"]):
@@ -176,6 +177,7 @@ def test_settings_that_do_not_suit_the_small_model_are_no_mistake() -> None:
     assert "optimizer=sn was not tried on a small model, which its settings do not suit: " in untried
 
 
+@pytest.mark.slow
 def test_sharding_is_tried_on_the_ranks_of_the_run(tmp_path: Path) -> None:
     configs = {"rso_pca": config_of("optimizer=rso_pca", "parallelism=fsdp")}
     for method in (WholeNorms, NormsOfPieces):

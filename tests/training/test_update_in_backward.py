@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.methods import refreshed_every
-from helpers.runs import OPTIMIZERS, compose, load_data, trainer
+from helpers.runs import EACH_OPTIMIZER, OPTIMIZERS, compose, load_data, trainer
 
 from rsotrain.config.identity import identity
 from rsotrain.config.validation import validate
@@ -44,7 +44,7 @@ def check_same_bits(overrides: list[str], cache_dir: Path, steps: int = 3) -> No
         assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EACH_OPTIMIZER)
 def test_the_weights_are_those_of_updates_after_the_backward_pass(
     optimizer: str, tiny: list[str], cache_dir: Path
 ) -> None:
@@ -74,7 +74,7 @@ def test_other_settings_change_nothing_about_that(
     check_same_bits(settings_of(optimizer, tiny, *more), cache_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
