@@ -22,23 +22,29 @@ from rsotrain.config.text import check_path
 from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
 
+_registered: dict[tuple[str, str], type] = {}  # those that Hydra has: (group, name) -> dataclass
+
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, under ``schema/`` so that they are no user's option.
 
-    They take the place of those of an earlier command in this process. From then on Hydra reads YAML files
-    with text where a key is text.
+    They take the place of those of an earlier command in this process, unless they are the same. From then
+    on Hydra reads YAML files with text where a key is text.
     """
     keep_text_of_config_files()
     store = ConfigStore.instance()
+    schemas = {(group, name): schema for group, own in SCHEMAS.items() for name, schema in own.items()}
+    if "schema" in store.repo and schemas == _registered:
+        return
+    _registered.clear()
     store.repo.pop("schema", None)
     store.store(group="schema", name="config", node=Config, package="_global_")
-    for group, schemas in SCHEMAS.items():
-        for name, schema in schemas.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
+    for (group, name), schema in schemas.items():
+        store.store(group=f"schema/{group}", name=name, node=schema)
     store.store(group="schema/model", name="pretrained", node=_pretrained_schema())
     OmegaConf.register_new_resolver("rsotrain.pretrained", pretrained_value, replace=True)
     OmegaConf.register_new_resolver("rsotrain.weight_rounding", weight_rounding, replace=True)
+    _registered.update(schemas)
 
 
 def _pretrained_schema() -> DictConfig:

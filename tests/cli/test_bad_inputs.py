@@ -16,14 +16,15 @@ from rsotrain.config.keys import field_types
 from rsotrain.config.schema import Config
 
 CASES = bad_inputs(per_key=7)
-QUICK = set(random.Random(1).sample(range(len(CASES)), 60))
+SAMPLE = random.Random(1).sample(range(len(CASES)), 60)
 ROWS = '{"text": "a", "instruction": "b", "output": "c"}\n'
 
 
 def parameters(numbers: list[int]) -> list[Any]:
-    marks = {True: (), False: pytest.mark.long}
+    marks = dict.fromkeys(SAMPLE, pytest.mark.slow) | dict.fromkeys(SAMPLE[:20], ())
     return [
-        pytest.param(CASES[n], id=f"{n}-{CASES[n].key}", marks=marks[n in QUICK]) for n in numbers
+        pytest.param(CASES[n], id=f"{n}-{CASES[n].key}", marks=marks.get(n, pytest.mark.long))
+        for n in numbers
     ]  # fmt: skip
 
 

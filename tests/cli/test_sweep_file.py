@@ -151,6 +151,7 @@ def test_a_sweep_with_a_mistake(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_is_checked_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     main([str(SWEEPS / "optimizers.yaml")])
     main([str(SWEEPS / "array.txt")])
@@ -196,6 +197,7 @@ def test_keys_that_do_not_exist_are_named_together(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_combinations_of_a_sweep_are_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {
         "method": "grid", "command": ["rsotrain", "${args_no_hyphens}"],

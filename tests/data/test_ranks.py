@@ -20,6 +20,8 @@ from rsotrain.parallel.sharding import local, shard_of
 from rsotrain.running.mode import train
 from rsotrain.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # ranks that train for all of them
+
 BATCH = 8
 RUN = [
     "data.streaming=true",
@@ -41,7 +43,6 @@ def config(tiny: list[str], folder: Path, name: str, *extra: str) -> Config:
     return compose([f"{k}={v}" for k, v in (chosen | {"output_dir": folder, "run_name": name}).items()])
 
 
-@pytest.mark.slow
 def test_a_streamed_run_goes_on_on_other_numbers_of_ranks(tiny: list[str], folder: Path) -> None:
     straight = train(config(tiny, folder, "straight"))
     for size, step in ((2, 3), (4, 5)):
@@ -77,7 +78,6 @@ def imported(settings: Config, cache_dir: Path, world: World) -> tuple[Any, Any]
     return pieces, trainer.generate()
 
 
-@pytest.mark.slow
 def test_every_rank_imports_its_piece_and_writes_the_same_samples(
     tiny: list[str], folder: Path, cache_dir: Path
 ) -> None:

@@ -95,6 +95,7 @@ def assert_as_likely(theirs: Any, ours: SentencePieceTokenizer, texts: list[str]
         assert ours.decode(ids) == ours.decode(right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
 @pytest.mark.parametrize("options", DESCRIBED, ids=str)
 def test_a_tokenizer_json_gives_the_same_ids(

@@ -25,7 +25,9 @@ from rsotrain.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("extra", [["data.packing=padded"], ["data.document_mask=true"]])
+@pytest.mark.parametrize(
+    "extra", [["data.packing=padded"], pytest.param(["data.document_mask=true"], marks=pytest.mark.slow)]
+)
 def test_a_run_is_evaluated_exported_and_continued(
     extra: list[str], cli: Cli, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

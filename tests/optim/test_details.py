@@ -184,6 +184,7 @@ def by_products(weights: Sequence[float], rank: int) -> dict[tuple[int, ...], fl
     return {s: product / sum(products.values()) for s, product in products.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_importance_samples_sets_by_the_sequential_law(rank: int, power: float) -> None:

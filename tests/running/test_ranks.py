@@ -28,6 +28,8 @@ from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
 from rsotrain.running.mode import train
 
+pytestmark = pytest.mark.slow  # ranks that train for all of them
+
 RUN = [
     "batch_size=12", "steps=8", "save_every=2", "eval_every=4", "parallelism=fsdp", "optimizer=galore",
     "optimizer.update_proj_gap=3", "optimizer.eps=1e-4", "keep_checkpoints=5",
@@ -124,7 +126,6 @@ def shared(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, results
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_step(shared: tuple[Path, dict[str, Any]]) -> None:
     folder, results = shared
     assert ranks.succeeded(results["four"]["stopped"]) == [75] * 4
@@ -220,7 +221,6 @@ def test_a_full_disk_on_one_rank_costs_one_checkpoint(shared: tuple[Path, dict[s
     assert not list((folder / "f/checkpoints").glob(".partial*"))
 
 
-@pytest.mark.slow
 def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +236,6 @@ def test_a_step_that_is_being_saved_is_not_saved_again_when_a_signal_comes(
     assert written == [2, 4]
 
 
-@pytest.mark.slow
 def test_where_no_checkpoint_can_be_read_none_is_replaced(tiny: list[str], tmp_path: Path) -> None:
     config = compose([*tiny, "optimizer=adam", f"output_dir={tmp_path}", "run_name=r"])
     assert stopping(config, 4, 0, World(torch.device("cpu"))) == 75
@@ -288,7 +287,6 @@ def test_when_a_rank_dies_the_others_say_so_and_torchrun_goes_on(tiny: list[str]
     assert json.loads((tmp_path / "outputs/r/summary.json").read_text())["step"] == 400
 
 
-@pytest.mark.slow
 def test_a_mistake_is_said_by_one_process_and_in_torchruns_report(tiny: list[str], tmp_path: Path) -> None:
     process = launch([*tiny, "parallelism=fsdp", "parallelism.world_size=3"], tmp_path, 2)
     output, _ = process.communicate(timeout=120)

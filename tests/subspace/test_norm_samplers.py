@@ -76,6 +76,7 @@ def products(unbiased: bool, fraction: float) -> Tensor:
     return total / 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.0, 0.34, 0.5, 0.84])
 def test_an_unbiased_mixture_has_the_identity_for_its_mean(fraction: float) -> None:
     # one direction drawn of 19 counts 19 times where it falls: entries scatter by 19/√2000 · 0.05

@@ -20,6 +20,8 @@ from rsotrain.parallel import exchange
 from rsotrain.parallel.ranks import World
 from rsotrain.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # ranks that train for all of them
+
 GAP = 5  # refreshes at steps 1, 6, …; the quiet step that is counted is the third
 METHODS = tuple(OPTIMIZERS)
 MICRO = {f"{name}, two micro-batches": name for name in ("adam", "galore", "rso")}
@@ -100,7 +102,6 @@ def traffic(
     return request.param, {name: ranks.succeeded(outcomes)[0] for name, outcomes in found.items()}
 
 
-@pytest.mark.slow
 def test_methods_with_a_fixed_basis_add_nothing_to_adam(traffic: tuple[Strategy, dict[str, Any]]) -> None:
     _, found = traffic
     for name in ("galore", "i3s", "sn", "sm", "sn_sm", "frugal", "carry", "orbit", "foam", "lion"):
