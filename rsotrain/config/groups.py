@@ -17,7 +17,7 @@ from rsotrain.config.ranges import check_ranges
 from rsotrain.config.samplers import SamplerConfig
 from rsotrain.errors import UserError, require
 
-# What a group takes from the run where it does not say otherwise. All else its method's file says.
+# What a group takes from the run where neither it nor its method's file says otherwise, as adam8bit's does.
 INHERITED = ("weight_decay", "decay_at_lr", "state_dtype")
 # What a run has once: of what all methods do, or of the parameters that no method has.
 SHARED = ("weight_rounding", "update_in_backward", "decay_norms_and_embeddings", "rest", "groups")
@@ -76,10 +76,12 @@ def _group(number: int, item: Any, run: OptimizerConfig) -> MethodGroup:
     for setting in (*SHARED, "name", "block_parameters"):
         require(setting not in item, f"{key} has {setting}, which {_instead(setting)}; leave it out")
     own = {setting: value for setting, value in item.items() if setting not in _OWN}
-    shared = {setting: getattr(run, setting) for setting in (*INHERITED, *SHARED) if setting != "groups"}
     try:
+        defaults = method_defaults(name)
+        of_run = [*SHARED, *(setting for setting in INHERITED if setting not in defaults.values)]
+        shared = {setting: getattr(run, setting) for setting in of_run if setting != "groups"}
         optimizer = method_settings(name, shared | {"block_parameters": [pattern]} | own)
-        sampler = _sampler(item.get("sampler", method_defaults(name).sampler))
+        sampler = _sampler(item.get("sampler", defaults.sampler))
         check_ranges(optimizer)
         check_ranges(sampler, "sampler.")
     except UserError as error:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rsotrain.config.methods import RSOConfig
+from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SamplerConfig, SRHTConfig
 from rsotrain.config.schema import Config
 from rsotrain.instruments.phases import Phase
 from rsotrain.models.build import COMPUTE_DTYPE
@@ -17,13 +19,25 @@ class Floor:
 
     At the end of the forward pass these are weights, optimizer state, what autograd keeps, and under FSDP one
     gathered block; before the update, weights, optimizer state and gradients, which is within the backward
-    pass where updates are. ``excess``: the kind of bytes
-    of which the planned peak has most beyond the least of its own moment, and how much.
+    pass where updates are. ``excess``: the kind of bytes of which the planned peak has most beyond the least
+    of its own moment, and how much. ``grams_at_once``: are the matrices XᵀX of all inputs among these bytes?
     """
 
     total: int
     kinds: dict[str, int]
     excess: tuple[str, int]
+    grams_at_once: bool = False
+
+
+def is_random(sampler: SamplerConfig) -> bool:
+    """Do its bases depend on no data?"""
+    return isinstance(sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig)
+
+
+def holds_grams_at_once(config: Config) -> bool:
+    """Are the matrices XᵀX of all inputs held together? Those of RSO are, where its bases depend on data."""
+    optimizer = config.optimizer
+    return isinstance(optimizer, RSOConfig) and not optimizer.staggered and not is_random(config.sampler)
 
 
 def floor_of(
@@ -35,6 +49,7 @@ def floor_of(
     gathered_block: int,
     phases: Mapping[str, Mapping[str, int]],
     in_backward: bool = False,
+    grams_at_once: bool = False,
 ) -> Floor:
     always = {Kind.parameters.value: parameters, Kind.optimizer_state.value: optimizer_state}
     passes = always | {Kind.activations.value: saved_activations, Kind.gathered.value: gathered_block}
@@ -46,7 +61,7 @@ def floor_of(
         least = passes | update
     excess = {kind.value: phases[worst][kind.value] - least.get(kind.value, 0) for kind in Kind}
     name = max(excess, key=excess.__getitem__)
-    return Floor(sum(kinds.values()), kinds, (name, excess[name]))
+    return Floor(sum(kinds.values()), kinds, (name, excess[name]), grams_at_once)
 
 
 def gathered_block_bytes(config: Config, model: nn.Module) -> int:

@@ -15,10 +15,11 @@ import torch
 
 from rsotrain.config.choices import BasisStorage, RestRule, StateDtype, WeightRounding
 from rsotrain.config.methods import LoRAConfig, RSOConfig, SubspaceConfig
-from rsotrain.config.samplers import CoordinateConfig, GaussianConfig, HaarConfig, SRHTConfig
+from rsotrain.config.samplers import HaarConfig
 from rsotrain.config.schema import ActivationCheckpointing, Config, Device, Precision, Strategy
 from rsotrain.errors import TrainingError, UserError
 from rsotrain.parallel.ranks import World
+from rsotrain.planner.floor import holds_grams_at_once, is_random
 from rsotrain.tracking.formats import format_bytes
 
 # messages of torch's CPU allocator, of CUDA outside torch's allocator, and of libraries without a workspace
@@ -118,7 +119,9 @@ def options(config: Config) -> Iterator[Option]:
     if isinstance(optimizer, RSOConfig):
         if optimizer.projection is BasisStorage.stored:
             yield with_optimizer("optimizer.projection=regenerated", projection=BasisStorage.regenerated)
-        if not isinstance(config.sampler, HaarConfig | GaussianConfig | CoordinateConfig | SRHTConfig):
+        if holds_grams_at_once(config):
+            yield with_optimizer("optimizer.staggered=true", staggered=True)
+        if not is_random(config.sampler):
             yield Option("sampler=haar", replace(config, sampler=haar))
     else:
         own = {key: getattr(optimizer, key) for key in ("state_dtype", "weight_rounding", "rest", "groups")}

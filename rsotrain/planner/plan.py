@@ -15,7 +15,7 @@ from rsotrain.models.loss import chunk_tokens
 from rsotrain.optim.formulas import state_bytes
 from rsotrain.optim.with_bases import OptimizerWithBases
 from rsotrain.planner.fake_run import FakeRun, with_micro_batches, world_size
-from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes
+from rsotrain.planner.floor import Floor, floor_of, gathered_block_bytes, holds_grams_at_once
 from rsotrain.planner.gpus import Fit, fits
 from rsotrain.planner.roofline import Speed, StepWork, speeds
 from rsotrain.planner.tracker import Kind, MemoryTracker, Peak
@@ -118,6 +118,7 @@ def make_plan(config: Config, *, gpus: bool = True) -> Plan:
                 gathered_block=gathered_block_bytes(config, trainer.model) if is_sharded else 0,
                 phases=phases,
                 in_backward=optimizer.in_backward is not None,
+                grams_at_once=holds_grams_at_once(config),
             ),
             peak=max(peak.total for peak in peaks.values()),
             flops_per_token=trainer.flops_per_token,

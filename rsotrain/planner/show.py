@@ -85,7 +85,11 @@ def _floor(plan: Plan) -> str:
     kind, nbytes = plan.floor.excess
     above = plan.peak / plan.floor.total - 1
     said = f"floor: {format_bytes(plan.floor.total)} ({' + '.join(names)}); the peak is {above:.1%} above it"
-    return f"{said}, of which {kind} {format_bytes(nbytes)}" if nbytes > 0 else said
+    if nbytes > 0:
+        said += f", of which {kind} {format_bytes(nbytes)}"
+    if plan.floor.grams_at_once:
+        said += "; optimizer.staggered=true holds XᵀX of a few inputs at a time, not of all"
+    return said
 
 
 def _parts(plan: Plan) -> "Table":

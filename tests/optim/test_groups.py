@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import call_main
+from helpers.methods import OF_MATRICES, refreshed_every
 from helpers.runs import compose, load_data
 from torch import Tensor, nn
 
 from rsotrain.cli import entry
 from rsotrain.cli.overrides import check_overrides, normalise
 from rsotrain.config.identity import identity, run_name
+from rsotrain.config.method import SubspaceConfig
 from rsotrain.config.schema import Config
 from rsotrain.config.validation import validate
 from rsotrain.errors import UserError
@@ -82,6 +84,25 @@ def test_a_mixture_is_its_methods_run_by_themselves_to_the_bit() -> None:
                 assert torch.equal(mixed[name], alone), name
                 compared.append(name)
     assert sorted(compared) == sorted(mixed)  # each parameter is some method's, and of one alone
+
+
+@pytest.mark.parametrize("method", OF_MATRICES)
+def test_each_method_does_in_a_group_what_it_does_by_itself(method: str) -> None:
+    own = [*refreshed_every(method, 2), "optimizer.weight_decay=0.1"]
+    if isinstance(compose([f"optimizer={method}"]).optimizer, SubspaceConfig) and method != "apollo_mini":
+        own.append("optimizer.rank=4")
+    if method == "scale":
+        own.append("optimizer.momentum_parameters=[]")
+    if method == "adam_mini":  # which a run has from its model
+        own.append("optimizer.num_heads=4")
+    alone = train(*built(composed(f"optimizer={method}", "optimizer.lr=0.03", *own)), range(1, 6))
+    keys = ", ".join(setting.removeprefix("optimizer.").replace("=", ": ") for setting in own)
+    group = f"{{pattern: self_attn, optimizer: {method}, lr: 0.03, {keys}}}"
+    mixed = train(*built(composed("optimizer=adam", f"optimizer.groups=[{group}]")), range(1, 6))
+    of_group = [name for name in mixed if "self_attn" in name]
+    assert len(of_group) == 8
+    for name in of_group:
+        assert torch.equal(mixed[name], alone[name]), name
 
 
 def trainer(tiny: list[str], cache_dir: Path, *more: str) -> Trainer:

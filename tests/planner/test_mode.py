@@ -250,6 +250,20 @@ def test_ways_out_are_what_the_run_does_not_do_yet() -> None:
     assert changes(compose(none_left)) == {}
 
 
+def test_grams_of_all_inputs_at_once_are_named_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    at_once = compose(["optimizer=rso_pca", "model=llama_tiny", "device=cpu", "batch_size=1"])
+    in_turn = changes(at_once)["optimizer.staggered=true"]
+    assert in_turn == compose([
+        "optimizer=rso_pca", "model=llama_tiny", "device=cpu", "batch_size=1", "optimizer.staggered=true"
+    ])  # fmt: skip
+    assert "optimizer.staggered=true" not in changes(in_turn)
+    assert "optimizer.staggered=true" not in changes(compose(["optimizer=rso"]))
+    print_plan(make_plan(at_once, gpus=False))
+    assert "optimizer.staggered=true holds" in capsys.readouterr().out
+    print_plan(make_plan(in_turn, gpus=False))
+    assert "staggered" not in capsys.readouterr().out
+
+
 def test_on_a_gpu_what_remains_of_the_peak_is_logged_too() -> None:
     parts = {"memory/parameters_bytes": 10, "memory/gradients_bytes": 5}
     assert memory_metrics(parts, 40, "cuda")["memory/gathered_and_temporaries_bytes"] == 25
