@@ -103,6 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ADAM_GRID = (1e-2, 5e-3, 1e-3, 5e-4, 1e-4)
 NAMES = [f"{method}_{size}" for method, sizes in SIZES.items() for size in sizes.split()]
+EACH = [pytest.param(name, marks=[] if name.endswith("_60m") else pytest.mark.slow) for name in NAMES]
 OWN = {"finetune_sft"}  # experiments of ours, after no paper
 
 TINY = [
@@ -146,7 +147,7 @@ def test_every_published_row_has_its_recipe_and_its_comment() -> None:
     assert set(RECIPES) <= recipes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_recipe_is_what_was_published(name: str) -> None:
     config = recipe(name)
     validate(config)
@@ -275,7 +276,7 @@ def shrunken(name: str) -> Config:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_shrunken_recipe_trains(name: str, data: Data) -> None:
     config = shrunken(name)
     validate(config)

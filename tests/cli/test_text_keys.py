@@ -177,6 +177,7 @@ def test_a_sweep_of_wandbs_wants_quotes_around_text(tmp_path: Path) -> None:
         assert check_sweep(path, yaml.safe_load(content.replace(values, quoted))) in (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

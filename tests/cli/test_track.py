@@ -26,6 +26,7 @@ def bytes_of_adam(model: str, vocab_size: int) -> int:
     return state_bytes(compose([f"model={model}", "optimizer=adam"]), vocab_size).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "vocab_size"), MODELS)
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_member_keeps_within_its_budget(member: str, model: str, vocab_size: int) -> None:

@@ -24,6 +24,7 @@ from rsotrain.errors import UserError
 
 Files = tuple[Path, Path]
 KINDS = ("tokens/*.npy", "spans/*.npy", "tokenizers/*.model")
+EACH_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
 def ignore(_: str) -> None:
@@ -101,7 +102,7 @@ INSTEAD = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("which", [Path, description])
 @pytest.mark.parametrize("what", INSTEAD)
 def test_something_else_in_the_place_of_a_file_is_replaced(
@@ -134,7 +135,7 @@ CONTENTS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("what", [*DESCRIPTIONS, *CONTENTS])
 def test_a_description_of_something_else_is_not_believed(
     what: str, kind: str, corpus: Files, tmp_path: Path

@@ -58,6 +58,7 @@ def test_a_whole_file_holds_its_texts(name: str, tmp_path: Path) -> None:
         assert [number for number, _ in rows] == [3, 7, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_sample_of_damage_to_each_format(name: str, tmp_path: Path) -> None:
     cases = list(damaged(WHOLE[name]))

@@ -31,6 +31,7 @@ def plan_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("outputs/plans/*.json"))
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_written(cli: Cli, tmp_path: Path) -> None:
     result = cli(
         "mode=plan", "model=llama_tiny", "optimizer=galore", "parallelism=fsdp", "parallelism.world_size=4",

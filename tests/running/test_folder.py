@@ -162,6 +162,7 @@ def test_what_is_removed_from_the_folder_meanwhile_is_missed(
     assert (run / name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
