@@ -35,9 +35,14 @@ def is_random(sampler: SamplerConfig) -> bool:
 
 
 def holds_grams_at_once(config: Config) -> bool:
-    """Are the matrices XᵀX of all inputs held together? Those of RSO are, where its bases depend on data."""
+    """Are the matrices XᵀX of all inputs held together, which need not be?
+
+    Those of RSO are, where its bases depend on data. Where each step draws all, none can wait.
+    """
     optimizer = config.optimizer
-    return isinstance(optimizer, RSOConfig) and not optimizer.staggered and not is_random(config.sampler)
+    if not isinstance(optimizer, RSOConfig) or is_random(config.sampler):
+        return False
+    return not optimizer.staggered and optimizer.update_proj_gap > 1
 
 
 def floor_of(
