@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.command import call_main
 from helpers.methods import OF_MATRICES, refreshed_every
-from helpers.runs import compose, load_data
+from helpers.runs import KINDS, compose, load_data
 from torch import Tensor, nn
 
 from rsotrain.cli import entry
@@ -86,7 +86,12 @@ def test_a_mixture_is_its_methods_run_by_themselves_to_the_bit() -> None:
     assert sorted(compared) == sorted(mixed)  # each parameter is some method's, and of one alone
 
 
-@pytest.mark.parametrize("method", OF_MATRICES)
+EACH = [
+    pytest.param(name, marks=[] if name in (*KINDS, "adam8bit") else pytest.mark.slow) for name in OF_MATRICES
+]
+
+
+@pytest.mark.parametrize("method", EACH)
 def test_each_method_does_in_a_group_what_it_does_by_itself(method: str) -> None:
     own = [*refreshed_every(method, 2), "optimizer.weight_decay=0.1"]
     if isinstance(compose([f"optimizer={method}"]).optimizer, SubspaceConfig) and method != "apollo_mini":

@@ -251,6 +251,7 @@ def test_ways_out_are_what_the_run_does_not_do_yet() -> None:
     assert changes(compose(none_left)) == {}
 
 
+@pytest.mark.slow
 def test_grams_of_all_inputs_at_once_are_named_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     at_once = compose(["optimizer=rso_pca", "model=llama_tiny", "device=cpu", "batch_size=1"])
     in_turn = changes(at_once)["optimizer.staggered=true"]

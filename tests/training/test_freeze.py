@@ -35,9 +35,10 @@ def is_frozen(name: str, patterns: list[str]) -> bool:
 
 
 # every method with parts of each kind of matrix frozen; the other patterns with one method of each kind
+FEW = (*KINDS, "scale")  # which has embedding and head among its own matrices
 LATER = {what: pytest.mark.slow if what == "parts" else pytest.mark.long for what in FROZEN}
 PAIRS = [
-    pytest.param(optimizer, what, marks=[] if optimizer in KINDS else LATER[what])
+    pytest.param(optimizer, what, marks=[] if optimizer in FEW else LATER[what])
     for optimizer in OPTIMIZERS
     for what in FROZEN
 ]
