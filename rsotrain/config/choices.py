@@ -42,6 +42,13 @@ class RestRule(Enum):
     scale = "scale"
 
 
+class NewtonSchulzDtype(Enum):
+    """Of Muon's Newton-Schulz iterations. bfloat16: as published; float32: for CPUs that emulate bfloat16."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class InnerSolver(Enum):
     """The update rule in the subspace. momentum: the bias-corrected average of gradients, with betas[0]."""
 

@@ -7,7 +7,7 @@ the builder imports its code, and tests and tables go through ``OPTIMIZERS``. Th
 
 from dataclasses import dataclass, field
 
-from rsotrain.config.choices import BasisStorage, BiasCorrection, InnerSolver, Pruning
+from rsotrain.config.choices import BasisStorage, BiasCorrection, InnerSolver, NewtonSchulzDtype, Pruning
 from rsotrain.config.later import later
 from rsotrain.config.meanings import means
 from rsotrain.config.method import OPTIMIZERS as OPTIMIZERS
@@ -127,6 +127,7 @@ class MuonConfig(OptimizerConfig):
     momentum: float = means("decay of the momentum", number(0.95, at_least=0, at_most=1))
     nesterov: bool = means("Nesterov's momentum", True)
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
+    ns_dtype: NewtonSchulzDtype = means("dtype of these iterations", later(NewtonSchulzDtype.bfloat16))
 
 
 @optimizer("normuon", "rsotrain.optim.normuon:NorMuon")
@@ -153,6 +154,7 @@ class Dion2Config(OptimizerConfig):
         "share that is kept of the momentum that has been used", number(0.95, at_least=0, at_most=1)
     )
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
+    ns_dtype: NewtonSchulzDtype = means("dtype of these iterations", later(NewtonSchulzDtype.bfloat16))
 
 
 @optimizer("rso", "rsotrain.optim.rso:RSO")

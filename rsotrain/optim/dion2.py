@@ -123,11 +123,11 @@ class Dion2(Muon):
         if self._rows_are_sharded(name):
             if update is None:
                 shape = (len(self._chosen[name]), max(shard.shape))
-                update = torch.empty(shape, dtype=torch.bfloat16, device=device)
+                update = torch.empty(shape, dtype=self.ns_dtype, device=device)
             update = update.contiguous()
             dist.broadcast(update, group=shard.group, group_src=owner)
         elif shard.dim is not None:
-            update = self._part(name).scatter(update, owner, device, torch.bfloat16)
+            update = self._part(name).scatter(update, owner, device, self.ns_dtype)
         assert update is not None
         return update
 

@@ -1,6 +1,7 @@
 """torch's Muon for the attention and MLP weights, with optimizer state created at construction."""
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,19 +21,21 @@ NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 NS_EPS = 1e-7
 
 
-def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
-    """torch's orthogonalisation of a matrix, in bfloat16."""
-    return _zeropower_via_newtonschulz(matrix, NS_COEFFICIENTS, steps, NS_EPS)
+def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """The orthogonalised matrix in ``dtype``; in bfloat16 by torch's own function."""
+    if dtype is torch.bfloat16:
+        return _zeropower_via_newtonschulz(matrix, NS_COEFFICIENTS, steps, NS_EPS)
+    return newton_schulz_of_stack(matrix.unsqueeze(0), steps, dtype).squeeze(0)
 
 
-def newton_schulz_of_stack(stack: Tensor, steps: int) -> Tensor:
+def newton_schulz_of_stack(stack: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """The same of each of n matrices, (n, …): X ← aX + (bS + cS²)X with S = XXᵀ, from X/‖X‖.
 
     Of tall ones X ← aX + X(bS + cS²) with S = XᵀX, so that none is transposed.
     """
     a, b, c = NS_COEFFICIENTS
     norms = norms_of_each(stack).clamp_(min=NS_EPS).view(-1, 1, 1)
-    x = torch.div(stack, norms, out=torch.empty(stack.shape, dtype=torch.bfloat16, device=stack.device))
+    x = torch.div(stack, norms, out=torch.empty(stack.shape, dtype=dtype, device=stack.device))
     is_tall = x.shape[1] > x.shape[2]
     for _ in range(steps):
         gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
@@ -44,10 +47,10 @@ def newton_schulz_of_stack(stack: Tensor, steps: int) -> Tensor:
 class Muon(ParamGroupOptimizer):
     """Momentum orthogonalised by Newton-Schulz. The update's RMS is 0.2, so Adam's learning rates carry over.
 
-    For float32 weights it equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` bitwise. For bfloat16
-    weights the momentum is still computed in float32. A sharded matrix is gathered on one rank, which
-    orthogonalises it and sends the pieces back; the matrices take turns over the ranks. On a GPU the matrices
-    of one shape go through Newton-Schulz together.
+    For float32 weights it equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` bitwise, unless
+    ``ns_dtype`` is float32. For bfloat16 weights the momentum is still computed in float32. A sharded matrix
+    is gathered on one rank, which orthogonalises it and sends the pieces back; the matrices take turns over
+    the ranks. On a GPU the matrices of one shape go through Newton-Schulz together.
     """
 
     def __init__(
@@ -68,7 +71,12 @@ class Muon(ParamGroupOptimizer):
 
     @property
     def stack_itemsize(self) -> int:
-        return torch.bfloat16.itemsize  # of Newton-Schulz
+        return self.ns_dtype.itemsize
+
+    @cached_property
+    def ns_dtype(self) -> torch.dtype:
+        """Of Newton-Schulz, and of the updates that it gives."""
+        return getattr(torch, self.config.ns_dtype.name)
 
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:
@@ -122,14 +130,15 @@ class Muon(ParamGroupOptimizer):
         return self.shards[name].gather(piece, owner)()
 
     def _orthogonalised(self, matrices: list[Tensor]) -> list[Tensor]:
-        """In bfloat16; on a GPU all have one shape."""
+        """In ``ns_dtype``; on a GPU all have one shape."""
+        steps = self.config.ns_steps
         if not matrices or not self.in_stacks:
-            return [newton_schulz(matrix, self.config.ns_steps) for matrix in matrices]
-        return list(newton_schulz_of_stack(stacked(matrices), self.config.ns_steps).unbind())
+            return [newton_schulz(matrix, steps, self.ns_dtype) for matrix in matrices]
+        return list(newton_schulz_of_stack(stacked(matrices), steps, self.ns_dtype).unbind())
 
     def _scattered(self, name: str, update: Tensor | None, owner: int) -> Tensor:
         """This rank's piece of what the rank ``owner`` has."""
-        return self.shards[name].scatter(update, owner, self.parameters[name].device, torch.bfloat16)
+        return self.shards[name].scatter(update, owner, self.parameters[name].device, self.ns_dtype)
 
     def _move(self, names: list[str], updates: Tensor, step: int, lr: float) -> None:
         """W ← (1 − ηλ)W − 0.2·√max(m, n)·η·update, rounded once; ``updates``: orthogonalised, (n, …)."""
