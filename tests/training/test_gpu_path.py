@@ -39,6 +39,7 @@ BUDGETS: Mapping[str, tuple[int, int, int, int]] = {
     "muon": (79, 79, 1, 1),
     "normuon": (115, 115, 1, 1),
     "orbit": (126, 831, 1, 1),
+    "orbit8bit": (399, 1907, 1, 1),
     "osd": (1708, 1050, 1, 1),
     "racs": (122, 122, 1, 1),
     "relora": (12, 376, 1, 1),
