@@ -20,7 +20,7 @@ LONGEST_SECONDS = 86_400  # between two looks
 NO_CLAIMS = f"--claims are about {', '.join(METHODS)}, each with its own sampler, and no run is of one"
 DESCRIPTION = """\
 Compare runs: a table on the screen, and in --out report.html (one page, readable offline), report.md,
-report.csv and each picture as PNG and SVG.
+report.csv, runs.csv with a line for each run, and each picture as PNG and SVG.
 
   rsotrain-report outputs                             all runs in a folder; seeds are averaged
   rsotrain-report outputs/a outputs/b --out compared

@@ -11,6 +11,7 @@ from rsotrain.report.comparison import (
     COLUMNS,
     LOSS,
     PEAK,
+    REPLICATE_KEY,
     Column,
     Group,
     best_groups,
@@ -95,6 +96,24 @@ def comma_separated(groups: Sequence[Group]) -> str:
             mean, spread = (statistic.mean, statistic.spread) if statistic else (None, None)
             figures += [mean, spread, int(is_best)]
         writer.writerow([for_csv(group.label), group.mark, len(group.runs), len(group.finished), *figures])
+    return text.getvalue()
+
+
+def run_list(groups: Sequence[Group]) -> str:
+    """CSV, a line for each run: its group and state, the settings in which runs differ, its last figures."""
+    columns = columns_of(groups)
+    runs = [(group, run) for group in groups for run in group.runs]
+    keys = [key for key in differing_keys([run for _, run in runs]) if key != REPLICATE_KEY]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "group", "state", "step", REPLICATE_KEY, *keys, *(c.metric for c in columns)])
+    for group, run in runs:
+        values = [run.config.get(key) for key in (REPLICATE_KEY, *keys)]
+        settings = ["" if value is None else for_csv(str(value)) for value in values]
+        figures = [run.last(column.metric) for column in columns]
+        writer.writerow(
+            [for_csv(run.name), for_csv(name_of(group)), run.state.value, run.step, *settings, *figures]
+        )
     return text.getvalue()
 
 

@@ -11,7 +11,7 @@ from rsotrain.report.comparison import Group, compare
 from rsotrain.report.document import dark, document
 from rsotrain.report.fairness import doubts
 from rsotrain.report.runs import Run
-from rsotrain.report.tables import claims_screen, comma_separated, screen
+from rsotrain.report.tables import claims_screen, comma_separated, run_list, screen
 from rsotrain.tracking.escaping import for_terminal, print_line
 from rsotrain.tracking.theme import DARK, LIGHT
 
@@ -88,6 +88,7 @@ def write_report(
     texts = {
         PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
         "report.md": document(groups, findings, figures, title, command, left_out),
+        "runs.csv": run_list(groups),
         "report.csv": comma_separated(groups),
         **({"front.csv": front_csv(front), "front.tex": front_latex(front)} if front else {}),
         **{f"{name}.svg": svg for name, svg in svgs.items()},

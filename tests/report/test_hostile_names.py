@@ -76,6 +76,8 @@ def test_a_report_shows_every_name_as_it_is(
 
     with open(out / "report.csv", newline="") as file:
         assert {row["group"] for row in csv.DictReader(file)} == {for_csv(name) for name in NAMES}
+    with open(out / "runs.csv", newline="") as file:
+        assert {row["group"] for row in csv.DictReader(file)} == {for_csv(name) for name in NAMES}
 
     document = (out / "report.md").read_text()
     rows = [line for line in document.splitlines() if line.startswith("| ")]

@@ -18,7 +18,7 @@ from rsotrain.report.comparison import COLUMNS, LOSS, THROUGHPUT, best_groups, c
 from rsotrain.report.page import page
 from rsotrain.report.plots import draw, svg_text
 from rsotrain.report.runs import read_run, read_runs
-from rsotrain.report.tables import comma_separated, markdown
+from rsotrain.report.tables import comma_separated, markdown, run_list
 from rsotrain.tracking.theme import COLORS
 
 
@@ -226,7 +226,7 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.
     assert not re.search("|".join(light for light, _ in COLORS.values()), pictures)
     assert "var(--series-2)" in pictures
     names = {
-        "report.html", "report.md", "report.csv",
+        "report.html", "report.md", "report.csv", "runs.csv",
         *(f"{metric}_loss_by_{axis}{suffix}" for metric in ("validation", "training")
           for axis in ("tokens", "steps", "time") for suffix in (".png", "_dark.png", ".svg")),
         *(f"{name}{suffix}" for name in ("memory", "throughput", "subspace")
@@ -234,7 +234,20 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path, capsys: pytest.
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert (tmp_path / "out/memory.png").read_bytes().startswith(b"\x89PNG")
-    assert "report.html and 29 more files" in capsys.readouterr().out
+    assert "report.html and 30 more files" in capsys.readouterr().out
+
+
+def test_a_list_has_each_run_with_its_settings_seed_and_last_figures(make: Make) -> None:
+    runs = [make("a", 2.0), make("b", 3.0, seed=1), make("c", optimizer__lr=0.5, finished=False)]
+    rows = list(csv.DictReader(io.StringIO(run_list(compare(read_runs(runs))))))
+    assert {row["run"]: (row["state"], row["seed"], row["optimizer.lr"]) for row in rows} == {
+        run.name: (run.state.value, str(run.config["seed"]), str(run.config["optimizer.lr"]))
+        for run in read_runs(runs)
+    }
+    assert rows[0]["group"] == rows[1]["group"] != rows[2]["group"]
+    for row, run in zip(rows, read_runs(runs), strict=True):
+        for metric in ("val/loss", "tokens", "time"):
+            assert float(row[metric]) == run.last(metric)
 
 
 @pytest.mark.slow
