@@ -98,6 +98,10 @@ class MixtureConfig(SamplerConfig):
     unbiased: bool = means(
         "where bases are scaled, scale the random columns alone, for E[PPᵀ] = I", later(True, before=False)
     )
+    power_on_gpu: bool = means(
+        "on a GPU, two block power iterations from the basis in use instead of eigenvectors",
+        later(True, before=False),
+    )
 
 
 @sampler("haar", "rsotrain.subspace.random_bases:haar_sampler")
@@ -190,4 +194,8 @@ class GoLoreConfig(SamplerConfig):
 
     random_fraction: float = means(
         "share of the training, at its end, with random bases", number(0.2, at_least=0, at_most=1)
+    )
+    power_on_gpu: bool = means(
+        "on a GPU, two block power iterations from the basis in use instead of eigenvectors",
+        later(True, before=False),
     )

@@ -26,6 +26,7 @@ from rsotrain.subspace.numbered import cosine_basis, cosine_columns
 from rsotrain.subspace.orthonormal import orthonormalised
 from rsotrain.subspace.random_bases import haar
 from rsotrain.subspace.samplers import Columns, Sampler, SampleRequest, one_hot
+from rsotrain.subspace.seeding import seed_of
 
 
 def _noise(dtype: torch.dtype, size: int) -> float:
@@ -215,15 +216,28 @@ def num_principal(rank: int, principal_fraction: float) -> int:
     return round(principal_fraction * rank)
 
 
-def mixture(request: SampleRequest, principal_fraction: float) -> Tensor:
-    """svd for ``principal_fraction`` of the columns, haar in their orthogonal complement for the others."""
+def mixture(request: SampleRequest, principal_fraction: float, rounds: int | None = None) -> Tensor:
+    """svd for ``principal_fraction`` of the columns, haar in their orthogonal complement for the others.
+
+    ``rounds``: of block power iterations from the columns in use, in place of svd.
+    """
     principal = num_principal(request.rank, principal_fraction)
     if principal == 0:
         return haar(request)
-    dominant = svd(replace(request, rank=principal, previous=None))
+    if rounds is None:
+        dominant = svd(replace(request, rank=principal, previous=None))
+    else:
+        dominant = randomized_svd(_of_first_columns(request, principal), rounds)
     # orthonormalising leaves the first columns, which are orthonormal already, unchanged
     basis = orthonormalised(torch.cat([dominant, request.normal()[..., principal:]], dim=-1))
     return align_signs(basis, request.previous)
+
+
+def _of_first_columns(request: SampleRequest, number: int) -> SampleRequest:
+    """A request for these alone, whose random numbers are others."""
+    previous = None if request.previous is None else request.previous[..., :number]
+    counted = None if request.counted is None else tuple(seed_of(seed, 0) for seed in request.counted)
+    return replace(request, rank=number, previous=previous, counted=counted)
 
 
 def mixture_scales(size: int, rank: int, principal_fraction: float) -> Tensor:
@@ -257,19 +271,28 @@ def switching(request: SampleRequest, leading: int) -> Tensor:
     return align_signs(subspace, request.previous)
 
 
-def golore(request: SampleRequest) -> Tensor:
+def golore(request: SampleRequest, principal: Callable[[SampleRequest], Tensor] = svd) -> Tensor:
     """svd, but haar after the switch, in the last share of training (GoLore, arXiv 2410.11289)."""
-    return haar(request) if request.switched else svd(request)
+    return haar(request) if request.switched else principal(request)
 
 
 def svd_sampler(config: SvdConfig) -> Sampler:
     if config.solver is SvdSolver.full:
         return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
     sampler = Sampler(config.name, svd, informed=True, decomposes=True)
-    if not config.power_on_gpu:
-        return sampler
-    # eigenvectors are chains of small kernels, which on a GPU take longer than hundreds of products
-    return replace(sampler, on_gpu=randomized_svd_sampler(RandomizedSvdConfig(name=config.name)))
+    return _with_power(sampler, _power) if config.power_on_gpu else sampler
+
+
+_ROUNDS = RandomizedSvdConfig.rounds
+_power = partial(randomized_svd, rounds=_ROUNDS)
+
+
+def _with_power(sampler: Sampler, sample: Callable[[SampleRequest], Tensor]) -> Sampler:
+    """``sampler`` with ``sample``, which takes no eigenvectors, in its place on a GPU.
+
+    Eigenvectors are chains of small kernels, which on a GPU take longer than hundreds of products.
+    """
+    return replace(sampler, on_gpu=replace(sampler, sample=sample, decomposes=False, by_products=True))
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
@@ -301,7 +324,7 @@ def dct_sampler(config: DctConfig) -> Sampler:
 
 def mixture_sampler(config: MixtureConfig) -> Sampler:
     fraction = config.principal_fraction
-    return Sampler(
+    sampler = Sampler(
         config.name,
         partial(mixture, principal_fraction=fraction),
         informed=True,
@@ -309,6 +332,8 @@ def mixture_sampler(config: MixtureConfig) -> Sampler:
         informed_columns=partial(num_principal, principal_fraction=fraction),
         column_scales=partial(mixture_scales, principal_fraction=fraction) if config.unbiased else None,
     )
+    powered = partial(mixture, principal_fraction=fraction, rounds=_ROUNDS)
+    return _with_power(sampler, powered) if config.power_on_gpu else sampler
 
 
 def switching_sampler(config: SwitchingConfig) -> Sampler:
@@ -322,4 +347,6 @@ def switching_sampler(config: SwitchingConfig) -> Sampler:
 
 
 def golore_sampler(config: GoLoreConfig) -> Sampler:
-    return Sampler(config.name, golore, informed=True, switch=1.0 - config.random_fraction, decomposes=True)
+    switch = 1.0 - config.random_fraction
+    sampler = Sampler(config.name, golore, informed=True, switch=switch, decomposes=True)
+    return _with_power(sampler, partial(golore, principal=_power)) if config.power_on_gpu else sampler

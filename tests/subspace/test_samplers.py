@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.samplers import GRADIENTS, ORTHONORMAL, RANK, ROWS, SIZE, spectrum
+from helpers.samplers import BUILT, GRADIENTS, ORTHONORMAL, RANK, ROWS, SIZE, spectrum
 from torch import Tensor
 
 from rsotrain.subspace import random_bases, spectral
@@ -102,6 +102,19 @@ def test_randomized_svd_finds_nearly_all_energy_and_improves_from_the_basis_in_u
     assert share(cold) > 0.99
     warm = spectral.randomized_svd(request_of(gradient, 50, previous=cold), rounds=1)
     assert share(cold) < share(warm) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(("name", "principal"), [("svd", RANK), ("golore", RANK), ("mixture", RANK // 2)])
+def test_what_stands_for_eigenvectors_on_a_gpu_captures_nearly_as_much(name: str, principal: int) -> None:
+    gradient = spectrum(0.9 ** torch.arange(SIZE))
+    exact = float(torch.linalg.svdvals(gradient.double())[:principal].square().sum())
+    previous, energies = None, []
+    for index in range(4):
+        previous = BUILT[f"{name}-on_gpu"].sample(request_of(gradient, index=index, previous=previous))
+        energies.append(float((gradient @ previous[:, :principal]).square().sum()) / exact)
+    # a tenth between neighbours' singular values is what power iterations find slowest; random: a quarter
+    assert energies[0] > 0.85
+    assert energies[3] > 0.98
 
 
 def test_randomized_svd_finds_a_gradient_that_has_left_the_basis_in_use() -> None:
@@ -210,6 +223,12 @@ def test_srht_is_orthonormal_and_spread_out_for_every_size(size: int) -> None:
         odd //= 2
     # no entry is larger than √2 (cosines; 1 for a power of two) times that of a flat vector
     assert float(basis.abs().max()) <= (2.0**0.5 if odd > 1 else 1.0) * size**-0.5 + 1e-6
+
+
+def test_golore_changes_over_on_a_gpu_too() -> None:
+    gradient = GRADIENTS["rank 2"]
+    late = BUILT["golore-on_gpu"].sample(request_of(gradient, switched=True))
+    assert torch.equal(late, random_bases.haar(request_of(gradient)))
 
 
 def test_golore_changes_over_at_its_share_of_the_run() -> None:

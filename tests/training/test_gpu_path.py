@@ -148,6 +148,16 @@ def test_every_method_on_four_gpus(strategy: str) -> None:
         assert result["problems"] == {}, optimizer
 
 
+@pytest.mark.slow
+def test_samplers_of_principal_directions_find_them_by_products() -> None:
+    """Eigenvectors make the host wait once more, and take 2,000 launches more."""
+    for method, result in walked(["galore:golore", "galore:mixture"]).items():
+        assert_whole(result)
+        refresh = result["stages"]["refresh"]
+        assert sum(refresh["syncs"].values()) == 1, method
+        assert refresh["launches"]["refresh"] <= 500, method
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_every_sampler(ranks: int) -> None:
