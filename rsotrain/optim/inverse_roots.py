@@ -17,7 +17,8 @@ _NOISE = 16 * torch.finfo(torch.float32).eps
 def inverse_roots(grams: Sequence[Tensor]) -> list[Tensor]:
     """(MᵀM)^-½ (r×r, float64) for each MᵀM; 0 in the directions where M is only rounding errors.
 
-    On a GPU, where all have one size, it is small in these directions (``inverse_roots_by_products``).
+    On a GPU, where all have one size, it is small in these directions (``inverse_roots_by_products``), and
+    ``grams`` may be overwritten.
     """
     if in_stacks(grams[0].device):
         return list(inverse_roots_by_products(stacked(grams)).unbind())
@@ -35,7 +36,7 @@ def _by_eigenvectors(grams: Tensor) -> Tensor:
 
 
 def inverse_roots_by_products(grams: Tensor) -> Tensor:
-    """``inverse_roots`` of n×r×r in float64 by products alone, for which the host does not wait.
+    """``inverse_roots`` of n×r×r in float64, which are overwritten, by products alone: no wait of the host.
 
     X ← X·p(X²) takes singular values of ``_NOISE`` and more to 1 (Polar Express: Amsel et al., 2025, arXiv
     2505.16932). As all factors are polynomials of MᵀM they need only this matrix. Smaller singular values
@@ -46,14 +47,15 @@ def inverse_roots_by_products(grams: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(grams, dim=(1, 2), keepdim=True).clamp_(
         min=torch.finfo(grams.dtype).tiny
     )
-    gram = grams / norms
+    gram = grams.div_(norms)
     first, *others = polynomials()
     root = factor = _polynomial(gram, *first)
     for coefficients in others:
-        gram = torch.bmm(torch.bmm(gram, factor), factor)
+        for _ in range(2):  # one after the other, as each may be large
+            gram = torch.bmm(gram, factor)
         factor = _polynomial(gram, *coefficients)
         root = torch.bmm(root, factor)
-    return root * norms.rsqrt_()
+    return root.mul_(norms.rsqrt_())
 
 
 def _polynomial(gram: Tensor, constant: float, linear: float, square: float) -> Tensor:

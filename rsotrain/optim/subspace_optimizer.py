@@ -143,6 +143,9 @@ class SubspaceOptimizer(OptimizerWithBases):
         M×r each, which may be.
         """
 
+    def end(self, step: int, lr: float) -> None:
+        """What an update does after the last ``apply``."""
+
     @abstractmethod
     def basis_changed(self, matrix: Matrix, change: BasisChange, step: int) -> None:
         """Adapt the moments to the new basis, before the gradient of ``step`` updates them."""
@@ -244,6 +247,7 @@ class SubspaceOptimizer(OptimizerWithBases):
                     self.record_energy(m, a, r)
             self.apply(bucket, own, projected, step, lr)
             self._basis_in_use, self._gradients_are_copies = None, False
+        self.end(step, lr)
         if self.subspace.sampler.post_update:
             self.refresh(gradients, step, lr_factor, after_update=True)
 

@@ -1,5 +1,6 @@
 """SUMO: momentum orthogonalised in a subspace (Refael et al., NeurIPS 2025, arXiv 2505.24749)."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -7,13 +8,41 @@ from torch import Tensor
 
 from rsotrain.optim.inverse_roots import inverse_roots
 from rsotrain.optim.matrix import Matrix, grams_of_rows
-from rsotrain.optim.stacks import products
+from rsotrain.optim.moments import Moment, Wide
+from rsotrain.optim.stacks import STACK_BYTES, products
 from rsotrain.optim.state_size import MatrixSize, StateSize
 from rsotrain.optim.subspace_optimizer import SubspaceOptimizer
 from rsotrain.subspace.bases import BasisChange
 from rsotrain.subspace.projection import resolve_rank
 
 UPDATE_RMS = 0.2  # of Adam's updates, as Muon's rule for rates has it
+
+# Bytes of (MᵀM)^-½ that a GPU finds together: a few kernels each, whatever the number of matrices. Four or
+# five temporaries of that size are alive at a time.
+ROOT_BYTES = STACK_BYTES // 2
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Matrices whose momenta are updated and whose weights are not. ``grams``: MᵀM (r×r, float64) of each."""
+
+    bucket: list[Matrix]
+    moments: list[Moment]
+    wide: Wide
+    grams: list[Tensor]
+
+    @property
+    def rank(self) -> int:
+        return self.bucket[0].rank
+
+    @property
+    def bytes(self) -> int:
+        return sum(gram.nbytes for gram in self.grams)
+
+    @property
+    def takes_no_memory(self) -> bool:
+        """Are the momenta those of the state themselves, no copies in float32?"""
+        return all(value is moment.values for value, moment in zip(self.wide, self.moments, strict=True))
 
 
 class Sumo(SubspaceOptimizer):
@@ -26,6 +55,10 @@ class Sumo(SubspaceOptimizer):
     """
 
     needs_orthonormal: ClassVar = True
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._waiting: list[_Waiting] = []
 
     def add_state(self, matrix: Matrix) -> None:
         self.add_moment(matrix.name, "exp_avg", (matrix.num_rows, matrix.rank), matrix.rows_dim)
@@ -47,10 +80,26 @@ class Sumo(SubspaceOptimizer):
         doubles = [
             own for stack in self.stacks_in(bucket, wide) for own in stack.tensors[0].double().unbind()
         ]
-        roots = inverse_roots(grams_of_rows(bucket, doubles))
-        for stack in self.stacks_in(bucket, doubles, roots):
-            exp_avg, root = stack.tensors
-            size = -UPDATE_RMS * max(stack.first.shard.shape) ** 0.5
-            update = products(exp_avg, root).mul_(size).to(wide[0].dtype)
-            self.apply_lifted_to(stack, update, lr, step)
-        self.keeper.write(moments, wide, step)
+        waiting = _Waiting(bucket, moments, wide, grams_of_rows(bucket, doubles))
+        if self._waiting and self._waiting[0].rank != waiting.rank:
+            self._move_waiting(step, lr)
+        self._waiting.append(waiting)
+        most = ROOT_BYTES if self.in_stacks and waiting.takes_no_memory else 0
+        if sum(each.bytes for each in self._waiting) >= most:
+            self._move_waiting(step, lr)
+
+    def end(self, step: int, lr: float) -> None:
+        self._move_waiting(step, lr)
+
+    def _move_waiting(self, step: int, lr: float) -> None:
+        """Update the weights of the matrices that wait, whose roots are found together."""
+        waiting, self._waiting = self._waiting, []
+        roots = inverse_roots([gram for each in waiting for gram in each.grams]) if waiting else []
+        for each in waiting:
+            own, roots = roots[: len(each.bucket)], roots[len(each.bucket) :]
+            for stack in self.stacks_in(each.bucket, each.wide, own):
+                exp_avg, root = stack.tensors
+                size = -UPDATE_RMS * max(stack.first.shard.shape) ** 0.5
+                update = products(exp_avg.double(), root).mul_(size).to(exp_avg.dtype)
+                self.apply_lifted_to(stack, update, lr, step)
+            self.keeper.write(each.moments, each.wide, step)
