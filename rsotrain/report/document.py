@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
+from rsotrain.report import scaling
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import Group
 from rsotrain.report.front import NOTE, front_markdown, front_of
+from rsotrain.report.scaling import lines_of, scaling_markdown
 from rsotrain.report.tables import markdown
 from rsotrain.tracking.escaping import for_markdown, markdown_code
 
@@ -13,6 +15,7 @@ PICTURES = {
     "validation_loss_by_tokens": "Validation loss over tokens",
     "validation_loss_by_time": "Validation loss over wall time",
     "front": "Loss against optimizer state",
+    "scaling": "Loss against model size",
     "memory": "Memory by part",
     "throughput": "Throughput",
     "subspace": "Overlap of adjacent bases, and the share of the gradient's energy that they capture",
@@ -41,6 +44,8 @@ def document(
             parts += [f"## {what}", _picture(name, what)]
         if name == "front" and (front := front_of(groups)):
             parts += [front_markdown(front), for_markdown(NOTE)]
+        if name == "scaling" and (lines := lines_of(groups)):
+            parts += [scaling_markdown(lines), for_markdown(scaling.NOTE)]
     return "\n\n".join([*parts, f"Written by {markdown_code(command)}."]) + "\n"
 
 

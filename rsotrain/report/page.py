@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
+from rsotrain.report import scaling
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
@@ -21,6 +22,7 @@ TITLES = {
     "validation_loss": "Validation loss",
     "training_loss": "Training loss",
     "front": "Loss against optimizer state",
+    "scaling": "Loss against model size",
     "memory": "Memory by part",
     "throughput": "Throughput",
     "subspace": "Subspace",
@@ -46,7 +48,7 @@ def page(
         _tiles(groups),
         f"<section><h2>Comparison</h2>{_table(groups)}{_notes(groups, left_out)}</section>",
         *_claims(findings),
-        *_pictures(pictures, {"front": _front(groups)}),
+        *_pictures(pictures, {"front": _front(groups), "scaling": _scaling(groups)}),
         f"<section><h2>Runs</h2>{_runs(runs)}</section>",
         f"<footer>Written by rsotrain-report, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
     ]
@@ -160,6 +162,18 @@ def _front(groups: Sequence[Group]) -> str:
     )
     table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(NOTE)}</p>'
+
+
+def _scaling(groups: Sequence[Group]) -> str:
+    """The table to the picture of loss against model size."""
+    heads, lines = scaling.scaling_cells(scaling.lines_of(groups))
+    head = "".join(f"<th>{for_html(text)}</th>" for text in ["", *heads])
+    body = "".join(
+        f"<tr><th>{for_html(name)}</th>" + "".join(f"<td>{for_html(cell)}</td>" for cell in cells) + "</tr>"
+        for name, cells in lines
+    )
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(scaling.NOTE)}</p>'
 
 
 def _pictures(pictures: Mapping[str, str], below: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from rsotrain.report.bars import mean_of, memory_bars, throughput_bars
 from rsotrain.report.comparison import THROUGHPUT, Group
 from rsotrain.report.curves import AXES, curves
 from rsotrain.report.front import front_of, front_picture
+from rsotrain.report.scaling import lines_of, scaling_picture
 from rsotrain.tracking.drawing import drawing_in
 from rsotrain.tracking.theme import LIGHT, Palette
 
@@ -37,6 +38,8 @@ def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> dict[str, "Figure
                     figures[f"{name}_by_{axis.name}"] = curves(groups, [(metric, label)], axis, palette)
         if front := front_of(groups):
             figures["front"] = front_picture(front, palette)
+        if lines := lines_of(groups):
+            figures["scaling"] = scaling_picture(lines, palette)
         if any(mean_of(group, "memory/parameters_bytes") for group in groups):
             figures["memory"] = memory_bars(groups, palette)
         if any(mean_of(group, THROUGHPUT.metric) for group in groups):

@@ -80,10 +80,11 @@ def write_report(
     from rsotrain.report.front import front_csv, front_latex, front_of
     from rsotrain.report.page import page
     from rsotrain.report.plots import draw, svg_text
+    from rsotrain.report.scaling import lines_of, scaling_csv
     from rsotrain.tracking.drawing import write_png
 
     figures = draw(groups, LIGHT)
-    front = front_of(groups)
+    front, lines = front_of(groups), lines_of(groups)
     svgs = {name: svg_text(name, figure) for name, figure in figures.items()}
     texts = {
         PAGE: page(groups, svgs, title, findings, refresh_seconds, left_out),
@@ -91,6 +92,7 @@ def write_report(
         "runs.csv": run_list(groups),
         "report.csv": comma_separated(groups),
         **({"front.csv": front_csv(front), "front.tex": front_latex(front)} if front else {}),
+        **({"scaling.csv": scaling_csv(lines)} if lines else {}),
         **{f"{name}.svg": svg for name, svg in svgs.items()},
     }
     pictures = [(name, figure, LIGHT) for name, figure in figures.items()]

@@ -1,0 +1,225 @@
+"""Loss over model size: each method's power law, and its advantage over Adam at each size."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rsotrain.config.identity import FREE_KEYS, OPERATIONAL_KEYS
+from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differing_keys, label_runs
+from rsotrain.report.evidence import Interval, interval_of
+from rsotrain.report.fairness import RATE_KEYS
+from rsotrain.report.records import number_of
+from rsotrain.report.runs import Run
+from rsotrain.tracking.drawing import label, look, new_figure
+from rsotrain.tracking.escaping import for_csv, for_markdown
+from rsotrain.tracking.formats import format_count
+from rsotrain.tracking.theme import Palette
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEWEST = 3  # sizes, for a law to be fitted
+# What may differ between the sizes of one line: how large a model is, how long it is trained, its rates.
+_FREE = {"model", "steps", "batch_size", REPLICATE_KEY, *RATE_KEYS, *FREE_KEYS, *OPERATIONAL_KEYS}
+NOTE = (
+    "A model's size is the number of its attention and MLP weights. At each size a method has the best of its"
+    " rates. Dotted: L = a·N^−b by least squares of log L; of so few sizes it is a description, no forecast."
+    " In brackets: perplexity against Adam's at that size."
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A method at one size. ``parameters``: attention and MLP weights; ``tokens``: of training."""
+
+    parameters: int
+    tokens: float | None
+    loss: Interval
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method; ``sizes`` ascend. Its law is L = exp(``intercept``) · N^−``exponent``."""
+
+    name: str
+    method: object
+    sizes: Sequence[Size]
+    intercept: float
+    exponent: float
+
+    def law(self, parameters: float) -> float:
+        return math.exp(self.intercept) * parameters**-self.exponent
+
+    def at(self, parameters: int) -> Size | None:
+        return next((size for size in self.sizes if size.parameters == parameters), None)
+
+
+class _Tried(NamedTuple):
+    group: Group
+    loss: Interval
+
+
+def block_parameters(config: Mapping[str, Any]) -> int | None:
+    """Weights of attention and MLP, of flat settings; None where these do not say."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    numbers = [number_of(config.get(f"model.{key}")) for key in keys]
+    if any(number is None or number <= 0 for number in numbers):
+        return None
+    hidden, intermediate, layers, heads = (int(number) for number in numbers if number is not None)
+    shared = int(number_of(config.get("model.num_key_value_heads")) or heads)
+    size = number_of(config.get("model.head_dim")) or hidden / heads
+    return round(layers * hidden * (2 * size * (heads + shared) + 3 * intermediate))
+
+
+def lines_of(groups: Sequence[Group]) -> list[Line]:
+    """The methods that were trained at several sizes, the one with the lowest loss at the largest first.
+
+    Groups of which a run has failed, or ended without a finite loss, are left out.
+    """
+    methods: dict[tuple[Any, ...], dict[int, list[_Tried]]] = {}
+    for group in groups:
+        parameters, losses = block_parameters(group.runs[0].config), _losses(group)
+        if parameters is not None and losses:
+            of_method = methods.setdefault(_method_of(group), {})
+            of_method.setdefault(parameters, []).append(_Tried(group, interval_of(losses)))
+    best = [
+        {n: min(tried, key=lambda each: each.loss.mean) for n, tried in sorted(of_method.items())}
+        for of_method in methods.values()
+        if len(of_method) >= FEWEST
+    ]
+    firsts = [next(iter(found.values())).group.runs[0] for found in best]
+    keys = dict.fromkeys(["optimizer.name", *differing_keys(firsts)])
+    names = label_runs(firsts, [key for key in keys if not _is_in(key, _FREE)])
+    lines = []
+    for found, first, name in zip(best, firsts, names, strict=True):
+        sizes = [Size(n, _tokens(tried.group), tried.loss) for n, tried in found.items()]
+        lines.append(Line(name, first.config.get("optimizer.name"), sizes, *_fitted(sizes)))
+    return sorted(lines, key=lambda line: line.sizes[-1].loss.mean)
+
+
+def _losses(group: Group) -> list[float]:
+    """Of its runs by seed; empty where one of them has no figure."""
+    found = [run.last(LOSS.metric) for run in group.finished]
+    losses = [loss for loss in found if loss is not None and loss > 0]
+    return losses if not group.failed and len(losses) == len(found) else []
+
+
+def _tokens(group: Group) -> float | None:
+    statistic = group.statistic("tokens")
+    return None if statistic is None else statistic.mean
+
+
+def _is_in(key: str, keys: Collection[str]) -> bool:
+    return bool({key, key.split(".")[0]} & set(keys))
+
+
+def _method_of(group: Group) -> tuple[Any, ...]:
+    run: Run = group.runs[0]
+    own = ((key, str(value)) for key, value in sorted(run.config.items()) if not _is_in(key, _FREE))
+    return (group.mark, *own)
+
+
+def _fitted(sizes: Sequence[Size]) -> tuple[float, float]:
+    """Intercept and exponent of log L = intercept − exponent · log N."""
+    fit = statistics.linear_regression(
+        [math.log(size.parameters) for size in sizes], [math.log(size.loss.mean) for size in sizes]
+    )
+    return fit.intercept, -fit.slope
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def _all_sizes(lines: Sequence[Line]) -> list[int]:
+    return sorted({size.parameters for line in lines for size in line.sizes})
+
+
+def _against_adam(lines: Sequence[Line], line: Line, parameters: int) -> float | None:
+    """By how much the perplexity differs from that of Adam's best line, as a share."""
+    adam = next((other for other in lines if other.method == "adam"), None)
+    own, theirs = line.at(parameters), adam.at(parameters) if adam else None
+    if own is None or theirs is None or line is adam:
+        return None
+    return math.expm1(own.loss.mean - theirs.loss.mean)
+
+
+def _tokens_of(lines: Sequence[Line], parameters: int) -> str:
+    """How many tokens of training each weight of this size has had."""
+    tokens = {size.tokens for line in lines if (size := line.at(parameters)) and size.tokens is not None}
+    return "/".join(f"{each / parameters:.3g}" for each in sorted(tokens)) or "–"
+
+
+def scaling_cells(lines: Sequence[Line]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Heads, and of each method its name and its cells; the first row has the tokens of each weight."""
+    sizes = _all_sizes(lines)
+    rows = [("tokens for each weight", [*(_tokens_of(lines, n) for n in sizes), ""])]
+    for line in lines:
+        cells = []
+        for parameters in sizes:
+            size, change = line.at(parameters), _against_adam(lines, line, parameters)
+            text = "–" if size is None else LOSS.form(size.loss.mean)
+            text += f" ± {LOSS.form(size.loss.margin)}" if size and size.loss.margin is not None else ""
+            cells.append(text if change is None else f"{text} ({100 * change:+.1f} %)")
+        rows.append((line.name, [*cells, f"{line.exponent:.4f}"]))
+    return [*(format_count(n) for n in sizes), "b"], rows
+
+
+def scaling_markdown(lines: Sequence[Line]) -> str:
+    heads, rows = scaling_cells(lines)
+    table = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    table += [f"| {for_markdown(name)} | {' | '.join(map(for_markdown, cells))} |" for name, cells in rows]
+    return "\n".join(table)
+
+
+def scaling_csv(lines: Sequence[Line]) -> str:
+    """A line for each method and size, in full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heads = ["method", "parameters", "tokens", LOSS.metric, "95 % margin", "seeds"]
+    writer.writerow([*heads, "perplexity against adam", "law", "exponent"])
+    for line in lines:
+        for size in line.sizes:
+            change = _against_adam(lines, line, size.parameters)
+            loss, law = size.loss, line.law(size.parameters)
+            row = [size.parameters, size.tokens, loss.mean, loss.margin, loss.number, change, law]
+            writer.writerow([for_csv(line.name), *row, line.exponent])
+    return text.getvalue()
+
+
+# --- the picture -----------------------------------------------------------------------------------------
+
+
+def scaling_picture(lines: Sequence[Line], palette: Palette) -> "Figure":
+    """Both axes logarithmic, so that a power law is straight."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    figure = new_figure(4.4 + 0.12 * len(lines))
+    panel = figure.subplots()
+    handles = []
+    for index, line in enumerate(lines):
+        xs, style = [size.parameters for size in line.sizes], look(index, palette)
+        ys = [size.loss.mean for size in line.sizes]
+        margins = [size.loss.margin or 0.0 for size in line.sizes]
+        panel.plot(xs, [line.law(x) for x in xs], color=style["color"], linestyle=":", linewidth=1.2)
+        panel.errorbar(xs, ys, yerr=margins, color=style["color"], linestyle="none", elinewidth=1.2)
+        (handle,) = panel.plot(xs, ys, marker="o", markersize=5.5, **style)
+        handles.append(handle)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.xaxis.set_major_locator(NullLocator())
+    panel.xaxis.set_minor_locator(NullLocator())
+    sizes = _all_sizes(lines)
+    panel.set_xticks(sizes, [format_count(n) for n in sizes])
+    panel.yaxis.set_major_locator(MaxNLocator(6))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.4g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.set_xlabel("attention and MLP weights")
+    panel.set_ylabel("validation loss (nats per token)")
+    panel.grid(visible=False, axis="x")
+    names = [label(line.name, 24, 2) for line in lines]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, handlelength=2.6, labelspacing=0.4)
+    return figure
