@@ -101,13 +101,13 @@ def test_array_and_sweep_are_the_runs_of_the_multirun() -> None:
         for seed in str(swept["seed"]).split(",")
     }
     lines = read_list(ROOT / "sweeps/study.txt")
-    assert len(lines) == len(expected) == 96
+    assert len(lines) == len(expected) == 99
     assert {tuple(line) for line in lines} == expected
     sweep = yaml.safe_load((ROOT / "sweeps/study.yaml").read_text())
-    assert check_sweep(Path("study.yaml"), sweep) == 96
+    assert check_sweep(Path("study.yaml"), sweep) == 99
     assert sweep["parameters"]["tuned"]["values"] == swept["tuned"].split(",")
     assert ",".join(map(str, sweep["parameters"]["seed"]["values"])) == swept["seed"]
-    assert "--array=0-95 " in (ROOT / "sweeps/study.txt").read_text()
+    assert "--array=0-98 " in (ROOT / "sweeps/study.txt").read_text()
 
 
 def test_the_report_is_validated(tmp_path: Path) -> None:
