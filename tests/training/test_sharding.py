@@ -233,8 +233,8 @@ def fsdp_pairs() -> set[tuple[str, str]]:
 
 
 FIRST = {
-    *(("fsdp-2", name) for name in ("adam", "galore", "rso", "rso-svd", "muon", "sn_sm", "adam-int8")),
-    *(("fsdp-2", f"{name}-float32") for name in ORTHOGONALISED_IN_BFLOAT16),
+    *(("fsdp-2", name) for name in ("adam", "galore", "rso", "rso-svd", "sn_sm", "adam-int8")),
+    *(("fsdp-2", f"{name}-float32") for name in ("muon", "dion2")),
     *(("fsdp-4-uneven", name) for name in ("foam", "rso-micro", "batched-rso")),
     *((case, name) for case in ("hsdp-2x2", "ddp-2") for name in ("galore", "rso")),
 }
