@@ -1,6 +1,7 @@
 """What each method's optimizer step costs, as a share of forward and backward, refreshes amortised.
 
     python tests/benchmark/optimizer_share.py [--optimizers adam galore rso] [--model llama_130m]
+    python tests/benchmark/optimizer_share.py --optimizers muon --set optimizer.ns_dtype=float32
 
 Each method with the settings of its file, one after the other, in this process: medians of a few steps of the
 Trainer by phase. Forward and backward are the median over all methods but RSO, whose are its own. Beside the
@@ -27,6 +28,7 @@ def phases_of(optimizer: str, arguments: argparse.Namespace) -> tuple[float, flo
     trainer = build_trainer(
         f"model={arguments.model}", f"optimizer={optimizer}", f"precision={arguments.precision}",
         f"batch_size={arguments.batch_size}", f"seq_len={arguments.seq_len}", "model.vocab_size=32000",
+        *arguments.set,
     )  # fmt: skip
     clock = PhaseClock(trainer.device)
     attach(clock, trainer)
@@ -54,6 +56,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="more settings of every run"
+    )
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     measured = {}
