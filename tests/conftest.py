@@ -1,5 +1,6 @@
 """What all tests share: one thread, a cache of their own, a small corpus, a way to call the command."""
 
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(getattr(item, "module", None), "ranks"):
             item.add_marker(pytest.mark.alone)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and ten thousand tests stay to the end: the collector need not go through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
