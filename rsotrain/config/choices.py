@@ -43,7 +43,7 @@ class RestRule(Enum):
 
 
 class NewtonSchulzDtype(Enum):
-    """Of Muon's Newton-Schulz iterations. bfloat16: as published; float32: for CPUs that emulate bfloat16."""
+    """bfloat16: as published. float32: for CPUs that emulate bfloat16."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"

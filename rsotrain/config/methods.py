@@ -127,7 +127,9 @@ class MuonConfig(OptimizerConfig):
     momentum: float = means("decay of the momentum", number(0.95, at_least=0, at_most=1))
     nesterov: bool = means("Nesterov's momentum", True)
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
-    ns_dtype: NewtonSchulzDtype = means("dtype of these iterations", later(NewtonSchulzDtype.bfloat16))
+    ns_dtype: NewtonSchulzDtype = means(
+        "dtype of the Newton-Schulz iterations", later(NewtonSchulzDtype.bfloat16)
+    )
 
 
 @optimizer("normuon", "rsotrain.optim.normuon:NorMuon")
@@ -154,7 +156,9 @@ class Dion2Config(OptimizerConfig):
         "share that is kept of the momentum that has been used", number(0.95, at_least=0, at_most=1)
     )
     ns_steps: int = means("Newton-Schulz iterations", number(5, at_least=1, at_most=99), unit="iterations")
-    ns_dtype: NewtonSchulzDtype = means("dtype of these iterations", later(NewtonSchulzDtype.bfloat16))
+    ns_dtype: NewtonSchulzDtype = means(
+        "dtype of the Newton-Schulz iterations", later(NewtonSchulzDtype.bfloat16)
+    )
 
 
 @optimizer("rso", "rsotrain.optim.rso:RSO")

@@ -84,7 +84,9 @@ class Sumo(SubspaceOptimizer):
         if self._waiting and self._waiting[0].rank != waiting.rank:
             self._move_waiting(step, lr)
         self._waiting.append(waiting)
-        most = ROOT_BYTES if self.in_stacks and waiting.takes_no_memory else 0
+        # numbered bases are made for each stack, and would be made again
+        waits = self.in_stacks and waiting.takes_no_memory and not self.bases.numbered
+        most = ROOT_BYTES if waits else 0
         if sum(each.bytes for each in self._waiting) >= most:
             self._move_waiting(step, lr)
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rsotrain.config.identity import FREE_KEYS, OPERATIONAL_KEYS
 from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differing_keys, label_runs
-from rsotrain.report.evidence import Interval, interval_of
+from rsotrain.report.evidence import OWN_KEYS, Interval, exp, interval_of
 from rsotrain.report.fairness import RATE_KEYS
 from rsotrain.report.records import number_of
-from rsotrain.report.runs import Run
 from rsotrain.tracking.drawing import label, look, new_figure
 from rsotrain.tracking.escaping import for_csv, for_markdown
 from rsotrain.tracking.formats import format_count
@@ -23,12 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST = 3  # sizes, for a law to be fitted
+SLACK = 0.001  # of the tokens: the last batch of an epoch may be shorter
 # What may differ between the sizes of one line: how large a model is, how long it is trained, its rates.
-_FREE = {"model", "steps", "batch_size", REPLICATE_KEY, *RATE_KEYS, *FREE_KEYS, *OPERATIONAL_KEYS}
+_FREE = {
+    "model", "steps", "epochs", "batch_size", "lr_scheduler.warmup_steps", REPLICATE_KEY,
+    *RATE_KEYS, *FREE_KEYS, *OPERATIONAL_KEYS,
+}  # fmt: skip
 NOTE = (
-    "A model's size is the number of its attention and MLP weights. At each size a method has the best of its"
-    " rates. Dotted: L = a·N^−b by least squares of log L; of so few sizes it is a description, no forecast."
-    " In brackets: perplexity against Adam's at that size."
+    "A model's size is the number of its attention and MLP weights. At each size only runs of the same number"
+    " of tokens count, and of several rates the best. Dotted: L = a·N^−b by least squares of log L; of so few"
+    " sizes it is a description, no forecast. In brackets: perplexity against Adam's at that size."
 )
 
 
@@ -37,22 +40,26 @@ class Size:
     """A method at one size. ``parameters``: attention and MLP weights; ``tokens``: of training."""
 
     parameters: int
-    tokens: float | None
+    tokens: float
     loss: Interval
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method; ``sizes`` ascend. Its law is L = exp(``intercept``) · N^−``exponent``."""
+    """A method; ``sizes`` ascend. Its law is L = exp(``intercept``) · N^−``exponent``.
+
+    ``job``: validation data and settings that are not the method's own, equal for lines that compare.
+    """
 
     name: str
     method: object
+    job: tuple[Any, ...]
     sizes: Sequence[Size]
     intercept: float
     exponent: float
 
     def law(self, parameters: float) -> float:
-        return math.exp(self.intercept) * parameters**-self.exponent
+        return exp(self.intercept - self.exponent * math.log(parameters))
 
     def at(self, parameters: int) -> Size | None:
         return next((size for size in self.sizes if size.parameters == parameters), None)
@@ -60,67 +67,100 @@ class Line:
 
 class _Tried(NamedTuple):
     group: Group
+    parameters: int
+    tokens: float
     loss: Interval
 
 
 def block_parameters(config: Mapping[str, Any]) -> int | None:
     """Weights of attention and MLP, of flat settings; None where these do not say."""
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    numbers = [number_of(config.get(f"model.{key}")) for key in keys]
-    if any(number is None or number <= 0 for number in numbers):
+
+    def number(key: str, default: float | None = None) -> float:
+        value = config.get(f"model.{key}")
+        found = number_of(value) if value is not None else default
+        return 0.0 if found is None else found
+
+    hidden, intermediate, layers = (
+        number(f"{k}") for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    heads = number("num_attention_heads")
+    if min(hidden, intermediate, layers, heads) < 1:
         return None
-    hidden, intermediate, layers, heads = (int(number) for number in numbers if number is not None)
-    shared = int(number_of(config.get("model.num_key_value_heads")) or heads)
-    size = number_of(config.get("model.head_dim")) or hidden / heads
-    return round(layers * hidden * (2 * size * (heads + shared) + 3 * intermediate))
+    shared, size = number("num_key_value_heads", heads), number("head_dim", hidden / heads)
+    total = layers * hidden * (2 * size * (heads + shared) + 3 * intermediate)
+    return round(total) if min(shared, size) >= 1 and math.isfinite(total) else None
 
 
 def lines_of(groups: Sequence[Group]) -> list[Line]:
     """The methods that were trained at several sizes, the one with the lowest loss at the largest first.
 
-    Groups of which a run has failed, or ended without a finite loss, are left out.
+    Left out are groups of which a run has failed or ended without a finite loss, those that differ in more
+    than the seed, and at each size those with other numbers of tokens than most have there.
     """
     methods: dict[tuple[Any, ...], dict[int, list[_Tried]]] = {}
-    for group in groups:
-        parameters, losses = block_parameters(group.runs[0].config), _losses(group)
-        if parameters is not None and losses:
-            of_method = methods.setdefault(_method_of(group), {})
-            of_method.setdefault(parameters, []).append(_Tried(group, interval_of(losses)))
+    points = [point for group in groups if (point := _tried(group)) is not None]
+    for tried in _of_usual_tokens(points):
+        of_method = methods.setdefault(_settings_of(tried.group), {})
+        of_method.setdefault(tried.parameters, []).append(tried)
     best = [
-        {n: min(tried, key=lambda each: each.loss.mean) for n, tried in sorted(of_method.items())}
+        [min(of_method[n], key=lambda each: each.loss.mean) for n in sorted(of_method)]
         for of_method in methods.values()
         if len(of_method) >= FEWEST
     ]
-    firsts = [next(iter(found.values())).group.runs[0] for found in best]
+    firsts = [found[0].group.runs[0] for found in best]
     keys = dict.fromkeys(["optimizer.name", *differing_keys(firsts)])
     names = label_runs(firsts, [key for key in keys if not _is_in(key, _FREE)])
     lines = []
     for found, first, name in zip(best, firsts, names, strict=True):
-        sizes = [Size(n, _tokens(tried.group), tried.loss) for n, tried in found.items()]
-        lines.append(Line(name, first.config.get("optimizer.name"), sizes, *_fitted(sizes)))
+        group, sizes = found[0].group, [Size(each.parameters, each.tokens, each.loss) for each in found]
+        method, job = first.config.get("optimizer.name"), _settings_of(group, without=OWN_KEYS)
+        lines.append(Line(f"{name} {group.mark}".strip(), method, job, sizes, *_fitted(sizes)))
     return sorted(lines, key=lambda line: line.sizes[-1].loss.mean)
 
 
-def _losses(group: Group) -> list[float]:
-    """Of its runs by seed; empty where one of them has no figure."""
+def _tried(group: Group) -> _Tried | None:
+    """What the group is a point of; None where it is none."""
     found = [run.last(LOSS.metric) for run in group.finished]
     losses = [loss for loss in found if loss is not None and loss > 0]
-    return losses if not group.failed and len(losses) == len(found) else []
+    parameters, tokens = block_parameters(group.runs[0].config), group.statistic("tokens")
+    varies = [key for key in group.varies if not _is_in(key, OPERATIONAL_KEYS)]
+    if (
+        not losses
+        or len(losses) < len(found)
+        or group.failed
+        or varies
+        or parameters is None
+        or tokens is None
+    ):
+        return None
+    return _Tried(group, parameters, tokens.mean, interval_of(losses))
 
 
-def _tokens(group: Group) -> float | None:
-    statistic = group.statistic("tokens")
-    return None if statistic is None else statistic.mean
+def _of_usual_tokens(points: Sequence[_Tried]) -> list[_Tried]:
+    """At each size those with the number of tokens that most have there, the larger one of two."""
+    usual: dict[int, float] = {}
+    for parameters in {point.parameters for point in points}:
+        tokens = [point.tokens for point in points if point.parameters == parameters]
+        usual[parameters] = max(tokens, key=lambda n: (sum(_alike(n, other) for other in tokens), n))
+    return [point for point in points if _alike(point.tokens, usual[point.parameters])]
+
+
+def _alike(tokens: float, others: float) -> bool:
+    return abs(tokens - others) <= SLACK * max(tokens, others)
 
 
 def _is_in(key: str, keys: Collection[str]) -> bool:
     return bool({key, key.split(".")[0]} & set(keys))
 
 
-def _method_of(group: Group) -> tuple[Any, ...]:
-    run: Run = group.runs[0]
-    own = ((key, str(value)) for key, value in sorted(run.config.items()) if not _is_in(key, _FREE))
-    return (group.mark, *own)
+def _settings_of(group: Group, without: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """What is the same at all sizes; a rank counts as a share of the hidden size."""
+    config = dict(group.runs[0].config)
+    rank, hidden = config.get("optimizer.rank"), number_of(config.get("model.hidden_size"))
+    if isinstance(rank, int) and hidden:
+        config["optimizer.rank"] = rank / hidden
+    kept = (key for key in sorted(config) if not _is_in(key, _FREE) and not key.startswith(without))
+    return (group.mark, *((key, str(config[key])) for key in kept))
 
 
 def _fitted(sizes: Sequence[Size]) -> tuple[float, float]:
@@ -139,18 +179,18 @@ def _all_sizes(lines: Sequence[Line]) -> list[int]:
 
 
 def _against_adam(lines: Sequence[Line], line: Line, parameters: int) -> float | None:
-    """By how much the perplexity differs from that of Adam's best line, as a share."""
-    adam = next((other for other in lines if other.method == "adam"), None)
+    """By how much the perplexity differs, as a share, from that of Adam's best line on the same job."""
+    adam = next((other for other in lines if other.method == "adam" and other.job == line.job), None)
     own, theirs = line.at(parameters), adam.at(parameters) if adam else None
     if own is None or theirs is None or line is adam:
         return None
-    return math.expm1(own.loss.mean - theirs.loss.mean)
+    return exp(own.loss.mean - theirs.loss.mean) - 1.0
 
 
 def _tokens_of(lines: Sequence[Line], parameters: int) -> str:
     """How many tokens of training each weight of this size has had."""
-    tokens = {size.tokens for line in lines if (size := line.at(parameters)) and size.tokens is not None}
-    return "/".join(f"{each / parameters:.3g}" for each in sorted(tokens)) or "–"
+    tokens = next(size.tokens for line in lines if (size := line.at(parameters)))
+    return f"{tokens / parameters:.3g}"
 
 
 def scaling_cells(lines: Sequence[Line]) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -103,16 +103,18 @@ def run_list(groups: Sequence[Group]) -> str:
     """CSV, a line for each run: its group and state, the settings in which runs differ, its last figures."""
     columns = columns_of(groups)
     runs = [(group, run) for group in groups for run in group.runs]
-    keys = [key for key in differing_keys([run for _, run in runs]) if key != REPLICATE_KEY]
+    keys = [key for key in differing_keys([run for _, run in runs], BYTES_KEYS) if key != REPLICATE_KEY]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "group", "state", "step", REPLICATE_KEY, *keys, *(c.metric for c in columns)])
+    names = [run.name for _, run in runs]
     for group, run in runs:
+        name = run.name if names.count(run.name) == 1 else f"{run.path.parent.name}/{run.name}"
         values = [run.config.get(key) for key in (REPLICATE_KEY, *keys)]
         settings = ["" if value is None else for_csv(str(value)) for value in values]
         figures = [run.last(column.metric) for column in columns]
         writer.writerow(
-            [for_csv(run.name), for_csv(name_of(group)), run.state.value, run.step, *settings, *figures]
+            [for_csv(name), for_csv(name_of(group)), run.state.value, run.step, *settings, *figures]
         )
     return text.getvalue()
 

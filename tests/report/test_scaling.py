@@ -30,13 +30,19 @@ def loss_of(width: int, exponent: float = 0.1) -> float:
 
 
 def runs_of(
-    make: Make, name: str, exponent: float, *, seeds: int = 1, widths: tuple[int, ...] = WIDTHS
+    make: Make,
+    name: str,
+    exponent: float,
+    *,
+    seeds: int = 1,
+    widths: tuple[int, ...] = WIDTHS,
+    **more: object,
 ) -> Path:
     for width in widths:
         for seed in range(seeds):
             loss = loss_of(width, exponent)
-            own = {"optimizer__name": name, "seed": seed, **model(width)}
-            folder = make(f"{name}{width}_{seed}", loss, **own)
+            own = {"optimizer__name": name, "seed": seed, **model(width), **more}
+            folder = make(f"{name}{width}_{seed}_{'_'.join(map(str, more.values()))}", loss, **own)
     return folder.parent
 
 
@@ -59,12 +65,15 @@ def test_a_line_has_its_power_law_and_its_advantage(make: Make) -> None:
     assert "(" not in rows[2][1][2]
 
 
-def test_each_size_has_the_best_of_its_rates(make: Make) -> None:
+def test_each_size_has_the_best_of_its_rates_after_as_many_tokens(make: Make) -> None:
     folder = runs_of(make, "adam", 0.1)
-    make("better", 1.5, optimizer__lr=0.5, steps=80, **model(128))
+    make("better", 1.5, optimizer__lr=0.5, **model(128))
     make("worse", 5.0, optimizer__lr=0.7, **model(256))
+    make("other", 3.5, optimizer__lr=0.5, **model(64))
+    make("longer", 1.0, steps=80, metrics={"tokens": lambda step: 200 * step}, **model(64))
     (line,) = lines(folder).values()
     assert [size.loss.mean for size in line.sizes] == pytest.approx([loss_of(64), 1.5, loss_of(256)])
+    assert [size.tokens for size in line.sizes] == [4000] * 3
 
 
 def test_other_settings_are_other_lines_and_few_sizes_are_none(make: Make) -> None:
@@ -75,6 +84,60 @@ def test_other_settings_are_other_lines_and_few_sizes_are_none(make: Make) -> No
     make("diverged", 1.0, optimizer__name="lion", metrics={"val/loss": math.inf}, **model(256))
     runs_of(make, "lion", 0.1, widths=WIDTHS[:2])
     assert list(lines(folder)) == ["adam"]
+    assert lines_of(compare(read_runs([folder]), ["optimizer.name"])) == []  # groups of several sizes
+
+
+def test_a_rank_is_a_share_of_the_hidden_size(make: Make) -> None:
+    for width in WIDTHS:
+        folder = make(f"g{width}", loss_of(width), optimizer__name="galore", optimizer__rank=width // 4,
+                      **model(width)).parent  # fmt: skip
+    make("g_half", 1.0, optimizer__name="galore", optimizer__rank=0.5, **model(64))
+    assert list(lines(folder)) == ["galore"]
+
+
+def test_adam_is_that_of_the_same_job(make: Make) -> None:
+    """Neither of other data nor of another precision."""
+    runs_of(make, "adam", 0.1, precision="fp32")
+    runs_of(make, "carry", 0.12, precision="bf16_mixed")
+    folder = runs_of(make, "lion", 0.09, precision="fp32", data__name="c4")
+    found = lines_of(compare(read_runs([folder]), mixed=True))
+    assert [line.method for line in found] == ["carry", "adam", "lion"]
+    assert {line.name[-3:] for line in found} == {"[a]", "[b]"}
+    assert not any("%" in cell for _, cells in scaling_cells(found)[1] for cell in cells)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(2000.0, "+inf %"), (1e50, "+inf %")])
+def test_a_loss_of_any_size_costs_no_report(make: Make, loss: float, shown: str) -> None:
+    runs_of(make, "adam", 0.1)
+    for width in WIDTHS:
+        folder = make(f"c{width}", loss, optimizer__name="carry", **model(width)).parent
+    found = lines_of(compare(read_runs([folder])))
+    assert shown in scaling_cells(found)[1][-1][1][0]
+    assert found[-1].law(20 * 64**2) == pytest.approx(loss)
+
+
+def test_sizes_that_lie_close_together_have_a_law(make: Make) -> None:
+    for size, loss in ((1000, 3.0), (1001, 4.0), (1002, 6.0)):
+        folder = make(f"i{size}", loss, **model(64) | {"model__intermediate_size": size}).parent
+    (line,) = lines(folder).values()
+    assert 2.5 < line.law(line.sizes[0].parameters) < 3.5
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"num_attention_heads": 0.5},
+        {"num_key_value_heads": -100},
+        {"head_dim": -5},
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": 0},
+        {"intermediate_size": [1]},
+    ],
+)
+def test_a_size_that_makes_no_sense_is_none(odd: dict[str, object]) -> None:
+    config = {key.replace("__", "."): value for key, value in model(64).items()}
+    assert block_parameters(config) == 20 * 64**2
+    assert block_parameters(config | {f"model.{key}": value for key, value in odd.items()}) is None
 
 
 @pytest.mark.parametrize("size", ["llama_9m", "llama_60m"])

@@ -3,7 +3,7 @@
     python tests/tools/keep_runs.py outputs/study_full --to outputs/study/runs
     rsotrain-report outputs/study/runs
 
-Of the metrics it keeps each validation, and the last step's. Where a run was made is left out.
+Of the metrics it keeps each validation, and the last step's. Hosts and the paths of data are left out.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from rsotrain.errors import UserError
-from rsotrain.files import read_json, read_yaml
-from rsotrain.report.runs import Run, read_runs
+from rsotrain.files import read_yaml
+from rsotrain.report.runs import Run, read_object, read_runs
 from rsotrain.tracking.run_files import CONFIG, METRICS, RUN_RECORD, SUMMARY
 
 PLACES = ("output_dir", "cache_dir")  # of the configuration
@@ -24,16 +24,30 @@ OF_THE_RECORD = ("run_id", "state", "data")
 
 
 def keep(run: Run, folder: Path) -> None:
-    """Write the files of ``run``, a finished one, into ``folder``, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {key: value for key, value in read_yaml(run.path / CONFIG).items() if key not in PLACES}
+    """Write the files of ``run``, a finished one, into ``folder``, which is made. Raises UserError."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already, and what it holds is not overwritten")
+    config = _without_paths(read_yaml(run.path / CONFIG))
+    record = read_object(run.path / RUN_RECORD)
+    last = [record for record in run.history if "train/loss" in record][-1:]
+    folder.mkdir(parents=True)
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-    record: Any = read_json(run.path / RUN_RECORD)
     _write_lines(folder / RUN_RECORD, {key: record[key] for key in OF_THE_RECORD if key in record})
-    _write_lines(folder / SUMMARY, read_json(run.path / SUMMARY))
-    trained = [record for record in run.history if "train/loss" in record]
-    kept = [record for record in run.history if "val/loss" in record or record is trained[-1]]
-    _write_lines(folder / METRICS, *kept)
+    _write_lines(folder / SUMMARY, dict(run.summary))
+    _write_lines(
+        folder / METRICS, *(record for record in run.history if "val/loss" in record or record in last)
+    )
+
+
+def _without_paths(settings: Any) -> Any:
+    """Without the folders of the run, and with the names alone of what other paths end with."""
+    if not isinstance(settings, dict):
+        return settings
+    kept = {key: _without_paths(value) for key, value in settings.items() if key not in PLACES}
+    return {
+        key: Path(value).name if key.endswith("path") and isinstance(value, str) else value
+        for key, value in kept.items()
+    }
 
 
 def _write_lines(file: Path, *records: Any) -> None:
@@ -48,14 +62,13 @@ def main() -> None:
     parser.add_argument("--to", required=True, type=Path)
     arguments = parser.parse_args()
     try:
-        runs = read_runs(arguments.runs)
+        for run in read_runs(arguments.runs):
+            if run.finished:
+                keep(run, arguments.to / run.name)
+            else:
+                print(f"{run.name} is not kept: it is {run.state.value}")
     except UserError as error:
         sys.exit(str(error))
-    for run in runs:
-        if run.finished:
-            keep(run, arguments.to / run.name)
-        else:
-            print(f"{run.name} is not kept: it is {run.state.value}")
 
 
 if __name__ == "__main__":
