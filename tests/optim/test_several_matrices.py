@@ -22,8 +22,9 @@ from rsotrain.config.methods import (
 )
 from rsotrain.config.samplers import HaarConfig, NoSamplerConfig, SamplerConfig, SvdConfig
 from rsotrain.config.schema import Precision
+from rsotrain.instruments.devices import planning_for
 from rsotrain.models.layers import Linear
-from rsotrain.optim import adamw, buckets, rso, stacks, subspace_optimizer, weights
+from rsotrain.optim import adamw, buckets, rso, stacks, subspace_optimizer, sumo, weights
 from rsotrain.optim.build import build_optimizer
 from rsotrain.parallel.sharding import shard_of
 from rsotrain.subspace.seeding import generator
@@ -275,3 +276,22 @@ def test_stacks_of_8_bit_moments_are_half_as_large(monkeypatch: pytest.MonkeyPat
         config = FoamConfig(name="foam", block_parameters=["w"], state_dtype=StateDtype(state), **BASE)
         optimizer = build_optimizer(parameters.items(), config, NONE, seed=0, total_steps=1)
         assert [len(names) for names in optimizer.groups[0].stacks] == [length] * (8 // length)
+
+
+@pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.bfloat16])
+def test_sumos_matrices_wait_for_each_other_on_a_gpu(
+    state: StateDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The roots of several stacks are found together, unless their momenta are copies: the same numbers."""
+    found: list[int] = []
+    original = sumo.inverse_roots
+    monkeypatch.setattr(sumo, "inverse_roots", lambda grams: found.append(len(grams)) or original(grams))
+    with planning_for("cuda"):
+        waited = trained("sumo", list(MATRICES), "fp32", state)
+        together, found[:] = list(found), []
+        monkeypatch.setattr(sumo, "ROOT_BYTES", 0)
+        at_once = trained("sumo", list(MATRICES), "fp32", state)
+    assert len(found) > 12  # stacks
+    assert together == ([len(MATRICES)] * 12 if state is StateDtype.float32 else found)
+    assert sum(found) == 12 * len(MATRICES)
+    assert all(torch.equal(waited[key], tensor) for key, tensor in at_once.items())
