@@ -64,7 +64,7 @@ def test_micro_batches_give_the_update_of_one_batch(optimizer: str, tiny: list[s
     # and, for these, 1e-1, where a wrong normalisation by the number of micro-batches would show as 3.
     # Outside principal components carry takes the signs of residuals, which rounding turns where they are
     # near zero; outside coordinates they are those of the gradient, as frugal's.
-    rough = optimizer in (*ORTHOGONALISED_IN_BFLOAT16, "orbit", "soap")
+    rough = optimizer in (*ORTHOGONALISED_IN_BFLOAT16, "orbit", "orbit8bit", "soap")
     bound = 1e-1 if rough else 1e-2
     own = ["sampler=coordinate"] if optimizer == "carry" else []
     shared = [*tiny, f"optimizer={optimizer}", *own, "optimizer.eps=1e-4", "grad_clip=0.5"]
