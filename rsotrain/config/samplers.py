@@ -100,7 +100,7 @@ class MixtureConfig(SamplerConfig):
     )
     power_on_gpu: bool = means(
         "on a GPU, two block power iterations from the basis in use instead of eigenvectors",
-        later(True, before=False),
+        later(True),
     )
 
 
@@ -197,5 +197,5 @@ class GoLoreConfig(SamplerConfig):
     )
     power_on_gpu: bool = means(
         "on a GPU, two block power iterations from the basis in use instead of eigenvectors",
-        later(True, before=False),
+        later(True),
     )
