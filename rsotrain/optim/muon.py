@@ -76,7 +76,7 @@ class Muon(ParamGroupOptimizer):
     @cached_property
     def ns_dtype(self) -> torch.dtype:
         """Of Newton-Schulz, and of the updates that it gives."""
-        return getattr(torch, self.config.ns_dtype.name)
+        return getattr(torch, self.config.ns_dtype.value)
 
     @torch.no_grad()
     def update_of(self, names: Collection[str], step: int, lr_factor: float) -> None:

@@ -183,9 +183,12 @@ def differing_keys(runs: Sequence[Run], also: Collection[str] = ()) -> list[str]
     """
     ignored = set(OPERATIONAL_KEYS) - set(also)
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [
-        key for key in keys if not {key, key.split(".")[0]} & ignored and len(set(_values_of(runs, key))) > 1
-    ]
+    return [key for key in keys if not is_among(key, ignored) and len(set(_values_of(runs, key))) > 1]
+
+
+def is_among(key: str, keys: Collection[str]) -> bool:
+    """Is a dotted key one of ``keys``, or in a group that is?"""
+    return key in keys or key.split(".")[0] in keys
 
 
 def label_runs(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[str]:

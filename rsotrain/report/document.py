@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
-from rsotrain.report import scaling
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import Group
-from rsotrain.report.front import NOTE, front_markdown, front_of
+from rsotrain.report.front import NOTE as FRONT_NOTE
+from rsotrain.report.front import front_markdown, front_of
+from rsotrain.report.scaling import NOTE as SCALING_NOTE
 from rsotrain.report.scaling import lines_of, scaling_markdown
 from rsotrain.report.tables import markdown
 from rsotrain.tracking.escaping import for_markdown, markdown_code
@@ -43,9 +44,9 @@ def document(
         if name in pictures:
             parts += [f"## {what}", _picture(name, what)]
         if name == "front" and (front := front_of(groups)):
-            parts += [front_markdown(front), for_markdown(NOTE)]
+            parts += [front_markdown(front), for_markdown(FRONT_NOTE)]
         if name == "scaling" and (lines := lines_of(groups)):
-            parts += [scaling_markdown(lines), for_markdown(scaling.NOTE)]
+            parts += [scaling_markdown(lines), for_markdown(SCALING_NOTE)]
     return "\n\n".join([*parts, f"Written by {markdown_code(command)}."]) + "\n"
 
 

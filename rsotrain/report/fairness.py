@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rsotrain.config.identity import OPERATIONAL_KEYS
-from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differences_of_sets
+from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differences_of_sets, is_among
 from rsotrain.report.records import number_of
 from rsotrain.tracking.formats import format_count
 
@@ -116,5 +116,5 @@ def _setting(group: Group, without: Sequence[str]) -> tuple[Any, ...]:
     settings = group.runs[0].config.items()
     return (
         group.mark,
-        *((key, str(value)) for key, value in sorted(settings) if not {key, key.split(".")[0]} & left_out),
+        *((key, str(value)) for key, value in sorted(settings) if not is_among(key, left_out)),
     )

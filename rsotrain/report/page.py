@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from rsotrain.report import scaling
 from rsotrain.report.claims import RULE, Finding
 from rsotrain.report.comparison import LOSS, Group, best_groups, label_runs
 from rsotrain.report.curves import AXES
 from rsotrain.report.evidence import Verdict
 from rsotrain.report.fairness import doubts, name_of
-from rsotrain.report.front import NOTE, front_cells, front_of
+from rsotrain.report.front import NOTE as FRONT_NOTE
+from rsotrain.report.front import front_cells, front_of
 from rsotrain.report.runs import Run
+from rsotrain.report.scaling import NOTE as SCALING_NOTE
+from rsotrain.report.scaling import lines_of, scaling_cells
 from rsotrain.report.tables import columns_of, notes, rows
 from rsotrain.tracking.drawing import color_and_dashes
 from rsotrain.tracking.escaping import for_html
@@ -153,27 +155,28 @@ def _verdict(verdict: Verdict) -> str:
 def _front(groups: Sequence[Group]) -> str:
     """The table to the picture of loss against optimizer state."""
     heads, lines = front_cells(front_of(groups))
-    head = "".join(f"<th>{for_html(text)}</th>" for text in ["", *heads])
-    body = "".join(
-        f"<tr><th>{_swatch(row.index)}{'• ' if row.on_front else ''}{for_html(name_of(row.group))}</th>"
-        + "".join(f"<td>{for_html(cell)}</td>" for cell in cells)
-        + "</tr>"
+    named = [
+        (f"{_swatch(row.index)}{'• ' if row.on_front else ''}{for_html(name_of(row.group))}", cells)
         for row, cells in lines
-    )
-    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(NOTE)}</p>'
+    ]
+    return _below(heads, named, FRONT_NOTE)
 
 
 def _scaling(groups: Sequence[Group]) -> str:
     """The table to the picture of loss against model size."""
-    heads, lines = scaling.scaling_cells(scaling.lines_of(groups))
+    heads, lines = scaling_cells(lines_of(groups))
+    return _below(heads, [(for_html(name), cells) for name, cells in lines], SCALING_NOTE)
+
+
+def _below(heads: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
+    """A table and a note below a picture. ``lines``: of each the HTML of its name, and its cells' texts."""
     head = "".join(f"<th>{for_html(text)}</th>" for text in ["", *heads])
     body = "".join(
-        f"<tr><th>{for_html(name)}</th>" + "".join(f"<td>{for_html(cell)}</td>" for cell in cells) + "</tr>"
+        f"<tr><th>{name}</th>" + "".join(f"<td>{for_html(cell)}</td>" for cell in cells) + "</tr>"
         for name, cells in lines
     )
     table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(scaling.NOTE)}</p>'
+    return f'<div class="scroll"><table>{table}</table></div><p class="notes">{for_html(note)}</p>'
 
 
 def _pictures(pictures: Mapping[str, str], below: Mapping[str, str]) -> list[str]:

@@ -4,14 +4,14 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rsotrain.config.identity import FREE_KEYS, OPERATIONAL_KEYS
-from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differing_keys, label_runs
+from rsotrain.report.comparison import LOSS, REPLICATE_KEY, Group, differing_keys, is_among, label_runs
 from rsotrain.report.evidence import OWN_KEYS, Interval, exp, interval_of
-from rsotrain.report.fairness import RATE_KEYS
+from rsotrain.report.fairness import RATE_KEYS, SLACK
 from rsotrain.report.records import number_of
 from rsotrain.tracking.drawing import label, look, new_figure
 from rsotrain.tracking.escaping import for_csv, for_markdown
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST = 3  # sizes, for a law to be fitted
-SLACK = 0.001  # of the tokens: the last batch of an epoch may be shorter
 # What may differ between the sizes of one line: how large a model is, how long it is trained, its rates.
 _FREE = {
     "model", "steps", "epochs", "batch_size", "lr_scheduler.warmup_steps", REPLICATE_KEY,
@@ -80,10 +79,8 @@ def block_parameters(config: Mapping[str, Any]) -> int | None:
         found = number_of(value) if value is not None else default
         return 0.0 if found is None else found
 
-    hidden, intermediate, layers = (
-        number(f"{k}") for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
-    )
-    heads = number("num_attention_heads")
+    hidden, intermediate = number("hidden_size"), number("intermediate_size")
+    layers, heads = number("num_hidden_layers"), number("num_attention_heads")
     if min(hidden, intermediate, layers, heads) < 1:
         return None
     shared, size = number("num_key_value_heads", heads), number("head_dim", hidden / heads)
@@ -109,7 +106,7 @@ def lines_of(groups: Sequence[Group]) -> list[Line]:
     ]
     firsts = [found[0].group.runs[0] for found in best]
     keys = dict.fromkeys(["optimizer.name", *differing_keys(firsts)])
-    names = label_runs(firsts, [key for key in keys if not _is_in(key, _FREE)])
+    names = label_runs(firsts, [key for key in keys if not is_among(key, _FREE)])
     lines = []
     for found, first, name in zip(best, firsts, names, strict=True):
         group, sizes = found[0].group, [Size(each.parameters, each.tokens, each.loss) for each in found]
@@ -123,15 +120,10 @@ def _tried(group: Group) -> _Tried | None:
     found = [run.last(LOSS.metric) for run in group.finished]
     losses = [loss for loss in found if loss is not None and loss > 0]
     parameters, tokens = block_parameters(group.runs[0].config), group.statistic("tokens")
-    varies = [key for key in group.varies if not _is_in(key, OPERATIONAL_KEYS)]
-    if (
-        not losses
-        or len(losses) < len(found)
-        or group.failed
-        or varies
-        or parameters is None
-        or tokens is None
-    ):
+    varies = any(not is_among(key, OPERATIONAL_KEYS) for key in group.varies)
+    if parameters is None or tokens is None or group.failed or varies:
+        return None
+    if not losses or len(losses) < len(found):
         return None
     return _Tried(group, parameters, tokens.mean, interval_of(losses))
 
@@ -149,17 +141,13 @@ def _alike(tokens: float, others: float) -> bool:
     return abs(tokens - others) <= SLACK * max(tokens, others)
 
 
-def _is_in(key: str, keys: Collection[str]) -> bool:
-    return bool({key, key.split(".")[0]} & set(keys))
-
-
 def _settings_of(group: Group, without: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """What is the same at all sizes; a rank counts as a share of the hidden size."""
     config = dict(group.runs[0].config)
     rank, hidden = config.get("optimizer.rank"), number_of(config.get("model.hidden_size"))
     if isinstance(rank, int) and hidden:
         config["optimizer.rank"] = rank / hidden
-    kept = (key for key in sorted(config) if not _is_in(key, _FREE) and not key.startswith(without))
+    kept = (key for key in sorted(config) if not is_among(key, _FREE) and not key.startswith(without))
     return (group.mark, *((key, str(config[key])) for key in kept))
 
 

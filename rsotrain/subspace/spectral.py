@@ -276,13 +276,6 @@ def golore(request: SampleRequest, principal: Callable[[SampleRequest], Tensor] 
     return haar(request) if request.switched else principal(request)
 
 
-def svd_sampler(config: SvdConfig) -> Sampler:
-    if config.solver is SvdSolver.full:
-        return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
-    sampler = Sampler(config.name, svd, informed=True, decomposes=True)
-    return _with_power(sampler, _power) if config.power_on_gpu else sampler
-
-
 _ROUNDS = RandomizedSvdConfig.rounds
 _power = partial(randomized_svd, rounds=_ROUNDS)
 
@@ -293,6 +286,13 @@ def _with_power(sampler: Sampler, sample: Callable[[SampleRequest], Tensor]) -> 
     Eigenvectors are chains of small kernels, which on a GPU take longer than hundreds of products.
     """
     return replace(sampler, on_gpu=replace(sampler, sample=sample, decomposes=False, by_products=True))
+
+
+def svd_sampler(config: SvdConfig) -> Sampler:
+    if config.solver is SvdSolver.full:
+        return Sampler(config.name, full_svd, informed=True, needs_gradient=True, decomposes=True)
+    sampler = Sampler(config.name, svd, informed=True, decomposes=True)
+    return _with_power(sampler, _power) if config.power_on_gpu else sampler
 
 
 def importance_sampler(config: ImportanceConfig) -> Sampler:
